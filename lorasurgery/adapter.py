@@ -1,0 +1,146 @@
+"""The model of an adapter file: which rows of which base weights it changes, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorasurgery.deltas.base import CannotError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from lorasurgery.architectures.table import Architecture, Spans
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.io.tensors import Float64, Ranges, Tensor
+
+DENOISER, SECOND_DENOISER = "denoiser", "denoiser_2"
+"""Component names of the UNet or transformer, and of Wan 2.2's low-noise expert; text encoders are named by their table."""
+
+
+class Site(NamedTuple):
+    """Where a module acts: the component and the rows of its original weights, in the module's row order."""
+
+    component: str
+    spans: Spans
+
+    def __str__(self) -> str:
+        return f"{self.component}:{self.spans[0].weight}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The number a delta is multiplied by, resolved once, and where it came from."""
+
+    value: float
+    source: str
+    """``alpha tensor``, ``adapter_config.json``, ``lora_adapter_metadata``, ``rsLoRA``, or ``none (1.0)``."""
+    alpha: Tensor | None = None
+    """The file's own alpha tensor, kept so that a rename returns it bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """A DoRA magnitude: one number per output row (``out``) or per input column (``in``). Never scaled."""
+
+    tensor: Tensor
+    axis: str
+
+    def rows(self, ranges: Ranges, rows: int) -> Magnitude:
+        """The magnitude of these rows of ``rows``; an input-axis one only when all rows stay (a permutation)."""
+        if self.axis == "out":
+            flat = self.tensor.reshape(self.tensor.size).rows(ranges)
+            return Magnitude(flat.reshape(flat.size, *(1 for _ in self.tensor.shape[1:])), "out")
+        if sum(stop - start for start, stop in ranges) != rows:
+            raise CannotError("its DoRA magnitude is per input column and couples all output rows")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """Everything a file says about one module."""
+
+    site: Site
+    name: str
+    """The module's name as the file spells it, for messages."""
+    delta: Delta | None
+    """None when the file only has a bias for it."""
+    scale: Scale
+    magnitude: Magnitude | None = None
+    bias: Tensor | None = None
+    """Added to the base bias, (out,)."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further tensors of the module by suffix (``.reshape_weight``), carried where the rows stay whole."""
+
+    @property
+    def out(self) -> int:
+        """Number of output rows."""
+        return sum(span.stop - span.start for span in self.site.spans)
+
+    @property
+    def family(self) -> str:
+        """``lora``, ``loha``, ``lokr``, ``dora`` (a LoRA with a magnitude), ``full``, ``norm``, ``bias``, ..."""
+        if self.delta is None:
+            return "bias"
+        return "dora" if self.magnitude is not None and self.delta.family == "lora" else self.delta.family
+
+    def dense(self) -> Float64:
+        """The change of the weight in float64, scale included, magnitude not (it needs the base weight).
+
+        Raises CannotError for families that multiply the base, and for a module that only has a bias.
+        """
+        if self.delta is None:
+            raise CannotError("this module only has a bias")
+        return self.delta.dense() * self.scale.value
+
+    def with_delta(self, delta: Delta, scale: float | None = None) -> Module:
+        """The same module with another delta; the alpha tensor is forgotten where the rank or the scale changed."""
+        value = self.scale.value if scale is None else scale
+        kept = self.delta is not None and delta.rank == self.delta.rank and value == self.scale.value
+        return replace(
+            self, delta=delta, scale=replace(self.scale, value=value, alpha=self.scale.alpha if kept else None)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A key no table explains: carried where the target can take it, listed either way."""
+
+    key: str
+    tensor: Tensor
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A parsed adapter file. Iterating yields ``(site, module)``."""
+
+    architecture: Architecture
+    modules: Mapping[Site, Module]
+    metadata: Mapping[str, str]
+    layout: str
+    """``sd-scripts``, ``diffusers``, ``comfyui``, ``peft``, ``onetrainer``, ``lycoris``, ``bfl``, ``xlabs``, ``bare``."""
+    leftovers: tuple[Leftover, ...] = ()
+    candidates: tuple[tuple[str, float], ...] = ()
+    """Other architectures that explain the same keys, with the share they explain."""
+    warnings: tuple[str, ...] = ()
+    path: Path | None = None
+
+    def __iter__(self) -> Iterator[tuple[Site, Module]]:
+        return iter(self.modules.items())
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def lokr_factor(self) -> int | None:
+        """The LoKr factor the trainer used: the ``lokr_factor`` buffer, else ``ss_lokr_factor``, else None.
+
+        Source: the musubi-tuner fork with native LoKr; the maths of a file never needs it.
+        """
+        for leftover in self.leftovers:
+            if leftover.key == "lokr_factor":
+                return round(leftover.tensor.item())
+        text = self.metadata.get("ss_lokr_factor", "")
+        return int(text) if text.lstrip("-").isdigit() else None

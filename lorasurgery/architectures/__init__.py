@@ -1,0 +1,60 @@
+"""The known base models: every module of this folder that defines ``TABLES``, plus installed plug-ins.
+
+A third party adds a model by an entry point of the group ``lorasurgery.architectures`` that loads to an
+:class:`~lorasurgery.architectures.table.Architecture` or a sequence of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib import metadata
+from pkgutil import iter_modules
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from lorasurgery.architectures.table import Architecture
+from lorasurgery.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENTRY_POINT_GROUP = "lorasurgery.architectures"
+
+
+@cache
+def architectures() -> Mapping[str, Architecture]:
+    """Every known architecture by its key (``flux1-dev``), variants of a family in the order of their file.
+
+    Raises ValueError when two tables claim the same key.
+    """
+    found: dict[str, Architecture] = {}
+    tables = [t for info in sorted(iter_modules(__path__), key=lambda m: m.name) for t in _tables_of(info.name)]
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        loaded = entry.load()
+        tables.extend([loaded] if isinstance(loaded, Architecture) else loaded)
+    for table in tables:
+        if table.key in found:
+            raise ValueError(f"two architecture tables are called {table.key}")
+        found[table.key] = table
+    return MappingProxyType(found)
+
+
+def _tables_of(module: str) -> tuple[Architecture, ...]:
+    found: tuple[Architecture, ...] = getattr(importlib.import_module(f"{__name__}.{module}"), "TABLES", ())
+    return found
+
+
+def named(name: str) -> tuple[Architecture, ...]:
+    """The architectures that ``name`` means: one key, or every variant of a family (``flux1``).
+
+    Raises RequestError for a name no table has.
+    """
+    tables = architectures()
+    found = tuple(t for t in tables.values() if name in (t.key, t.id))
+    if not found:
+        known = ", ".join(sorted({t.id for t in tables.values()}))
+        raise RequestError(
+            f"no architecture is called {name}", hint=f"one of {known}, or a variant such as flux1-schnell"
+        )
+    return found

@@ -1,0 +1,125 @@
+"""Deltas that are not factored: a full difference, a norm's difference, a replacement, and families that multiply the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.deltas.base import CannotError, multiplied
+from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.io.tensors import Tensor, computed, stack, widest, zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.io.tensors import Float64, Ranges, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """``diff`` is added to the weight (or, for a norm, to its gain). Shape (out, in[, k...]) or (dim,)."""
+
+    diff: Tensor
+    family: str = "full"
+    """``full`` or ``norm`` (spelled ``w_norm``)."""
+
+    @property
+    def rank(self) -> None:
+        """None: a full difference has none."""
+
+    @property
+    def shape(self) -> Shape:
+        """The weight's shape."""
+        return self.diff.shape
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """``diff``, or ``w_norm`` for a norm."""
+        return {"diff" if self.family == "full" else "w_norm": self.diff}
+
+    def rows(self, ranges: Ranges) -> Full:
+        """Slice: exact."""
+        return replace(self, diff=self.diff.rows(ranges))
+
+    def scaled(self, factor: float, record: Record | None = None) -> Full:
+        """Multiply."""
+        return self if factor == 1.0 else replace(self, diff=multiplied(self.diff, factor, record))
+
+    def cast(self, dtype: str) -> Full:
+        """In ``dtype``."""
+        return replace(self, diff=self.diff.cast(dtype))
+
+    def dense(self) -> Float64:
+        """The difference in float64."""
+        return self.diff.f64()
+
+    def to_low_rank(self) -> LowRank:
+        """The identity times the difference: exact, of rank min(out, in); raises CannotError for a norm."""
+        if len(self.shape) < 2:
+            raise CannotError("a norm or bias difference has no low-rank form")
+        out, columns = self.shape[0], self.diff.size // self.shape[0]
+        if out <= columns or len(self.shape) > 2:
+            up = computed(self.diff.dtype, (out, out, *(1 for _ in self.shape[2:])), lambda: _eye(out))
+            return LowRank(up, self.diff)
+        return LowRank(self.diff, computed(self.diff.dtype, (columns, columns), lambda: _eye(columns)))
+
+
+def _eye(size: int) -> Float64:
+    import numpy as np
+
+    return np.eye(size)
+
+
+def stack_full(parts: Sequence[tuple[Full | None, int]]) -> Full:
+    """Members one below the other; a missing one is zero rows. Exact."""
+    present = [delta for delta, _ in parts if delta is not None]
+    dtype = widest([d.diff.dtype for d in present])
+    rest = present[0].shape[1:]
+    return replace(present[0], diff=stack([zeros(dtype, (rows, *rest)) if d is None else d.diff for d, rows in parts]))
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A family carried through renames only: OFT, BOFT, GLoRA and (IA)^3 multiply the base, ``set`` replaces it."""
+
+    family: str
+    slots: tuple[tuple[str, Tensor], ...]
+    """(suffix as the file has it, tensor)."""
+    shape: Shape = ()
+    """(): unknown without the base."""
+
+    @property
+    def rank(self) -> None:
+        """None."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors by the suffix they stand under."""
+        return dict(self.slots)
+
+    def rows(self, ranges: Ranges) -> Opaque:
+        """A replacement's rows are slices; everything else raises CannotError."""
+        if self.family != "set":
+            raise CannotError(
+                f"{self.family.upper()} multiplies the base weight and cannot be cut or permuted without it"
+            )
+        return replace(self, slots=tuple((suffix, tensor.rows(ranges)) for suffix, tensor in self.slots))
+
+    def scaled(self, factor: float, record: Record | None = None) -> Opaque:  # noqa: ARG002  the protocol's signature
+        """Only by 1."""
+        if factor != 1.0:
+            raise CannotError(f"{self.family.upper()} has no scale to fold")
+        return self
+
+    def cast(self, dtype: str) -> Opaque:
+        """Every tensor in ``dtype``."""
+        return replace(self, slots=tuple((suffix, tensor.cast(dtype)) for suffix, tensor in self.slots))
+
+    def dense(self) -> Float64:
+        """Raises CannotError: it needs the base weight."""
+        raise CannotError(f"the change {self.family.upper()} makes depends on the base weight")
+
+    def to_low_rank(self) -> LowRank:
+        """Raises CannotError: it needs the base weight."""
+        raise CannotError(f"the change {self.family.upper()} makes depends on the base weight")

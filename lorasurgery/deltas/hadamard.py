@@ -1,0 +1,137 @@
+"""LoHa: delta = (w1_a @ w1_b) * (w2_a @ w2_b), element by element.
+
+Shapes: w*_a (out, rank), w*_b (rank, in) or, for a flat convolution, (rank, in*k*k). Tucker: w*_a (rank, out),
+w*_b (rank, in), t* (rank, rank, k, k) and each arm is sum_ij t[i, j, k, l] w_b[j, r] w_a[i, p].
+Source: LyCORIS ``functional/loha.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.deltas.base import CannotError, block_columns, multiplied
+from lorasurgery.deltas.low_rank import LowRank, used_columns
+from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.io.tensors import Float64, Ranges, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Hadamard:
+    """The element-wise product of two low-rank arms."""
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    t1: Tensor | None = None
+    t2: Tensor | None = None
+
+    family = "loha"
+
+    @property
+    def rank(self) -> int:
+        """Rows of w1_b."""
+        return self.w1_b.shape[0]
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in[, k...]); (out, in*k*k) for a flat convolution."""
+        if self.t1 is None:
+            return (self.w1_a.shape[0], *self.w1_b.shape[1:])
+        return (self.w1_a.shape[1], self.w1_b.shape[1], *self.t1.shape[2:])
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The factors by LyCORIS' names without ``hada_``."""
+        found = {"w1_a": self.w1_a, "w1_b": self.w1_b, "w2_a": self.w2_a, "w2_b": self.w2_b}
+        return found if self.t1 is None or self.t2 is None else {**found, "t1": self.t1, "t2": self.t2}
+
+    def rows(self, ranges: Ranges) -> Hadamard:
+        """Slice the output side of both arms; a fuse of several members is undone exactly."""
+        if self.t1 is not None:
+            return replace(self, w1_a=self.w1_a.columns(ranges), w2_a=self.w2_a.columns(ranges))
+        first, second = self.w1_a.rows(ranges), self.w2_a.rows(ranges)
+        columns = used_columns(self.w1_a, first)
+        if columns is None or columns != used_columns(self.w2_a, second):
+            return replace(self, w1_a=first, w2_a=second)
+        own = [columns]
+        return Hadamard(first.columns(own), self.w1_b.rows(own), second.columns(own), self.w2_b.rows(own))
+
+    def scaled(self, factor: float, record: Record | None = None) -> Hadamard:
+        """Fold ``factor`` into w1_a."""
+        return self if factor == 1.0 else replace(self, w1_a=multiplied(self.w1_a, factor, record))
+
+    def cast(self, dtype: str) -> Hadamard:
+        """Every factor in ``dtype``."""
+        return Hadamard(**{name: tensor.cast(dtype) for name, tensor in self.tensors.items()})
+
+    def dense(self) -> Float64:
+        """The product in float64, of shape :attr:`shape`."""
+        product: Float64 = _arm(self.w1_a, self.w1_b, self.t1) * _arm(self.w2_a, self.w2_b, self.t2)
+        return product
+
+    def to_low_rank(self) -> LowRank:
+        """Exact rank1 * rank2 factors (Khatri-Rao): up[:, ij] = w1_a[:, i] w2_a[:, j], down[ij] = w1_b[i] w2_b[j]."""
+        if self.t1 is not None:
+            raise CannotError("a Tucker LoHa has no small low-rank form")
+        first, second = self.w1_b.shape[0], self.w2_b.shape[0]
+        up = computed(
+            "F32", (self.w1_a.shape[0], first * second), lambda: _columnwise(self.w1_a.f64(), self.w2_a.f64())
+        )
+        down = computed(
+            "F32", (first * second, *self.w1_b.shape[1:]), lambda: _rowwise(self.w1_b.f64(), self.w2_b.f64())
+        )
+        return LowRank(up, down)
+
+
+def _arm(a: Tensor, b: Tensor, core: Tensor | None) -> Float64:
+    import numpy as np
+
+    if core is None:
+        flat: Float64 = (a.f64() @ b.f64().reshape(b.shape[0], -1)).reshape(a.shape[0], *b.shape[1:])
+        return flat
+    product: Float64 = np.einsum("ij...,jr,ip->pr...", core.f64(), b.f64(), a.f64())
+    return product
+
+
+def _columnwise(first: Float64, second: Float64) -> Float64:
+    product: Float64 = (first[:, :, None] * second[:, None, :]).reshape(first.shape[0], -1)
+    return product
+
+
+def _rowwise(first: Float64, second: Float64) -> Float64:
+    product: Float64 = (first[:, None] * second[None, :]).reshape(-1, *first.shape[1:])
+    return product
+
+
+def stack_hadamard(parts: Sequence[tuple[Hadamard | None, int]]) -> Hadamard:
+    """Members one below the other, exactly: block-diagonal w*_a, stacked w*_b (or shared w*_b and stacked w*_a).
+
+    Raises CannotError for Tucker cores.
+    """
+    present = [delta for delta, _ in parts if delta is not None]
+    if any(delta.t1 is not None for delta in present):
+        raise CannotError("Tucker convolutions cannot be stacked")
+    dtype = widest([delta.w1_a.dtype for delta in present])
+    head = present[0]
+    if all(same_values(d.w1_b, head.w1_b) and same_values(d.w2_b, head.w2_b) for d in present):
+        ones, twos = zip(*((d.w1_a, d.w2_a) if d else _missing(dtype, rows, head) for d, rows in parts), strict=True)
+        return Hadamard(stack(ones), head.w1_b, stack(twos), head.w2_b)
+    ones = [(d and d.w1_a, rows, d.w1_a.shape[1] if d else 0) for d, rows in parts]
+    twos = [(d and d.w2_a, rows, d.w2_a.shape[1] if d else 0) for d, rows in parts]
+    return Hadamard(
+        block_columns(ones, dtype),
+        stack([d.w1_b for d in present]),
+        block_columns(twos, dtype),
+        stack([d.w2_b for d in present]),
+    )
+
+
+def _missing(dtype: str, rows: int, like: Hadamard) -> tuple[Tensor, Tensor]:
+    return zeros(dtype, (rows, like.w1_a.shape[1])), zeros(dtype, (rows, like.w2_a.shape[1]))

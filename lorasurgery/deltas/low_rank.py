@@ -1,0 +1,150 @@
+"""LoRA and LoCon: delta = up @ down, with a Tucker core ``mid`` between them for some convolutions.
+
+Shapes: up (out, rank[, 1...]), down (rank, in[, k...]); Tucker: down (rank, in, 1, 1), mid (rank, rank, k, k) and
+delta[p, r, k, l] = sum_ij mid[i, j, k, l] up[p, i] down[j, r]. Source: LyCORIS ``functional/locon.py`` and ``general.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.deltas.base import CannotError, block_columns, multiplied, power_of_two, split_factor
+from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.io.tensors import Float64, Ranges, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """up @ down, or up @ mid @ down."""
+
+    up: Tensor
+    down: Tensor
+    mid: Tensor | None = None
+
+    family = "lora"
+
+    @property
+    def rank(self) -> int:
+        """Rows of down; sd-scripts and ComfyUI divide alpha by it."""
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in[, k...])."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """``up``, ``down`` and, for Tucker, ``mid``."""
+        found = {"up": self.up, "down": self.down}
+        return found if self.mid is None else {**found, "mid": self.mid}
+
+    def rows(self, ranges: Ranges) -> LowRank:
+        """Slice ``up``; where it is block-diagonal, only the columns these rows use, so that a fuse is undone exactly."""
+        up = self.up.rows(ranges)
+        columns = None if self.mid is not None else used_columns(self.up, up)
+        if columns is None:
+            return replace(self, up=up)
+        return LowRank(up.columns([columns]), self.down.rows([columns]))
+
+    def scaled(self, factor: float, record: Record | None = None) -> LowRank:
+        """Fold ``factor`` into ``up``; in fp16, half of its power of two goes into ``down`` to stay in range."""
+        if factor == 1.0:
+            return self
+        remainder, exponent = split_factor(factor)
+        share = exponent // 2 if self.up.dtype == "F16" else 0
+        return replace(
+            self,
+            up=multiplied(self.up, remainder * power_of_two(exponent - share), record),
+            down=multiplied(self.down, power_of_two(share)),
+        )
+
+    def cast(self, dtype: str) -> LowRank:
+        """Every factor in ``dtype``."""
+        mid = None if self.mid is None else self.mid.cast(dtype)
+        return LowRank(self.up.cast(dtype), self.down.cast(dtype), mid)
+
+    def dense(self) -> Float64:
+        """up @ down in float64, of shape :attr:`shape`."""
+        up = self.up.f64().reshape(self.up.shape[0], -1)
+        if self.mid is not None:
+            return _with_core(self.mid.f64(), up, self.down.f64().reshape(self.rank, -1))
+        product: Float64 = (up @ self.down.f64().reshape(self.rank, -1)).reshape(self.shape)
+        return product
+
+    def to_low_rank(self) -> LowRank:
+        """Itself; a Tucker core is multiplied into ``down`` (in float64, rounded once)."""
+        if self.mid is None:
+            return self
+        mid, down = self.mid, self.down
+
+        def folded() -> Float64:
+            import numpy as np
+
+            product: Float64 = np.einsum("ij...,jr->ir...", mid.f64(), down.f64().reshape(down.shape[0], -1))
+            return product
+
+        shape = (mid.shape[0], down.shape[1], *mid.shape[2:])
+        return LowRank(self.up, computed(self.down.dtype, shape, folded))
+
+
+def _with_core(mid: Float64, up: Float64, down: Float64) -> Float64:
+    import numpy as np
+
+    product: Float64 = np.einsum("ij...,pi,jr->pr...", mid, up, down)
+    return product
+
+
+def used_columns(up: Tensor, part: Tensor) -> tuple[int, int] | None:
+    """The columns of ``up`` that only the rows ``part`` use, when ``up`` is block-diagonal there; otherwise None.
+
+    ``up``: (out, rank); ``part``: some of its rows. The columns must be one run, ``part`` zero outside of it and the
+    other rows zero inside: then the module is a fuse of several and the run is this member's own rank.
+    """
+    import numpy as np
+
+    if up.shape[0] == part.shape[0]:
+        return None
+    whole = _nonzero(up)
+    inside = _nonzero(part)
+    columns = np.flatnonzero(inside.any(axis=0))
+    if columns.size == 0:
+        return None
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    uses = whole[:, first:last].sum()
+    if uses != inside.sum() or (first, last) == (0, up.shape[1]):
+        return None
+    return first, last
+
+
+def _nonzero(tensor: Tensor) -> Float64:
+    import numpy as np
+
+    values: Float64 = np.asarray(tensor.array().reshape(tensor.shape[0], -1) != 0)
+    return values
+
+
+def stack_low_rank(parts: Sequence[tuple[LowRank | None, int]]) -> LowRank:
+    """Members one below the other: (delta, rows), None for a missing member (zero rows). Exact.
+
+    Where every member has the same ``down``, up is stacked and the rank stays; otherwise up becomes block-diagonal and
+    the ranks add up. The members' scales must be equal or folded. Raises CannotError for Tucker cores.
+    """
+    present = [delta for delta, _ in parts if delta is not None]
+    if any(delta.mid is not None for delta in present):
+        raise CannotError("Tucker convolutions cannot be stacked")
+    dtype = widest([delta.up.dtype for delta in present])
+    if all(same_values(delta.down, present[0].down) for delta in present):
+        rest = present[0].up.shape[1:]
+        ups = [zeros(dtype, (rows, *rest)) if delta is None else delta.up for delta, rows in parts]
+        return LowRank(stack(ups), present[0].down)
+    blocks = [(delta and delta.up, rows, delta.rank if delta else 0) for delta, rows in parts]
+    up = block_columns(blocks, dtype)
+    return LowRank(up.reshape(*up.shape, *present[0].up.shape[2:]), stack([delta.down for delta in present]))

@@ -1,0 +1,89 @@
+"""sd-scripts' ``sshs_model_hash`` and ``sshs_legacy_hash``, byte for byte, streamed.
+
+sd-scripts serialises the tensors with only the ``ss_*`` metadata and hashes that. The model hash is the sha256 of the
+data region, which does not depend on the metadata; the legacy hash is the first 8 hex digits of the sha256 of bytes
+0x100000:0x110000 of that serialisation, header included.
+Source: ``precalculate_safetensors_hashes`` and ``addnet_hash_legacy`` in sd-scripts ``library/train_util.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+from lorasurgery.io.header import header_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasurgery.io.tensors import Region, Tensor
+
+LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
+CHUNK = 1 << 20
+"""Bytes read at a time."""
+
+
+class HashingThread:
+    """sha256 of a stream of regions and byte strings, beside the thread that writes them.
+
+    hashlib and file reads release the interpreter lock, so on two cores hashing costs no extra time.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._queue: queue.Queue[Region | bytes | None] = queue.Queue(maxsize=64)
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, item: Region | bytes) -> None:
+        """The next bytes of the stream."""
+        self._queue.put(item)
+
+    def close(self) -> None:
+        """Stop the thread; idempotent."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def hexdigest(self) -> str:
+        """The sha256 of everything added; raises what reading raised."""
+        self.close()
+        if self._failure is not None:
+            raise self._failure
+        return self._digest.hexdigest()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._failure is not None:
+                continue
+            try:
+                self._update(item)
+            except OSError as error:
+                self._failure = error
+
+    def _update(self, item: Region | bytes) -> None:
+        if isinstance(item, bytes):
+            self._digest.update(item)
+            return
+        for at in range(0, item.length, CHUNK):
+            self._digest.update(item.source.read(item.offset + at, min(CHUNK, item.length - at)))
+
+
+def legacy_window(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int, int]:
+    """What the legacy hash covers: (header bytes in the window, first data byte, data bytes) of the serialisation.
+
+    The data bytes count from the start of the data region; both counts are cut at its end.
+    """
+    header = header_bytes(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    data = sum(t.nbytes for t in tensors.values())
+    start = max(LEGACY_START - len(header), 0)
+    stop = max(LEGACY_START + LEGACY_LENGTH - len(header), 0)
+    return header[LEGACY_START : LEGACY_START + LEGACY_LENGTH], min(start, data), min(stop, data)
+
+
+def legacy_hash(header_part: bytes, data_part: bytes) -> str:
+    """8 hex digits."""
+    return hashlib.sha256(header_part + data_part).hexdigest()[:8]

@@ -1,0 +1,148 @@
+"""The safetensors header: read, check and write, without numpy, torch or the safetensors package.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the data.
+Source: https://github.com/huggingface/safetensors#format and its ``validate`` in ``safetensors/src/tensor.rs`` (0.8).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.errors import FileFormatError
+from lorasurgery.io.sniff import explain
+from lorasurgery.io.tensors import BITS, FileSource, Region, Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_HEADER = 100_000_000
+"""The longest header the safetensors library reads, in bytes."""
+
+DTYPE_ORDER = (
+    "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+"""The serialiser writes tensors by dtype in this order, then by name (observed with safetensors 0.8.0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawFile:
+    """A file's tensors, still on disk, and its string metadata."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(path: str | Path) -> RawFile:
+    """The header of ``path``, checked, its tensors as regions of the open file.
+
+    Raises FileFormatError, which says what the file is when it is something else, and OSError when it cannot be opened.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileFormatError(
+            "this is a folder", path=path, hint="the file inside it, or a PEFT folder with adapter_config.json"
+        )
+    source = FileSource(path)
+    size = source.size()
+    header, start = _header(path, source, size)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileFormatError("__metadata__ in the header must map strings to strings", path=path)
+    tensors = {name: _tensor(path, source, start, name, info) for name, info in header.items()}
+    _check_layout(path, tensors, start, size)
+    return RawFile(path, tensors, metadata)
+
+
+def _header(path: Path, source: FileSource, size: int) -> tuple[dict[str, Any], int]:
+    head = source.read(0, min(size, 512))
+    other = explain(path, head, size)
+    if other is not None:
+        raise other
+    length = int.from_bytes(head[:8], "little")
+    if size < 8 or length > MAX_HEADER:
+        raise FileFormatError(
+            f"the header claims {length} bytes, more than the {MAX_HEADER} the format allows; this is no safetensors file",
+            path=path,
+            hint="download it again",
+        )
+    if 8 + length > size:
+        raise FileFormatError(
+            f"truncated: the header needs {8 + length} bytes, the file has {size}", path=path, hint="download it again"
+        )
+    try:
+        header = json.loads(source.read(8, length), object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise FileFormatError(f"the header is not JSON ({error})", path=path, hint="download it again") from error
+    if not isinstance(header, dict):
+        raise FileFormatError("the header is not a JSON object", path=path)
+    return header, 8 + length
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice} stands twice")
+    return found
+
+
+def _tensor(path: Path, source: FileSource, start: int, name: str, info: object) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]  # type: ignore[index]
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            raise TypeError("not counts")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"the header entry of {name} has no valid dtype, shape and data_offsets", path=path
+        ) from error
+    if dtype not in BITS:
+        raise FileFormatError(f"{name} has dtype {dtype}, which no adapter uses", path=path)
+    tensor = Tensor(dtype, shape, (Region(source, start + begin, end - begin),))
+    if tensor.nbytes != end - begin:
+        raise FileFormatError(
+            f"{name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, data_offsets give {end - begin}", path=path
+        )
+    return tensor
+
+
+def _check_layout(path: Path, tensors: Mapping[str, Tensor], start: int, size: int) -> None:
+    at = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].regions[0].offset, item[1].nbytes)):
+        if tensor.regions[0].offset != at:
+            kind = "overlaps its neighbour" if tensor.regions[0].offset < at else "leaves a hole before it"
+            raise FileFormatError(f"the data of {name} {kind}: the header's data_offsets are wrong", path=path)
+        at += tensor.nbytes
+    if at > size:
+        raise FileFormatError(
+            f"truncated: the header describes {at} bytes, the file has {size}", path=path, hint="download it again"
+        )
+    if at < size:
+        raise FileFormatError(f"{size - at} bytes follow the last tensor; the header does not describe them", path=path)
+
+
+def serialiser_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the order the safetensors serialiser lays out their data."""
+    rank = {dtype: i for i, dtype in enumerate(DTYPE_ORDER)}
+    return sorted(tensors, key=lambda name: (rank.get(tensors[name].dtype, len(rank)), name.encode()))
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    """Length prefix and padded JSON for ``tensors`` in serialiser order, as the safetensors library writes it."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
+    for name in serialiser_order(tensors):
+        tensor = tensors[name]
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

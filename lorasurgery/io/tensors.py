@@ -1,0 +1,341 @@
+"""Tensors that know their dtype, their shape and how to get their bytes, and hold none until asked.
+
+A tensor is either bytes that lie somewhere (``Stored``: file regions, so that renames, row slices, row permutations and
+stacks move bytes and need no arithmetic), or a function that yields an array when the writer comes to it (``Computed``).
+numpy is imported only when an array is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Float64 = NDArray[np.float64]
+
+Shape = tuple[int, ...]
+Ranges = Sequence[tuple[int, int]]
+
+BITS = MappingProxyType(
+    {
+        **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+        **dict.fromkeys(("F32", "U32", "I32"), 32),
+        **dict.fromkeys(("BF16", "F16", "U16", "I16"), 16),
+        **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    }
+)
+"""Bits per element of the safetensors dtypes that an adapter can hold (sub-byte types are refused by the header)."""
+
+FLOATS = frozenset({"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"})
+
+_NUMPY_NAMES = MappingProxyType(
+    {
+        "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F32": "float32", "U32": "uint32",
+        "I32": "int32", "F16": "float16", "U16": "uint16", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    }
+)  # fmt: skip
+_ML_NAMES = MappingProxyType(
+    {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+)
+
+
+class Source(Protocol):
+    """Something bytes can be read from."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset``; raises OSError when they are not there."""
+        ...
+
+    def descriptor(self) -> int | None:
+        """A file descriptor for kernel-side copies, or None."""
+        ...
+
+
+class FileSource:
+    """An open file, closed when nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset``; safe from several threads."""
+        data = self._read_once(offset, length)
+        while len(data) < length:
+            more = self._read_once(offset + len(data), length - len(data))
+            if not more:
+                raise OSError(f"{self.path}: the file ended at byte {offset + len(data)} while it was read")
+            data += more
+        return data
+
+    def _read_once(self, offset: int, length: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._fd, length, offset)
+        with self._lock:  # Windows has no pread
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.read(self._fd, length)
+
+    def descriptor(self) -> int:
+        """The open file descriptor."""
+        return self._fd
+
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._fd).st_size
+
+    def __del__(self) -> None:
+        if (fd := getattr(self, "_fd", None)) is not None:
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySource:
+    """Bytes in memory."""
+
+    data: bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset``."""
+        return self.data[offset : offset + length]
+
+    def descriptor(self) -> None:
+        """None: there is no file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSource:
+    """As many zero bytes as anybody wants: the rows of a missing member."""
+
+    def read(self, offset: int, length: int) -> bytes:  # noqa: ARG002  the protocol's signature
+        """``length`` zero bytes."""
+        return bytes(length)
+
+    def descriptor(self) -> None:
+        """None: there is no file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """``length`` bytes of ``source`` from ``offset``."""
+
+    source: Source
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A dtype (safetensors name), a shape, and either regions whose bytes follow each other or a function."""
+
+    dtype: str
+    shape: Shape
+    regions: tuple[Region, ...] = ()
+    compute: Callable[[], Array] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * BITS[self.dtype] // 8
+
+    @cached_property
+    def _numpy_dtype(self) -> np.dtype[Any]:
+        return numpy_dtype(self.dtype)
+
+    def array(self) -> Array:
+        """The values in the tensor's own dtype (bf16 and fp8 through ``ml_dtypes``)."""
+        import numpy as np
+
+        if self.compute is not None:
+            return np.asarray(self.compute()).astype(self._numpy_dtype, copy=False).reshape(self.shape)
+        return np.frombuffer(self.tobytes(), dtype=self._numpy_dtype).reshape(self.shape)
+
+    def f64(self) -> Float64:
+        """The values in float64."""
+        import numpy as np
+
+        return self.array().astype(np.float64)
+
+    def f32(self) -> NDArray[np.float32]:
+        """The values in float32 (exact for every 16 and 8 bit dtype)."""
+        import numpy as np
+
+        return self.array().astype(np.float32)
+
+    def tobytes(self) -> bytes:
+        """The bytes as they stand in a file: little endian, row major."""
+        if self.compute is not None:
+            import numpy as np
+
+            return np.ascontiguousarray(self.array()).tobytes()
+        if len(self.regions) == 1:
+            region = self.regions[0]
+            return region.source.read(region.offset, region.length)
+        return b"".join(r.source.read(r.offset, r.length) for r in self.regions)
+
+    def item(self) -> float:
+        """The value of a tensor with one element."""
+        return scalar_value(self.dtype, self.tobytes())
+
+    def reshape(self, *shape: int) -> Tensor:
+        """The same values in another shape of the same size."""
+        if prod(shape) != self.size:
+            raise ValueError(f"cannot see {self.shape} as {shape}")
+        if self.compute is not None:
+            return Tensor(self.dtype, shape, compute=lambda: self.array().reshape(shape))
+        return Tensor(self.dtype, shape, self.regions)
+
+    def rows(self, ranges: Ranges) -> Tensor:
+        """The rows of axis 0 in ``ranges``, in that order."""
+        shape = (sum(stop - start for start, stop in ranges), *self.shape[1:])
+        if list(ranges) == [(0, self.shape[0])]:
+            return self
+        if self.compute is not None:
+            return Tensor(self.dtype, shape, compute=lambda: _take(self.array(), ranges))
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        regions = [part for start, stop in ranges for part in self._bytes(start * row, stop * row)]
+        return Tensor(self.dtype, shape, tuple(regions))
+
+    def columns(self, ranges: Ranges) -> Tensor:
+        """The columns of axis 1 in ``ranges``, in that order."""
+        if list(ranges) == [(0, self.shape[1])]:
+            return self
+        shape = (self.shape[0], sum(stop - start for start, stop in ranges), *self.shape[2:])
+        return Tensor(self.dtype, shape, compute=lambda: _take(self.array().swapaxes(0, 1), ranges).swapaxes(0, 1))
+
+    def cast(self, dtype: str) -> Tensor:
+        """The values in another dtype, rounded to nearest even."""
+        if dtype == self.dtype:
+            return self
+        return Tensor(dtype, self.shape, compute=lambda: self.array().astype(numpy_dtype(dtype)))
+
+    def _bytes(self, start: int, stop: int) -> list[Region]:
+        found, at = [], 0
+        for region in self.regions:
+            low, high = max(start, at), min(stop, at + region.length)
+            if low < high:
+                found.append(Region(region.source, region.offset + low - at, high - low))
+            at += region.length
+        return found
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """numpy's dtype of a safetensors dtype name."""
+    import numpy as np
+
+    if dtype in _NUMPY_NAMES:
+        return np.dtype(_NUMPY_NAMES[dtype])
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, _ML_NAMES[dtype]))
+
+
+def scalar_value(dtype: str, data: bytes) -> float:
+    """One element's value without numpy, for alphas and counters."""
+    import struct
+
+    if dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    code = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "U64": "Q", "I32": "i", "U32": "I", "I16": "h",
+            "U16": "H", "I8": "b", "U8": "B", "BOOL": "?"}.get(dtype)  # fmt: skip
+    if code is None:
+        import numpy as np
+
+        return float(np.frombuffer(data, numpy_dtype(dtype)).astype(np.float64)[0])
+    return float(struct.unpack(f"<{code}", data)[0])
+
+
+def of_bytes(dtype: str, shape: Shape, data: bytes) -> Tensor:
+    """A tensor of bytes in memory."""
+    return Tensor(dtype, shape, (Region(MemorySource(data), 0, len(data)),))
+
+
+def of_array(array: Array, dtype: str) -> Tensor:
+    """A tensor of an array's values, cast to ``dtype`` now."""
+    import numpy as np
+
+    data = np.ascontiguousarray(array.astype(numpy_dtype(dtype), copy=False))
+    return of_bytes(dtype, array.shape, data.tobytes())
+
+
+def computed(dtype: str, shape: Shape, function: Callable[[], Array]) -> Tensor:
+    """A tensor whose values ``function`` yields when the writer comes to it; they are cast to ``dtype``."""
+    return Tensor(dtype, shape, compute=function)
+
+
+def scalar(value: float, dtype: str = "F32") -> Tensor:
+    """A 0-d tensor; raises OverflowError when ``value`` does not fit an integer or half dtype."""
+    import struct
+
+    code = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i"}.get(dtype)
+    if code is None:
+        import numpy as np
+
+        return of_bytes(dtype, (), np.array(value).astype(numpy_dtype(dtype)).tobytes())
+    return of_bytes(dtype, (), struct.pack(f"<{code}", value if code in "dfe" else int(value)))
+
+
+def zeros(dtype: str, shape: Shape) -> Tensor:
+    """A tensor of zeros that takes no memory."""
+    return Tensor(dtype, shape, (Region(ZeroSource(), 0, prod(shape) * BITS[dtype] // 8),))
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one after another on axis 0; the dtype is the widest of theirs.
+
+    Raises ValueError when the other axes differ.
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({t.shape[1:] for t in tensors}) > 1:
+        raise ValueError(f"cannot stack {', '.join(str(t.shape) for t in tensors)}")
+    dtype = widest([t.dtype for t in tensors])
+    shape = (sum(t.shape[0] for t in tensors), *tensors[0].shape[1:])
+    cast = [t.cast(dtype) for t in tensors]
+    if all(t.compute is None for t in cast):
+        return Tensor(dtype, shape, tuple(r for t in cast for r in t.regions))
+
+    def concatenate() -> Array:
+        import numpy as np
+
+        return np.concatenate([t.array() for t in cast])
+
+    return Tensor(dtype, shape, compute=concatenate)
+
+
+def widest(dtypes: Sequence[str]) -> str:
+    """The dtype that holds every value of the given ones: the common one, or float32 (float64 if one is)."""
+    distinct = set(dtypes)
+    if len(distinct) == 1:
+        return distinct.pop()
+    return "F64" if distinct & {"F64", "I64", "U64", "I32", "U32"} else "F32"
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same bytes in the same shape."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return (first.compute is None and first.regions == second.regions) or first.tobytes() == second.tobytes()
+
+
+def _take(array: Array, ranges: Ranges) -> Array:
+    import numpy as np
+
+    return np.concatenate([array[start:stop] for start, stop in ranges])

@@ -1,0 +1,118 @@
+"""Writing safetensors: streamed, hashed on the way, and moved into place only when complete."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasurgery.errors import OutputExistsError
+from lorasurgery.io.hashes import CHUNK, HashingThread, legacy_hash, legacy_window
+from lorasurgery.io.header import header_bytes, serialiser_order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lorasurgery.io.tensors import Region, Tensor
+
+MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
+
+
+def check_output(path: Path, inputs: Sequence[Path], *, force: bool = False) -> None:
+    """Raises OutputExistsError when ``path`` is one of the inputs, or exists and ``force`` is off."""
+    for given in inputs:
+        if path.exists() and given.exists() and path.samefile(given):
+            raise OutputExistsError("the output is the input; it is never overwritten", path=path, hint="another name")
+    if path.exists() and not force:
+        raise OutputExistsError("the output exists already", path=path, hint="--force to replace it")
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, hashes: bool = False
+) -> dict[str, str]:
+    """Write ``tensors`` in the serialiser's order and return the metadata as written.
+
+    ``hashes`` computes ``sshs_model_hash`` and ``sshs_legacy_hash`` while the data streams. Nothing appears at ``path``
+    until the file is complete and synced; on any failure the temporary file is removed.
+    """
+    written = {k: v for k, v in metadata.items() if k not in (MODEL_HASH, LEGACY_HASH)}
+    if hashes:  # fixed widths, so that the header can be filled in afterwards
+        written |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
+    written = dict(sorted(written.items()))
+    head = header_bytes(tensors, written)
+    with _replacing(path) as fd:
+        _write_all(fd, head)
+        digest = _write_data(fd, tensors, hashes=hashes)
+        if digest is not None:
+            part, start, stop = legacy_window(tensors, metadata)
+            os.lseek(fd, len(head) + start, os.SEEK_SET)
+            window = os.read(fd, stop - start)
+            written |= {MODEL_HASH: digest, LEGACY_HASH: legacy_hash(part, window)}
+            os.lseek(fd, 0, os.SEEK_SET)
+            _write_all(fd, header_bytes(tensors, written))
+    return written
+
+
+def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str | None:
+    """Copy every tensor's bytes to ``fd`` in order; the sha256 of them when asked."""
+    hashing = HashingThread() if hashes else None
+    try:
+        for name in serialiser_order(tensors):
+            tensor = tensors[name]
+            for item in tensor.regions if tensor.compute is None else (tensor.tobytes(),):
+                if hashing is not None:
+                    hashing.add(item)
+                if isinstance(item, bytes):
+                    _write_all(fd, item)
+                else:
+                    _copy(fd, item)
+        return None if hashing is None else hashing.hexdigest()
+    finally:
+        if hashing is not None:
+            hashing.close()
+
+
+def _copy(fd: int, region: Region) -> None:
+    """Append a region to ``fd``, inside the kernel where it can."""
+    offset, left = region.offset, region.length
+    source = region.source.descriptor()
+    if source is not None and hasattr(os, "copy_file_range") and left >= CHUNK // 16:
+        with suppress(OSError):  # another file system, or one without support: fall through to reads and writes
+            while left and (n := os.copy_file_range(source, fd, left, offset_src=offset)):
+                offset, left = offset + n, left - n
+    while left:
+        data = region.source.read(offset, min(CHUNK, left))
+        _write_all(fd, data)
+        offset, left = offset + len(data), left - len(data)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """A descriptor of a temporary file beside ``path`` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        yield fd
+        os.fsync(fd)
+        os.close(fd)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            os.close(fd)
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,138 @@
+"""Which architecture a file is for: the table that explains most of its modules, names and shapes both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from lorasurgery.architectures import architectures
+from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.errors import UnknownArchitectureError
+from lorasurgery.layouts.names import index, stem_pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from lorasurgery.adapter import Site
+    from lorasurgery.architectures.table import Architecture, Shape
+
+ENOUGH = 0.5
+"""A table that explains less than this share of a file's modules is not taken to be its architecture."""
+NEAR = 0.8
+"""Tables whose names cover at least this share of the best one's are compared in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How well one table explains a file: modules whose name and shape fit, and whose name alone is known."""
+
+    architecture: Architecture
+    fitting: int
+    named: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Share of the file's modules that fit, 0 to 1."""
+        return self.fitting / self.total if self.total else 0.0
+
+
+def expected_shape(architecture: Architecture, site: Site) -> Shape:
+    """(out, in[, k...]) of the weight rows a site stands for."""
+    if site.component in TEXT_ENCODERS:
+        return TEXT_ENCODERS[site.component].shapes[site.spans[0].weight]
+    return architecture.module_shape(site.spans)
+
+
+def fits(shape: Shape, expected: Shape) -> bool:
+    """Whether a delta of ``shape`` can be added to ``expected``; flat convolutions count as their kernel's size."""
+    if not shape:
+        return True
+    return shape[0] == expected[0] and prod(shape[1:]) == prod(expected[1:])
+
+
+def detect(
+    stems: Mapping[str, Shape | None],
+    metadata: Mapping[str, str],
+    *,
+    among: Iterable[Architecture] | None = None,
+    path: Path | None = None,
+) -> tuple[Match, list[Match]]:
+    """The best table and every other that fits equally many modules.
+
+    ``stems``: module name as spelled -> shape of its delta (None: unknown). Ties are decided by what the metadata says
+    (``ss_base_model_version``, ``modelspec.architecture``), then by the tables' own order.
+    Raises UnknownArchitectureError, with the nearest tables, when none explains enough.
+    """
+    matches = [score(arch, stems) for arch in (_near(stems) if among is None else among)]
+    if not matches or not any(m.named for m in matches):
+        raise _unknown(stems, matches, path)
+    said = {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").split("/")[0]} - {""}
+    hinted = {m.architecture.key for m in matches if said & set(m.architecture.metadata_names)}
+    best = max(matches, key=lambda m: (m.fitting, m.named, m.architecture.key in hinted))
+    if best.share < ENOUGH:
+        raise _unknown(stems, matches, path)
+    ties = [m for m in matches if m is not best and (m.fitting, m.named) == (best.fitting, best.named)]
+    return best, ([] if best.architecture.key in hinted else ties)
+
+
+def score(architecture: Architecture, stems: Mapping[str, Shape | None]) -> Match:
+    """Count the modules whose names, and whose names and shapes, the table knows."""
+    names = index(architecture)
+    fitting = named = 0
+    for stem, shape in stems.items():
+        found = names.find(stem)
+        if found is None:
+            continue
+        named += 1
+        fitting += shape is None or fits(shape, expected_shape(architecture, found.site))
+    return Match(architecture, fitting, named, len(stems))
+
+
+def _near(stems: Mapping[str, Shape | None]) -> list[Architecture]:
+    """The tables whose name patterns cover about as many modules as the best one's."""
+    patterns = Counter(stem_pattern(stem) for stem in stems)
+    encoder_stems = sum(n for p, n in patterns.items() if p.startswith(("lora_te", "text_encoder")))
+    cover = {
+        arch.key: sum(n for p, n in patterns.items() if p in arch.patterns) + (encoder_stems if arch.encoders else 0)
+        for arch in architectures().values()
+    }
+    best = max(cover.values(), default=0)
+    return [arch for key, arch in architectures().items() if cover[key] and cover[key] >= NEAR * best]
+
+
+def _unknown(
+    stems: Mapping[str, Shape | None], matches: list[Match], path: Path | None
+) -> UnknownArchitectureError:
+    ranked = sorted(matches, key=lambda m: (-m.fitting, -m.named))[:3]
+    candidates = [(m.architecture.key, m.share) for m in ranked if m.named]
+    first = next(iter(stems), "")
+    if not candidates:
+        return UnknownArchitectureError(
+            f"no known architecture has a module called {first} ({len(stems)} modules in the file)",
+            path=path,
+            hint="--base MODEL, the checkpoint it was trained on (only its header is read)",
+        )
+    closest = ranked[0]
+    wrong = _first_misfit(closest.architecture, stems)
+    return UnknownArchitectureError(
+        f"no known architecture explains these keys; closest: {closest.architecture.name} ({closest.share:.0%}). {wrong}",
+        path=path,
+        hint="--base MODEL, the checkpoint it was trained on (only its header is read), or --arch NAME",
+        candidates=candidates,
+    )
+
+
+def _first_misfit(architecture: Architecture, stems: Mapping[str, Shape | None]) -> str:
+    names = index(architecture)
+    for stem, shape in stems.items():
+        found = names.find(stem)
+        if found is None:
+            return f"It has no {stem}."
+        expected = expected_shape(architecture, found.site)
+        if shape is not None and not fits(shape, expected):
+            return f"{stem} is {list(shape)}, it expects {list(expected)}."
+    return ""

@@ -1,0 +1,88 @@
+"""Files that are no adapters, and adapters whose keys hold no names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.errors import NotAnAdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasurgery.io.header import RawFile
+    from lorasurgery.layouts.group import Group
+
+_MARKERS: tuple[tuple[str, str, str], ...] = (
+    (r"^lllite_", "a ControlNet-LLLite, not a LoRA", "the LLLite nodes of your program"),
+    (r"^(control_model\.|controlnet_|input_hint_block|zero_convs)", "a ControlNet, not a LoRA", "the ControlNet folder"),
+    (r"^(string_to_param|emb_params$|clip_[lg]$)", "a textual inversion embedding, not a LoRA", "the embeddings folder"),
+    (r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.|first_stage_model\.)", "a whole checkpoint, not a LoRA", "lorasurgery extract to make a LoRA of the difference to its base"),
+    (r"^(ip_adapter\.|image_proj\.)", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
+    (r"^(encoder\.conv_in|decoder\.conv_in|quant_conv)", "a VAE, not a LoRA", "the VAE folder"),
+    (r"\.qweight$|\.svdq|smooth_factor", "an SVDQuant model, not a LoRA", "the LoRA it was made from"),
+)  # fmt: skip
+
+_INDEXED = re.compile(r"^(unet|text_encoder):(\d+):(up|down)$")
+
+
+def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
+    """Raises NotAnAdapterError, saying what the file is, when none of its keys belongs to an adapter."""
+    lllite = any(key.startswith("lllite_") for key in raw.tensors)
+    if groups and not lllite:
+        return
+    if not raw.tensors:
+        raise NotAnAdapterError("the file holds no tensors", path=raw.path, hint="the file it was meant to be")
+    for pattern, what, hint in _MARKERS:
+        if any(re.search(pattern, key) for key in raw.tensors):
+            raise NotAnAdapterError(f"this is {what}", path=raw.path, hint=hint)
+    first = next(iter(raw.tensors))
+    what = "a model's own weights" if first.endswith((".weight", ".bias")) else "no LoRA-family adapter"
+    raise NotAnAdapterError(
+        f"this is {what}: of its {len(raw.tensors)} keys none ends like an adapter's (first: {first})",
+        path=raw.path,
+        hint="a file with keys such as lora_down.weight, lora_A.weight, hada_w1_a or lokr_w1",
+    )
+
+
+def named_modules(raw: RawFile) -> RawFile:
+    """cloneofsimo/lora numbers its modules instead of naming them: give ``unet:3:up`` its name.
+
+    The number counts the targets in the order of Stable Diffusion 1's module tree: in every attention block q, k, v, out
+    of attn1, the GEGLU projection, then attn2 (down blocks, up blocks, middle block); CLIP's self-attention in the order
+    k, v, q, out. Source: cloneofsimo/lora ``lora_diffusion/lora.py`` (``_find_modules_v2``) and Diffusers 0.9's classes.
+    """
+    if not any(_INDEXED.match(key) for key in raw.tensors):
+        return raw
+    orders = {"unet": _unet_order(), "text_encoder": _clip_order()}
+    tensors = {}
+    for key, tensor in raw.tensors.items():
+        match = _INDEXED.match(key)
+        if match is None or int(match[2]) >= len(orders[match[1]]):
+            tensors[key] = tensor
+            continue
+        component, number, side = match.groups()
+        tensors[f"{component}.{orders[component][int(number)]}.lora.{side}.weight"] = tensor
+    return replace(raw, tensors=tensors)
+
+
+def _unet_order() -> list[str]:
+    from lorasurgery.architectures import named
+
+    names = list(named("sd1")[0].namings[DIFFUSERS])
+    blocks = list(dict.fromkeys(n.split(".transformer_blocks.0.")[0] for n in names if ".transformer_blocks.0." in n))
+    stages = ("down_blocks", "up_blocks", "mid_block")
+    blocks.sort(key=lambda b: (stages.index(b.split(".")[0]), [int(p) for p in b.split(".") if p.isdigit()]))
+    leaves = (
+        *(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")),
+        "ff.net.0.proj",
+        *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")),
+    )
+    return [f"{block}.transformer_blocks.0.{leaf}" for block in blocks for leaf in leaves]
+
+
+def _clip_order() -> list[str]:
+    sides = ("k_proj", "v_proj", "q_proj", "out_proj")
+    return [f"text_model.encoder.layers.{i}.self_attn.{side}" for i in range(12) for side in sides]

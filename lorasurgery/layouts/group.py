@@ -1,0 +1,198 @@
+"""Keys to modules: which tensors belong together, and which family they make, before any name is understood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.deltas.hadamard import Hadamard
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.errors import BrokenModuleError
+from lorasurgery.layouts.words import (
+    ALPHA,
+    BIAS,
+    EXTRA,
+    FULL,
+    LOHA,
+    LOKR,
+    LORA,
+    MAGNITUDE,
+    NORM,
+    OPAQUE_FAMILIES,
+    SET,
+    Word,
+    split_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.io.header import RawFile
+    from lorasurgery.io.tensors import Tensor
+
+_MODIFIERS = (ALPHA, MAGNITUDE, BIAS, EXTRA)
+
+
+class Entry(NamedTuple):
+    """One tensor of a module: its key, its word, the tensor."""
+
+    key: str
+    word: Word
+    tensor: Tensor
+
+
+@dataclass(slots=True)
+class Group:
+    """The tensors of one module as spelled in the file."""
+
+    stem: str
+    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
+
+    def families(self) -> list[str]:
+        """The families its tensors belong to, modifiers (alpha, magnitude, bias) left out."""
+        return list(dict.fromkeys(family for family, _ in self.entries if family not in _MODIFIERS))
+
+    def modifier(self, name: str) -> Entry | None:
+        """The alpha, magnitude, bias or extra entry."""
+        return next((entry for (family, _), entry in self.entries.items() if family == name), None)
+
+    def slots(self, family: str) -> dict[str, Tensor]:
+        """The family's tensors by slot."""
+        return {slot: entry.tensor for (own, slot), entry in self.entries.items() if own == family}
+
+    def key(self) -> str:
+        """A key to name in messages."""
+        return next(iter(self.entries.values())).key
+
+
+def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
+    """Sort a file's keys into modules; the second result is what ends in no known word.
+
+    Raises BrokenModuleError when two keys fill one slot (two PEFT adapters in one file).
+    """
+    groups: dict[str, Group] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in raw.tensors.items():
+        split = split_key(key)
+        if split is None:
+            others[key] = tensor
+            continue
+        entry = Entry(key, split.word, tensor)
+        own = groups.setdefault(split.stem, Group(split.stem))
+        slot = (split.word.family, split.word.slot)
+        if slot in own.entries:
+            raise BrokenModuleError(
+                f"{key} and {own.entries[slot].key} fill the same place; the file seems to hold two adapters",
+                key=key,
+                path=raw.path,
+                hint="save one adapter at a time",
+            )
+        own.entries[slot] = entry
+    _adopt_ia3(groups, others)
+    return groups, others
+
+
+def _adopt_ia3(groups: dict[str, Group], others: dict[str, Tensor]) -> None:
+    """LyCORIS' (IA)^3 calls its vector plain ``weight``; it is one only beside ``on_input``."""
+    for stem, own in groups.items():
+        key = f"{stem}.weight"
+        if ("ia3", "on_input") in own.entries and key in others:
+            own.entries["ia3", "weight"] = Entry(key, Word("ia3", "weight", "kohya"), others.pop(key))
+
+
+def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:
+    """The delta of a module, or None when it has only a bias.
+
+    Raises BrokenModuleError for missing factors, factors that do not fit, or two families at once.
+    """
+    families = own.families()
+    if not families:
+        if own.modifier(BIAS) is None:
+            raise _broken(own, path, f"{own.key()} stands alone: no factors go with it", "the complete file")
+        return None
+    if len(families) > 1:
+        raise _broken(own, path, f"{own.stem} has tensors of two families ({' and '.join(families)})", "keep one of them")
+    family = families[0]
+    slots = own.slots(family)
+    delta = _BUILDERS[family](own, slots, path) if family in _BUILDERS else _opaque(own, family, slots)
+    _check_fit(own, delta, path)
+    return delta
+
+
+def _low_rank(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:
+    for slot, other in (("down", "up"), ("up", "down")):
+        if slot not in slots:
+            have = own.entries[LORA, other if other in slots else next(iter(slots))].key
+            raise _broken(own, path, f"{own.stem} has {have} but no {slot} factor", "the complete file")
+    return LowRank(slots["up"], slots["down"], slots.get("mid"))
+
+
+def _hadamard(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:
+    _need(own, slots, ("w1_a", "w1_b", "w2_a", "w2_b"), "hada_", path)
+    return Hadamard(**slots)
+
+
+def _kronecker(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:
+    for whole in ("w1", "w2"):
+        if whole not in slots:
+            _need(own, slots, (f"{whole}_a", f"{whole}_b"), "lokr_", path)
+    return Kronecker(**slots)
+
+
+def _full(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # noqa: ARG001  the builders' signature
+    return Full(slots["diff"])
+
+
+def _norm(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # noqa: ARG001  the builders' signature
+    return Full(slots["w_norm"], "norm")
+
+
+_BUILDERS = {LORA: _low_rank, LOHA: _hadamard, LOKR: _kronecker, FULL: _full, NORM: _norm}
+
+
+def _opaque(own: Group, family: str, slots: Mapping[str, Tensor]) -> Opaque:
+    if family == "oft" and "oft_blocks" in slots and len(slots["oft_blocks"].shape) == 4:
+        family = "boft"
+    named = tuple(
+        (entry.key[len(own.stem) :], entry.tensor)
+        for (kind, _), entry in own.entries.items()
+        if kind in (*OPAQUE_FAMILIES, SET)
+    )
+    shape = slots["set_weight"].shape if family == SET else ()
+    return Opaque(family, named, shape)
+
+
+def _need(own: Group, slots: Mapping[str, Tensor], names: tuple[str, ...], prefix: str, path: object) -> None:
+    missing = [name for name in names if name not in slots]
+    if missing:
+        raise _broken(own, path, f"{own.stem} has no {prefix}{missing[0]}", "the complete file")
+
+
+def _check_fit(own: Group, delta: Delta, path: object) -> None:
+    """Inner dimensions must agree."""
+    pairs: list[tuple[str, int, str, int]] = []
+    if isinstance(delta, LowRank):
+        core = delta.mid
+        pairs.append(("up", delta.up.shape[1], "down", delta.rank) if core is None else ("up", delta.up.shape[1], "mid", core.shape[0]))
+        if core is not None:
+            pairs.append(("mid", core.shape[1], "down", delta.rank))
+    elif isinstance(delta, Hadamard):
+        axis = 1 if delta.t1 is None else 0
+        pairs += [("hada_w1_a", delta.w1_a.shape[axis], "hada_w1_b", delta.w1_b.shape[0])]
+        pairs += [("hada_w2_a", delta.w2_a.shape[axis], "hada_w2_b", delta.w2_b.shape[0])]
+    elif isinstance(delta, Kronecker):
+        if delta.w1 is None and delta.w1_a is not None and delta.w1_b is not None:
+            pairs.append(("lokr_w1_a", delta.w1_a.shape[1], "lokr_w1_b", delta.w1_b.shape[0]))
+        if delta.w2 is None and delta.w2_a is not None and delta.w2_b is not None:
+            axis = 1 if delta.t2 is None else 0
+            pairs.append(("lokr_w2_a", delta.w2_a.shape[axis], "lokr_w2_b", delta.w2_b.shape[0]))
+    for first, has, second, other in pairs:
+        if has != other:
+            raise _broken(own, path, f"{own.stem}: {first} has rank {has} but {second} has {other}", "the original file")
+
+
+def _broken(own: Group, path: object, message: str, hint: str) -> BrokenModuleError:
+    return BrokenModuleError(message, key=own.key(), path=str(path) if path is not None else None, hint=hint)

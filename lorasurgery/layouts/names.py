@@ -1,0 +1,158 @@
+"""From a module's name as some file spells it to the rows of the base weights it stands for.
+
+Prefixes and namings are independent: a prefix says which component a name belongs to, whether its dots became
+underscores, and which naming to try first; the name itself is looked up in the architecture's enumerated namings.
+"""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
+from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, Architecture, Span, flat, name_pattern
+from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lorasurgery.architectures.table import Encoder, Spans
+
+ALIAS = "alias"
+
+
+class Prefix(NamedTuple):
+    """What stands before a denoiser module's name."""
+
+    text: str
+    layout: str
+    flat: bool
+    order: tuple[str, ...]
+    """Namings in the order to look the rest up in."""
+    component: str = DENOISER
+
+
+_NATIVE = (ORIGINAL, SD_SCRIPTS, DIFFUSERS)
+_DIFFUSERS = (DIFFUSERS, ORIGINAL, SD_SCRIPTS)
+_TRAINED = (SD_SCRIPTS, ORIGINAL, DIFFUSERS)
+
+PREFIXES = (
+    Prefix("lora_unet__", "sd-scripts", True, _TRAINED),  # VideoX-Fun
+    Prefix("lora_unet_", "sd-scripts", True, _TRAINED),
+    Prefix("lora_transformer_", "onetrainer", True, _DIFFUSERS),
+    Prefix("lycoris_", "lycoris", True, _DIFFUSERS),
+    Prefix("oft_unet_", "sd-scripts", True, _TRAINED),
+    Prefix("base_model.model.diffusion_model.", "peft", False, _NATIVE),
+    Prefix("base_model.model.transformer.", "peft", False, _DIFFUSERS),
+    Prefix("base_model.model.unet.", "peft", False, _DIFFUSERS),
+    Prefix("base_model.model.", "peft", False, _DIFFUSERS),
+    Prefix("model.diffusion_model.", "comfyui", False, _NATIVE),
+    Prefix("diffusion_model.", "comfyui", False, _NATIVE),
+    Prefix("transformer_2.", "diffusers", False, _DIFFUSERS, SECOND_DENOISER),
+    Prefix("transformer.", "diffusers", False, _DIFFUSERS),
+    Prefix("unet.base_model.model.", "peft", False, _DIFFUSERS),
+    Prefix("unet.", "diffusers", False, _DIFFUSERS),
+    Prefix("net.", "bare", False, _NATIVE),  # OneTrainer's original form of Cosmos models
+    Prefix("", "bare", False, _NATIVE),
+)
+"""Longest first: a longer prefix is tried before one it begins with."""
+
+
+class Found(NamedTuple):
+    """Where a spelled name leads, and what that says about the file's layout."""
+
+    site: Site
+    naming: str
+    layout: str
+
+
+class NameIndex:
+    """Every name of one architecture, looked up by prefix, form and naming."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+
+    @cached_property
+    def _names(self) -> Mapping[tuple[str, bool], Mapping[str, Spans]]:
+        arch = self.architecture
+        found: dict[tuple[str, bool], Mapping[str, Spans]] = {}
+        for naming, names in (*arch.namings.items(), (ALIAS, arch.alias_names)):
+            found[naming, False] = names
+            found[naming, True] = MappingProxyType({flat(name): spans for name, spans in names.items()})
+        return MappingProxyType(found)
+
+    @cached_property
+    def _encoder_prefixes(self) -> tuple[tuple[str, str, bool, str], ...]:
+        """(prefix, component, flat, layout), longest first."""
+        found = []
+        for encoder in self.architecture.encoders:
+            for text, is_flat, layout in encoder_prefixes(encoder):
+                found.append((text, encoder.table, is_flat, layout))
+        return tuple(sorted(set(found), key=lambda item: -len(item[0])))
+
+    def find(self, stem: str) -> Found | None:
+        """The site of a spelled module name, or None when this architecture has no such name."""
+        for text, component, is_flat, layout in self._encoder_prefixes:
+            if stem.startswith(text):
+                weight = _encoder_names(component)[is_flat].get(stem[len(text) :])
+                if weight is not None:
+                    rows = TEXT_ENCODERS[component].shapes[weight][0]
+                    return Found(Site(component, (Span(weight, 0, rows),)), ORIGINAL, layout)
+        for prefix in PREFIXES:
+            if stem.startswith(prefix.text):
+                body = stem[len(prefix.text) :]
+                for naming in (*prefix.order, ALIAS):
+                    spans = self._names[naming, prefix.flat].get(body)
+                    if spans is not None:
+                        return Found(Site(prefix.component, spans), naming, prefix.layout)
+        for root, component in self.architecture.diffusers_roots:
+            if stem.startswith(component + "."):
+                spans = self._names[DIFFUSERS, False].get(root + stem[len(component) + 1 :])
+                if spans is not None:
+                    return Found(Site(DENOISER, spans), DIFFUSERS, "diffusers")
+        return None
+
+    def spellings(self) -> Iterator[str]:
+        """Every name without its prefix, for nearest-name searches."""
+        for names in self._names.values():
+            yield from names
+
+
+def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:
+    """(prefix, flat, layout) of every spelling of one text encoder's modules."""
+    yield encoder.sd_scripts + "_", True, "sd-scripts"
+    if encoder.onetrainer:
+        yield encoder.onetrainer + "_", True, "onetrainer"
+    if encoder.sd_scripts == "lora_te":
+        yield "lora_te1_", True, "sd-scripts"
+    if encoder.sd_scripts == "lora_te1":
+        yield "lora_te_", True, "sd-scripts"
+    if encoder.diffusers:
+        yield encoder.diffusers + ".", False, "diffusers"
+        yield f"base_model.model.{encoder.diffusers}.", False, "peft"
+    yield encoder.comfyui + ".", False, "comfyui"
+
+
+@cache
+def _encoder_names(table: str) -> Mapping[bool, Mapping[str, str]]:
+    """flat? -> spelled name -> weight. transformers 5.6 dropped CLIP's ``text_model.``, so both spellings are known."""
+    dotted = {}
+    for name in TEXT_ENCODERS[table].shapes:
+        dotted[name.removeprefix("text_model.")] = name
+        dotted[name] = name
+    return {False: dotted, True: {flat(spelled): name for spelled, name in dotted.items()}}
+
+
+@cache
+def index(architecture: Architecture) -> NameIndex:
+    """The (cached) index of an architecture."""
+    return NameIndex(architecture)
+
+
+def stem_pattern(stem: str) -> str:
+    """A spelled name without its prefix, its numbers as ``#``: what :attr:`Architecture.patterns` holds."""
+    for prefix in PREFIXES:
+        if prefix.text and stem.startswith(prefix.text):
+            return name_pattern(stem[len(prefix.text) :])
+    return name_pattern(stem)

@@ -1,0 +1,131 @@
+"""Where a module's scale comes from: alpha tensor, PEFT configuration, header metadata, or nothing.
+
+Rules: scale = alpha / rank; rsLoRA alpha / sqrt(rank); no alpha anywhere means 1 (ComfyUI, Diffusers, sd-scripts agree).
+A LoKr with both factors whole: 1 in LyCORIS, sd-scripts and ComfyUI whatever alpha says; alpha / r in PEFT;
+alpha / max(w2.shape) in the musubi-tuner fork that writes a ``lokr_factor`` buffer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapter import Scale
+from lorasurgery.deltas.kronecker import Kronecker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.io.tensors import Tensor
+
+HEADER_KEY = "lora_adapter_metadata"
+"""Where Diffusers keeps the LoraConfig of each component in a file's header."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The fields of a PEFT configuration that decide a scale. Source: PEFT ``LoraConfig``, ``LoHaConfig``, ``LoKrConfig``."""
+
+    source: str
+    """``adapter_config.json`` or ``lora_adapter_metadata``."""
+    rank: int = 8
+    alpha: float = 8.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], source: str) -> PeftConfig:
+        """From the JSON object of ``adapter_config.json``; absent fields have PEFT's defaults."""
+        alpha = fields.get("lora_alpha", fields.get("alpha", 8))
+        return cls(
+            source,
+            int(fields.get("r") or 8),
+            float(8 if alpha is None else alpha),
+            dict(fields.get("rank_pattern") or {}),
+            dict(fields.get("alpha_pattern") or {}),
+            bool(fields.get("use_rslora")),
+        )
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module by its name in the wrapped model."""
+        return float(_by_pattern(self.alpha_pattern, module, self.alpha))
+
+    def rank_of(self, module: str) -> int:
+        """The rank the configuration says; tensors decide the real one, but PEFT divides by this for LoKr."""
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:  # noqa: ANN401  int or float
+    """PEFT's ``get_pattern_key``: the first pattern that matches the end of the name at a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def header_configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
+    """Component -> configuration from ``lora_adapter_metadata``; component "" when the entries have no prefix.
+
+    An unreadable value counts as absent: Diffusers ignores nothing here, but no tensor is at stake.
+    """
+    try:
+        entries = json.loads(metadata.get(HEADER_KEY, "{}"))
+    except ValueError:
+        return {}
+    grouped: dict[str, dict[str, Any]] = {}
+    for key, value in entries.items() if isinstance(entries, dict) else ():
+        component, _, name = key.rpartition(".")
+        grouped.setdefault(component, {})[name] = value
+    return {component: PeftConfig.from_dict(fields, HEADER_KEY) for component, fields in grouped.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRules:
+    """What a whole file says about scales."""
+
+    configs: Mapping[str, PeftConfig]
+    """By component prefix; "" applies to every module."""
+    rslora_flag: bool = False
+    """The musubi-tuner fork's ``use_rslora_flag``."""
+    whole_lokr_by_shape: bool = False
+    """The same fork's rule for a LoKr with both factors whole: alpha / max(w2.shape)."""
+
+    def resolve(self, stem: str, delta: Delta, alpha: Tensor | None) -> Scale:
+        """The scale of one module. ``stem`` is its name as the file spells it."""
+        whole = isinstance(delta, Kronecker) and delta.rank is None
+        if alpha is not None:
+            return self._of_alpha(delta, alpha, whole=whole)
+        config, name = self._config(stem)
+        if config is None or delta.family not in ("lora", "loha", "lokr"):
+            return Scale(1.0, "none (1.0)")
+        rank = config.rank_of(name) if delta.family == "lokr" else delta.rank or 1
+        divisor = sqrt(rank) if config.use_rslora and delta.family == "lora" else rank
+        return Scale(config.alpha_of(name) / divisor, config.source)
+
+    def _of_alpha(self, delta: Delta, alpha: Tensor, *, whole: bool) -> Scale:
+        value = alpha.item()
+        if isinstance(delta, Kronecker) and whole:
+            if self.whole_lokr_by_shape and isfinite(value):
+                return Scale(value / max(delta.inner), "alpha tensor (whole LoKr: alpha / max(w2.shape))", alpha)
+            return Scale(1.0, "whole LoKr (alpha unused)", alpha)
+        rank = delta.rank
+        if rank is None:
+            return Scale(1.0, "none (1.0)", alpha)
+        if self.rslora_flag and delta.family == "lora":
+            return Scale(value / sqrt(rank), "rsLoRA")
+        return Scale(value / rank, "alpha tensor", alpha)
+
+    def _config(self, stem: str) -> tuple[PeftConfig | None, str]:
+        """The configuration that covers a module, and the module's name in the model it describes."""
+        for component, config in self.configs.items():
+            if component and stem.startswith(component + "."):
+                return config, stem[len(component) + 1 :]
+        if "" in self.configs:
+            name = stem.removeprefix("base_model.model.")
+            return self.configs[""], name
+        return None, stem

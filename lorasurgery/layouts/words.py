@@ -1,0 +1,109 @@
+"""The suffix vocabulary: what may follow a module's name in a key, and which factor it is.
+
+Sources: ComfyUI ``comfy/weight_adapter`` and ``comfy/lora.py`` (2026-05), PEFT ``save_and_load.py``, LyCORIS 3.3, Diffusers
+``lora_conversion_utils.py``, sd-scripts and musubi-tuner ``networks``, ai-toolkit ``toolkit/network_mixins.py``.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import NamedTuple
+
+LORA, LOHA, LOKR, FULL, NORM, SET = "lora", "loha", "lokr", "full", "norm", "set"
+ALPHA, MAGNITUDE, BIAS, EXTRA = "alpha", "magnitude", "bias", "extra"
+OPAQUE_FAMILIES = ("oft", "boft", "glora", "ia3", "sparse")
+
+
+class Word(NamedTuple):
+    """A suffix: the family (or modifier) it belongs to, the slot it fills, and the dialect that spells it so."""
+
+    family: str
+    slot: str
+    dialect: str
+
+
+def _pairs(down: str, up: str, dialect: str) -> dict[str, Word]:
+    return {down: Word(LORA, "down", dialect), up: Word(LORA, "up", dialect)}
+
+
+_HADA = {
+    f".hada_{s}": Word(LOHA, s, "kohya") for s in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+}
+_LOKR = {f".lokr_{s}": Word(LOKR, s, "kohya") for s in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+_OPAQUE = {
+    **{f".{s}": Word("oft", s, "kohya") for s in ("oft_blocks", "oft_diag", "oft_R", "oft_R.weight", "rescale")},
+    **{f".{s}": Word("boft", s, "peft") for s in ("boft_R", "boft_s")},
+    **{f".{s}.weight": Word("glora", f"{s}.weight", "kohya") for s in ("a1", "a2", "b1", "b2", "bm")},
+    **{f".{s}": Word("ia3", s, "kohya") for s in ("on_input", "ia3_l")},
+    **{f".{s}": Word("sparse", s, "kohya") for s in ("bias_indices", "bias_values", "bias_size")},
+}  # fmt: skip
+
+WORDS = MappingProxyType(
+    {
+        **_pairs(".lora_down.weight", ".lora_up.weight", "kohya"),
+        **_pairs(".lora_A.weight", ".lora_B.weight", "peft"),
+        **_pairs(".lora_A", ".lora_B", "mochi"),
+        **_pairs(".lora.down.weight", ".lora.up.weight", "diffusers-old"),
+        **_pairs(".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", "diffusers-old"),
+        **_pairs("_lora.down.weight", "_lora.up.weight", "processor"),
+        **_pairs(".down.weight", ".up.weight", "xlabs"),
+        ".lora_mid.weight": Word(LORA, "mid", "kohya"),
+        ".lora_B.bias": Word(BIAS, "bias", "peft"),
+        ".lora_up.bias": Word(BIAS, "bias", "kohya"),
+        ".diff_b": Word(BIAS, "bias", "kohya"),
+        ".b_norm": Word(BIAS, "bias", "kohya"),
+        ".alpha": Word(ALPHA, "alpha", "kohya"),
+        ".dora_scale": Word(MAGNITUDE, "magnitude", "kohya"),
+        ".lora_magnitude_vector": Word(MAGNITUDE, "magnitude", "peft"),
+        ".lora_magnitude_vector.weight": Word(MAGNITUDE, "magnitude", "peft"),
+        ".magnitude": Word(MAGNITUDE, "magnitude", "ai-toolkit"),
+        ".dora_layer.weight": Word(MAGNITUDE, "magnitude", "kohya"),
+        ".diff": Word(FULL, "diff", "kohya"),
+        ".w_norm": Word(NORM, "w_norm", "kohya"),
+        ".set_weight": Word(SET, "set_weight", "kohya"),
+        ".reshape_weight": Word(EXTRA, "reshape_weight", "kohya"),
+        **_HADA,
+        **_LOKR,
+        **_OPAQUE,
+    }
+)
+"""Suffix -> word. A key is split at its longest suffix in here."""
+
+_NAMED = ("lora_A", "lora_B", "lora_magnitude_vector")
+"""PEFT's parameters that carry an adapter's name in a raw state dict: ``lora_A.default.weight``."""
+_NAMED_PREFIXES = ("hada_", "lokr_", "oft_R", "boft_")
+
+
+class Split(NamedTuple):
+    """A key taken apart: the module's name as spelled, its word, and PEFT's adapter name where the key has one."""
+
+    stem: str
+    word: Word
+    adapter: str
+
+
+def split_key(key: str) -> Split | None:
+    """Take a key apart at its longest known suffix; None when it ends in none.
+
+    ``a.b.lora_A.default.weight`` gives stem ``a.b``, the word of ``.lora_A.weight`` and adapter ``default``.
+    """
+    tail = key.split(".")
+    adapter = ""
+    if len(tail) > 3 and tail[-3] in _NAMED and tail[-1] in ("weight", "bias"):
+        adapter = tail.pop(-2)
+    elif len(tail) > 2 and tail[-2] in _NAMED and tail[-1] not in ("weight", "bias"):
+        adapter = tail.pop()
+    elif len(tail) > 2 and tail[-2].startswith(_NAMED_PREFIXES) and tail[-1] != "weight":
+        adapter = tail.pop()
+    plain = ".".join(tail)
+    if plain.endswith(("_lora.down.weight", "_lora.up.weight")):
+        suffix = plain[plain.rindex("_lora.") :]
+        return Split(plain[: -len(suffix)], WORDS[suffix], adapter)
+    if plain.endswith("_norm.scale"):  # BFL's control files hold whole RMS norm gains
+        return Split(plain[: -len(".scale")], Word(SET, "set_weight", "bfl"), adapter)
+    for length in (3, 2, 1):
+        if len(tail) > length:
+            suffix = "." + ".".join(tail[-length:])
+            if suffix in WORDS:
+                return Split(plain[: -len(suffix)], WORDS[suffix], adapter)
+    return None

@@ -46,12 +46,14 @@ TABLES = tuple(
         source="ComfyUI comfy/ldm/flux/model.py (2026-05), Diffusers FluxTransformer2DModel 0.42",
         comfyui_split="transformer.",
         encoders=(Encoder("clip_l", "lora_te1", "text_encoder", "text_encoders.clip_l.transformer"), T5),
-        aliases=tuple(  # XLabs
-            (f"double_blocks.{{i}}.processor.{p}_lora{n}", f"double_blocks.{{i}}.{s}_attn.{p}")
-            for n, s in ((1, "img"), (2, "txt"))
-            for p in ("qkv", "proj")
-        )
-        + (("single_blocks.{i}.processor.proj_lora", "single_blocks.{i}.linear2"),),
+        aliases=(  # XLabs
+            *(
+                (f"double_blocks.{{i}}.processor.{p}_lora{n}", f"double_blocks.{{i}}.{s}_attn.{p}")
+                for n, s in ((1, "img"), (2, "txt"))
+                for p in ("qkv", "proj")
+            ),
+            ("single_blocks.{i}.processor.proj_lora", "single_blocks.{i}.linear2"),
+        ),
         metadata_names=("flux1", "flux-1", *known_as),
         rows=(
             row("img_in", (D, image), "x_embedder"),

@@ -125,6 +125,9 @@ TABLES = (
         name="HunyuanVideo 1.5",
         source="ComfyUI comfy/ldm/hunyuan_video/model.py (2026-05), Diffusers HunyuanVideo15Transformer3DModel 0.42",
         sd_scripts=SD_SCRIPTS,
+        aliases=tuple(  # ComfyUI also takes Tencent's names with q, k and v fused
+            (f"double_blocks.{{i}}.{s}_attn_qkv", f"double_blocks.{{i}}.{s}_attn.qkv") for s in ("img", "txt")
+        ),
         metadata_names=("hunyuan_video_1_5", "hunyuan-video-1.5"),
         rows=(
             row("img_in.proj", (VIDEO_15, 65, 1, 1, 1), "x_embedder.proj"),

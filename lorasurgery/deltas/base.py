@@ -7,11 +7,11 @@ from math import frexp, sqrt
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lorasurgery.errors import SurgeryError
-from lorasurgery.io.tensors import computed
+from lorasurgery.io.tensors import computed, numpy_dtype
 
 if TYPE_CHECKING:
     from lorasurgery.deltas.low_rank import LowRank
-    from lorasurgery.io.tensors import Float64, Ranges, Shape, Tensor
+    from lorasurgery.io.tensors import Array, Float64, Ranges, Shape, Tensor
 
 Record = Callable[[float, float], None]
 """Called with (squared error, squared norm) when a rounded tensor has been computed."""
@@ -46,8 +46,8 @@ class Delta(Protocol):
         """The delta times ``factor``, folded into one factor."""
         ...
 
-    def cast(self, dtype: str) -> Delta:
-        """The same in another dtype."""
+    def cast(self, dtype: str, record: Record | None = None) -> Delta:
+        """The same in another dtype; ``record`` gets what rounding each factor cost."""
         ...
 
     def dense(self) -> Float64:
@@ -95,14 +95,28 @@ def multiplied(tensor: Tensor, factor: float, record: Record | None = None) -> T
     return computed(tensor.dtype, tensor.shape, product)
 
 
+def rounded(tensor: Tensor, dtype: str, record: Record | None = None) -> Tensor:
+    """``tensor`` in ``dtype``; ``record`` gets the squared rounding error and the squared norm when it is computed."""
+    if dtype == tensor.dtype:
+        return tensor
+
+    def values() -> Array:
+        exact = tensor.array()
+        cast = exact.astype(numpy_dtype(dtype))
+        if record is not None:
+            wide = exact.astype("float64")
+            record(float(((cast.astype("float64") - wide) ** 2).sum()), float((wide**2).sum()))
+        return cast
+
+    return computed(dtype, tensor.shape, values)
+
+
 def block_columns(tensors: Sequence[tuple[Tensor | None, int, int]], dtype: str) -> Tensor:
     """Blocks on the diagonal: for each (tensor, rows, columns), ``tensor`` (or zeros for None) at its own rows and columns."""
     height, width = sum(rows for _, rows, _ in tensors), sum(columns for _, _, columns in tensors)
 
     def place() -> Float64:
         import numpy as np
-
-        from lorasurgery.io.tensors import numpy_dtype
 
         whole = np.zeros((height, width), numpy_dtype(dtype))
         top = left = 0

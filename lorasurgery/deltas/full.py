@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, multiplied
+from lorasurgery.deltas.base import CannotError, multiplied, rounded
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.io.tensors import Tensor, computed, stack, widest, zeros
 
@@ -46,9 +46,9 @@ class Full:
         """Multiply."""
         return self if factor == 1.0 else replace(self, diff=multiplied(self.diff, factor, record))
 
-    def cast(self, dtype: str) -> Full:
+    def cast(self, dtype: str, record: Record | None = None) -> Full:
         """In ``dtype``."""
-        return replace(self, diff=self.diff.cast(dtype))
+        return replace(self, diff=rounded(self.diff, dtype, record))
 
     def dense(self) -> Float64:
         """The difference in float64."""
@@ -112,9 +112,9 @@ class Opaque:
             raise CannotError(f"{self.family.upper()} has no scale to fold")
         return self
 
-    def cast(self, dtype: str) -> Opaque:
+    def cast(self, dtype: str, record: Record | None = None) -> Opaque:
         """Every tensor in ``dtype``."""
-        return replace(self, slots=tuple((suffix, tensor.cast(dtype)) for suffix, tensor in self.slots))
+        return replace(self, slots=tuple((suffix, rounded(tensor, dtype, record)) for suffix, tensor in self.slots))
 
     def dense(self) -> Float64:
         """Raises CannotError: it needs the base weight."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, block_columns, multiplied
+from lorasurgery.deltas.base import CannotError, block_columns, multiplied, rounded
 from lorasurgery.deltas.low_rank import LowRank, used_columns
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
 
@@ -67,9 +67,9 @@ class Hadamard:
         """Fold ``factor`` into w1_a."""
         return self if factor == 1.0 else replace(self, w1_a=multiplied(self.w1_a, factor, record))
 
-    def cast(self, dtype: str) -> Hadamard:
+    def cast(self, dtype: str, record: Record | None = None) -> Hadamard:
         """Every factor in ``dtype``."""
-        return Hadamard(**{name: tensor.cast(dtype) for name, tensor in self.tensors.items()})
+        return Hadamard(**{name: rounded(tensor, dtype, record) for name, tensor in self.tensors.items()})
 
     def dense(self) -> Float64:
         """The product in float64, of shape :attr:`shape`."""

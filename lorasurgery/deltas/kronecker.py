@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, multiplied
+from lorasurgery.deltas.base import CannotError, multiplied, rounded
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
@@ -106,9 +106,9 @@ class Kronecker:
             return replace(self, w1=multiplied(self.w1, factor, record))
         return replace(self, w1_a=multiplied(_first(self.w1_a), factor, record))
 
-    def cast(self, dtype: str) -> Kronecker:
+    def cast(self, dtype: str, record: Record | None = None) -> Kronecker:
         """Every factor in ``dtype``."""
-        return Kronecker(**{slot: tensor.cast(dtype) for slot, tensor in self.tensors.items()})
+        return Kronecker(**{slot: rounded(tensor, dtype, record) for slot, tensor in self.tensors.items()})
 
     def outer_array(self) -> Float64:
         """w1 in float64, (out_l, in_m)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, block_columns, multiplied, power_of_two, split_factor
+from lorasurgery.deltas.base import CannotError, block_columns, multiplied, rounded, power_of_two, split_factor
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ class LowRank:
             down=multiplied(self.down, power_of_two(share)),
         )
 
-    def cast(self, dtype: str) -> LowRank:
+    def cast(self, dtype: str, record: Record | None = None) -> LowRank:
         """Every factor in ``dtype``."""
-        mid = None if self.mid is None else self.mid.cast(dtype)
-        return LowRank(self.up.cast(dtype), self.down.cast(dtype), mid)
+        mid = None if self.mid is None else rounded(self.mid, dtype, record)
+        return LowRank(rounded(self.up, dtype, record), rounded(self.down, dtype, record), mid)
 
     def dense(self) -> Float64:
         """up @ down in float64, of shape :attr:`shape`."""

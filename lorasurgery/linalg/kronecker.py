@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from lorasurgery.linalg.factors import AnyArray, Array, Factors, as_float64, check_request, zero_factors
 from lorasurgery.linalg.kronecker_stack import KroneckerPart, KroneckerStack, ZeroRows, kronecker_stack
-from lorasurgery.linalg.subspace import EigenPairs, energy_eigenpairs, energy_rank, exact_eigenpairs, top_eigenpairs
+from lorasurgery.linalg.subspace import (
+    EigenPairs,
+    Operator,
+    energy_eigenpairs,
+    energy_rank,
+    exact_eigenpairs,
+    top_eigenpairs,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import DTypeLike
 
 __all__ = ["KroneckerPart", "ZeroRows", "stacked_kronecker_svd", "to_low_rank"]
 
@@ -38,7 +49,7 @@ def to_low_rank(
     down = right1[:, None, :, None].reshape(len(right1), 1, -1, 1, *(1,) * (right2.ndim - 2)) * right2[None, :, None]
     kernel = right2.shape[2:]
     rank, width = len(right1) * len(right2), right1.shape[1] * right2.shape[1]
-    return np.kron(left1, left2), down.reshape(rank, width, *kernel)
+    return as_float64(np.kron(left1, left2)), down.reshape(rank, width, *kernel)
 
 
 def stacked_kronecker_svd(
@@ -54,10 +65,10 @@ def stacked_kronecker_svd(
     ``rank``: at most so many; ``energy`` in (0, 1]: the smallest rank that keeps this share of the squared Frobenius
     norm; both: whichever is smaller; neither: the exact numerical rank. With ``size = min(in, sum rank(w1) rank(w2))``:
 
-    - size up to 1000: eigendecomposition of the Gram matrix in float64, itself made from tiny Kronecker products. Optimal
-      to rounding.
-    - larger, rank up to size / 8: subspace iteration on the implicit operator. The error is within 1e-5 relative of the
-      optimum; ``singular_values`` are approached from below.
+    - size up to 1000: eigendecomposition of the Gram matrix in float64, itself made from tiny Kronecker products.
+      Optimal to rounding.
+    - larger, rank up to size / 8: subspace iteration on the implicit operator. The error is within 1e-5 relative of
+      the optimum; ``singular_values`` are approached from below.
     - larger, energy: the same with a growing rank (it may end one above the smallest possible), and the full
       eigendecomposition where more than size / 8 is needed: exact, O(size^3), about 10 s for 3840.
 
@@ -99,17 +110,18 @@ def _pair(left: AnyArray, right: AnyArray | None) -> tuple[Array, Array]:
 def _eigenpairs(stack: KroneckerStack, rank: int | None, energy: float | None, seed: int) -> EigenPairs:
     """Eigenpairs of ``C C^T`` or ``C^T C``, whichever is smaller: enough of them for the request."""
     by_rows = stack.inner <= stack.width
-    size, trace = min(stack.inner, stack.width), stack.energy
+    size = min(stack.inner, stack.width)
 
     def implicit(x: Array) -> Array:
         return stack.core(stack.core_t(x)) if by_rows else stack.core_t(stack.core(x))
 
+    operator = Operator(implicit, size, stack.energy)
     limit = size // SMALL_SHARE if size > EXACT_SIZE else 0
     found: EigenPairs | None = None
     if rank is not None and rank <= limit:
-        found = top_eigenpairs(implicit, size, rank, trace=trace, seed=seed)
+        found = top_eigenpairs(operator, rank, seed=seed)
     elif energy is not None:
-        found = energy_eigenpairs(implicit, size, energy, trace=trace, seed=seed, limit=limit)
+        found = energy_eigenpairs(operator, energy, seed=seed, limit=limit)
     if found is None:
         found = exact_eigenpairs(stack.row_gram() if by_rows else stack.column_gram())
     return found

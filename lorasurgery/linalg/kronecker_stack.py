@@ -7,13 +7,16 @@ SVDs, so the stack is ``blockdiag(kron(P1, P2)) @ C``: singular values and error
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorasurgery.linalg.factors import AnyArray, Array, as_float64
 from lorasurgery.linalg.low_rank import factored_svd
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 NUMERICAL_ZERO = 1e-13
 """Singular values of w1 and w2 below this share of the largest are rounding and dropped."""
@@ -105,8 +108,8 @@ class KroneckerStack:
         """``C^T C = sum kron(w1^T w1, w2^T w2): (width, width)``."""
         gram = np.zeros((self.width, self.width))
         for block in self.blocks:
-            left, right = ((s[:, None] * q) for s, q in zip(block.sigma, block.core, strict=True))
-            gram += np.kron(left.T @ left, right.T @ right)
+            left, right = (s[:, None] * q for s, q in zip(block.sigma, block.core, strict=True))
+            gram += as_float64(np.kron(left.T @ left, right.T @ right))
         return gram
 
 
@@ -120,8 +123,8 @@ def kron_apply(left: Array, right: Array, x: Array) -> Array:
 def kronecker_stack(parts: Sequence[KroneckerPart | ZeroRows]) -> KroneckerStack:
     """The operator for ``parts`` stacked by rows, in order.
 
-    Parts may differ in ranks, rows and in how they factor the same width. Raises ``ValueError`` if no part is a Kronecker
-    product, the widths differ, the factors of a part do not fit together, or a value is NaN or infinite.
+    Parts may differ in ranks, rows and in how they factor the same width. Raises ``ValueError`` if no part is a
+    Kronecker product, the widths differ, the factors of a part do not fit together, or a value is NaN or infinite.
     """
     blocks: list[_Block] = []
     row = inner = 0
@@ -166,7 +169,7 @@ def _numerical_svd(matrix: AnyArray, right: AnyArray | None) -> tuple[Array, Arr
 def _cross_gram(one: _Block, other: _Block) -> Array:
     """``C_one C_other^T: (inner of one, inner of other)``."""
     if one.core[0].shape[1] == other.core[0].shape[1]:
-        overlap = np.kron(one.core[0] @ other.core[0].T, one.core[1] @ other.core[1].T)
+        overlap = as_float64(np.kron(one.core[0] @ other.core[0].T, one.core[1] @ other.core[1].T))
     else:
-        overlap = kron_apply(*one.core, np.kron(*other.core).T)
+        overlap = kron_apply(*one.core, as_float64(np.kron(*other.core)).T)
     return one.weights * overlap * other.weights.T

@@ -1,9 +1,9 @@
-"""SVD, truncation and norms of ``up @ down`` from the factors alone: O((out + in) rank^2), the product is never formed.
+"""SVD, truncation and norms of ``up @ down`` from the factors alone, in O((out + in) rank^2): no product is formed.
 
-Two routes. *Gram*: ``G_u = up^T up``, ``G_d = down down^T``, two small eigenproblems. Fast, but it squares the condition
-number: a singular value S has relative error about ``eps (b / S)^2 / 2`` with ``b = ||up||_2 ||down||_2``. *QR*:
-``up = Q_u R_u``, ``down^T = Q_d R_d``, SVD of ``R_u R_d^T``; error ``eps b / S``, the same as a dense float64 SVD of the
-product. The Gram route is kept only while the smallest singular value asked for is at least ``GRAM_LIMIT * b``
+Two routes. *Gram*: ``G_u = up^T up``, ``G_d = down down^T``, two small eigenproblems. Fast, but it squares the
+condition number: a singular value S has relative error about ``eps (b / S)^2 / 2`` with ``b = ||up||_2 ||down||_2``.
+*QR*: ``up = Q_u R_u``, ``down^T = Q_d R_d``, SVD of ``R_u R_d^T``; error ``eps b / S``, the same as a dense float64 SVD
+of the product. The Gram route is kept only while the smallest singular value asked for is at least ``GRAM_LIMIT * b``
 (relative error then below 1e-7); otherwise (nearly dependent or zero factors, rank above out or in) QR is used.
 """
 
@@ -33,10 +33,10 @@ class _Core:
 def factored_svd(up: AnyArray, down: AnyArray) -> tuple[Array, Array, Array]:
     """Thin SVD ``up @ down = U diag(S) Vt`` without forming the product.
 
-    ``up: (out, rank)``, ``down: (rank, in)`` -> ``U: (out, k)``, ``S: (k,)`` descending, ``Vt: (k, in)`` in float64, with
-    ``k = min(rank, out, in)``. Singular values agree with a float64 SVD of the dense product to 1e-6 relative, or to
-    ``eps ||up||_2 ||down||_2`` where they are smaller than that resolves. Raises ``ValueError`` if the factors do not
-    fit together or hold NaN or infinity.
+    ``up: (out, rank)``, ``down: (rank, in)`` -> ``U: (out, k)``, ``S: (k,)`` descending, ``Vt: (k, in)`` in float64,
+    with ``k = min(rank, out, in)``. Singular values agree with a float64 SVD of the dense product to 1e-6 relative, or
+    to ``eps ||up||_2 ||down||_2`` where they are smaller than that resolves. Raises ``ValueError`` if the factors do
+    not fit together or hold NaN or infinity.
     """
     core = _core(*_checked(up, down), rank=None)
     return core.up_basis @ core.left, core.values, core.right @ core.down_basis
@@ -45,10 +45,10 @@ def factored_svd(up: AnyArray, down: AnyArray) -> tuple[Array, Array, Array]:
 def truncate(up: AnyArray, down: AnyArray, rank: int) -> tuple[AnyArray, AnyArray, float]:
     """The best approximation of ``up @ down`` of at most ``rank``, and its relative error (Eckart-Young).
 
-    ``up: (out, r)``, ``down: (r, in)`` -> ``up': (out, k)``, ``down': (k, in)``, ``k = min(rank, r, out, in)``, balanced
-    (``sqrt(S)`` on each side), and ``sqrt(sum_{i>k} S_i^2 / sum S_i^2)``, true to 1e-7 of the whole norm. Decompositions
-    are float64; the result is float64 if both inputs are, else float32. Zero factors give zeros and error 0. Raises
-    ``ValueError`` for a rank below 1 and as ``factored_svd`` does.
+    ``up: (out, r)``, ``down: (r, in)`` -> ``up': (out, k)``, ``down': (k, in)``, ``k = min(rank, r, out, in)``,
+    balanced (``sqrt(S)`` on each side), and ``sqrt(sum_{i>k} S_i^2 / sum S_i^2)``, true to 1e-7 of the whole norm.
+    Decompositions are float64; the result is float64 if both inputs are, else float32. Zero factors give zeros and
+    error 0. Raises ``ValueError`` for a rank below 1 and as ``factored_svd`` does.
     """
     check_request(rank, None)
     left, right = _checked(up, down)
@@ -75,9 +75,9 @@ def product_norm(up: AnyArray, down: AnyArray) -> float:
 
 
 def difference_norm(up: AnyArray, down: AnyArray, other_up: AnyArray, other_down: AnyArray) -> float:
-    """``||up @ down - other_up @ other_down||_F`` from the concatenated factors ``[up, other_up] [down; -other_down]``.
+    """``||up @ down - other_up @ other_down||_F`` by QR of the concatenated ``[up, other_up] [down; -other_down]``.
 
-    By QR, so nearly equal products do not cancel: absolute error ``eps (||up|| ||down|| + ||other_up|| ||other_down||)``.
+    Nearly equal products do not cancel: the absolute error is ``eps (||up|| ||down|| + ||other_up|| ||other_down||)``.
     The ranks may differ. Raises ``ValueError`` if the two products differ in shape, and as ``factored_svd`` does.
     """
     left, right = _checked(up, down)
@@ -169,4 +169,6 @@ def _qr_core(up: Array, down: Array) -> _Core:
 
 
 def _norm_by_qr(up: Array, down: Array) -> float:
-    return float(np.linalg.norm(np.linalg.qr(up, mode="r") @ np.linalg.qr(down.T, mode="r").T))
+    _, up_rest = np.linalg.qr(up)
+    _, down_rest = np.linalg.qr(down.T)
+    return float(np.linalg.norm(up_rest @ down_rest.T))

@@ -7,12 +7,23 @@ small matrices go through the float64 Gram matrix and its full eigendecompositio
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import DTypeLike
 
 from lorasurgery.linalg.factors import AnyArray, Array, Factors, as_float64, check_request, zero_factors
 from lorasurgery.linalg.low_rank import rank_for_energy, tail_error
-from lorasurgery.linalg.subspace import EigenPairs, energy_eigenpairs, energy_rank, top_eigenpairs
+from lorasurgery.linalg.subspace import (
+    EigenPairs,
+    Operator,
+    energy_eigenpairs,
+    energy_rank,
+    exact_eigenpairs,
+    top_eigenpairs,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 EXACT_SIZE = 400
 """Up to this smaller side a dense SVD is used."""
@@ -20,6 +31,10 @@ SMALL_SHARE = 8
 """Above it, subspace iteration serves ranks up to the smaller side / SMALL_SHARE, and the Gram matrix the rest."""
 CHUNK = 1024
 """Rows converted to float64 at a time."""
+TOLERANCE = 2e-4
+"""Of the squared residual: how far from the optimum subspace iteration may stop (a pass over M costs more here)."""
+FLOAT32_NOISE = 5e-7
+"""What float32 products may hide, as a share of the squared norm; a smaller residual is looked for in float64."""
 
 
 def dense_svd(
@@ -43,7 +58,7 @@ def dense_svd(
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
         raise ValueError(f"not a finite matrix: shape {matrix.shape}")
     if not matrix.any():
-        return zero_factors(*matrix.shape, dtype)
+        return zero_factors(matrix.shape[0], matrix.shape[1], dtype)
     if min(matrix.shape) <= EXACT_SIZE:
         return _by_svd(matrix, rank, energy, dtype)
     if matrix.shape[0] < matrix.shape[1]:
@@ -64,33 +79,43 @@ def _by_svd(matrix: AnyArray, rank: int | None, energy: float | None, dtype: DTy
 def _by_columns(tall: AnyArray, rank: int | None, energy: float | None, seed: int, dtype: DTypeLike) -> Factors:
     """``tall``: (out, in) with out >= in. Finds right singular vectors V, then ``tall V`` in float64."""
     total = sum(float(np.sum(as_float64(rows) ** 2)) for rows in _chunks(tall))
-    pairs = _right_vectors(tall, rank, energy, seed, total)
-    image = np.vstack([as_float64(rows) @ pairs.vectors for rows in _chunks(tall)])
-    squares, turn = np.linalg.eigh(image.T @ image)
-    squares, turn = np.maximum(squares[::-1], 0.0), turn[:, ::-1]
-    kept = int(np.sum(squares > 1e-12 * squares[0]))
-    kept = max(min(kept, rank or kept, kept if energy is None else energy_rank(squares, total, energy)), 1)
-    root = squares[:kept] ** 0.25
-    turn = turn[:, :kept]
-    up, down = image @ (turn / root), (pairs.vectors @ (turn * root)).T
-    error = float(np.sqrt(max(total - float(np.sum(squares[:kept])), 0.0) / total))
-    return Factors(up.astype(dtype), down.astype(dtype), np.sqrt(squares[:kept]), error)
+    for work_type in (np.float32, np.float64):
+        right = _right_vectors(tall.astype(work_type, copy=False), rank, energy, seed, total)
+        image = _times(tall, right)
+        pairs = exact_eigenpairs(image.T @ image)
+        if right is None or total - float(np.sum(pairs.values)) > 100 * FLOAT32_NOISE * total:
+            break
+    kept = int(np.sum(pairs.values > 1e-12 * pairs.values[0]))
+    kept = min(kept, rank or kept, kept if energy is None else max(energy_rank(pairs.values, total, energy), 1))
+    squares, turn = pairs.values[:kept], pairs.vectors[:, :kept]
+    root = squares**0.25
+    down = turn * root if right is None else right @ (turn * root)
+    error = float(np.sqrt(max(total - float(np.sum(squares)), 0.0) / total))
+    return Factors((image @ (turn / root)).astype(dtype), down.T.astype(dtype), np.sqrt(squares), error)
 
 
-def _right_vectors(tall: AnyArray, rank: int | None, energy: float | None, seed: int, total: float) -> EigenPairs:
-    size = tall.shape[1]
-    limit = size // SMALL_SHARE
-    work = tall if tall.dtype in (np.float32, np.float64) else tall.astype(np.float32)
+def _right_vectors(work: AnyArray, rank: int | None, energy: float | None, seed: int, total: float) -> Array | None:
+    """Orthonormal ``V: (in, k)`` that hold the request, or None where the full decomposition is due."""
+    noise = 1e-14 if work.dtype == np.float64 else FLOAT32_NOISE
 
     def normal(x: Array) -> Array:
         return as_float64(work.T @ (work @ x.astype(work.dtype)))
 
+    operator = Operator(normal, work.shape[1], total, noise, TOLERANCE)
+    limit = operator.size // SMALL_SHARE
     found: EigenPairs | None = None
     if rank is not None and rank <= limit:
-        found = top_eigenpairs(normal, size, rank, trace=total, seed=seed, tolerance=DENSE_TOLERANCE)
+        found = top_eigenpairs(operator, rank, seed=seed)
     elif energy is not None:
-        found = energy_eigenpairs(normal, size, energy, trace=total, seed=seed, limit=limit)
-    return found or EigenPairs(np.zeros(size), np.eye(size))
+        found = energy_eigenpairs(operator, min(energy + 2 * noise, 1.0), seed=seed, limit=limit)
+    return None if found is None else found.vectors
+
+
+def _times(tall: AnyArray, right: Array | None) -> Array:
+    """``tall @ right`` in float64, by rows so that no float64 copy of ``tall`` is made; ``tall`` itself for None."""
+    if right is None:
+        return as_float64(tall)
+    return np.vstack([as_float64(rows) @ right for rows in _chunks(tall)])
 
 
 def _chunks(matrix: AnyArray) -> list[AnyArray]:

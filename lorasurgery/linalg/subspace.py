@@ -2,34 +2,52 @@
 
 Chebyshev-filtered subspace iteration (Zhou and Saad 2007) from a seeded Gaussian start with oversampling (Halko,
 Martinsson and Tropp 2011): each round multiplies the block by a polynomial in G that is at most 1 on the unwanted part
-of the spectrum and grows fastest above it, then orthonormalises and solves the projected problem. Rounds go on until the
-gains of the last two, continued as a geometric series, promise less than ``tolerance`` of what is missing, so flat
-spectra get more of them. Eigenvalues approach from below.
+of the spectrum and grows fastest above it, then orthonormalises and solves the projected problem. Rounds go on until
+the gain of the last one, continued at the rate that the filter has at the smallest wanted eigenvalue, promises less
+than ``tolerance`` of what is missing, so flat spectra get more of them. Eigenvalues approach from below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.linalg.factors import Array
 from lorasurgery.linalg.low_rank import rank_for_energy
 
-Operator: TypeAlias = Callable[[Array], Array]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorasurgery.linalg.factors import Array
 
 OVERSAMPLE = 32
-TOLERANCE = 2e-6
+"""Columns beyond the rank asked for, or half of it if that is more."""
 MAX_ROUNDS = 40
-SLOWEST = 0.99
-"""The rate of convergence that is assumed where two gains are not known yet."""
-MAX_DEGREE = 12
-LOG_GAIN = 16.0
-"""The filter amplifies the largest eigenvector by at most e^16 / 2: more would hide the others in rounding."""
+RATES = (0.01, 0.99)
+"""The fastest and the slowest convergence that the stopping rule believes in."""
+MAX_DEGREE = 8
+LOG_GAIN = 20.0
+"""The filter amplifies the largest eigenvector by about e^20: more only makes the block nearly dependent."""
+DEPENDENT = 1e-10
+"""Smallest eigenvalue of a normalised Gram matrix for which Cholesky-QR, done twice, is orthonormal to rounding."""
 FIRST_RANK = 64
 """Where the search for the rank that meets an energy target begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A symmetric positive semidefinite matrix G (size, size) that is only applied."""
+
+    apply: Callable[[Array], Array]
+    """``x: (size, l) -> G @ x``"""
+    size: int
+    trace: float
+    """The sum of all eigenvalues, known beforehand"""
+    noise: float = 1e-14
+    """How accurate ``apply`` is: gains below ``noise * trace`` are rounding (the default is for float64)"""
+    tolerance: float = 1e-5
+    """How far from the optimum the squared residual of a projection may stay, relative to it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,50 +64,48 @@ def exact_eigenpairs(gram: Array) -> EigenPairs:
     return EigenPairs(np.maximum(values[::-1], 0.0), vectors[:, ::-1])
 
 
-def top_eigenpairs(
-    apply: Operator, size: int, rank: int, *, trace: float, seed: int, tolerance: float = TOLERANCE, start: Array | None = None
-) -> EigenPairs:
-    """The ``rank`` largest eigenpairs of G (size, size), or fewer if G has a smaller numerical rank.
+def top_eigenpairs(operator: Operator, rank: int, *, seed: int, start: Array | None = None) -> EigenPairs:
+    """The ``rank`` largest eigenpairs; ``start``: (size, any) columns to begin with, the rest is random from ``seed``.
 
-    ``apply``: (size, l) -> (size, l), ``trace``: trace of G, ``start``: (size, any) columns to begin with. Stops when
-    further rounds promise less than ``tolerance * (trace - sum of the values)``, so that the squared residual of the
-    projection is within about that relative distance of the optimum, or after ``MAX_ROUNDS``. Same seed, same result.
+    Stops when further rounds promise less than ``tolerance * (trace - sum of the values)``, so that the squared
+    residual of the projection is about that near to the optimum, or less than ``noise * trace``, or after
+    ``MAX_ROUNDS``.
     """
+    size, trace, apply = operator.size, operator.trace, operator.apply
     columns = min(size, rank + max(OVERSAMPLE, rank // 2))
     basis = orthonormal(apply(_start_block(size, columns, seed, start)))
-    captured = gain = 0.0
+    captured = 0.0
     for number in range(MAX_ROUNDS):
         image = apply(basis)
         projected = basis.T @ image
         found = exact_eigenpairs((projected + projected.T) / 2)
         turned, turned_image = basis @ found.vectors, image @ found.vectors
-        total = float(np.sum(found.values[:rank]))
-        captured, before, gain = total, gain, total - captured
-        rate = min(gain / before, SLOWEST) if number > 1 and before > gain else SLOWEST
-        missing = max(trace - captured, 1e-15 * trace)
-        if columns == size or gain * rate / (1 - rate) <= tolerance * missing or found.values[-1] <= 0.0:
+        before, captured = captured, float(np.sum(found.values[:rank]))
+        if columns == size or found.values[-1] <= 0.0:
+            break
+        promise = (captured - before) * _future(found.values, rank)
+        if number > 0 and promise <= max(operator.tolerance * (trace - captured), operator.noise * trace):
             break
         basis = orthonormal(_chebyshev(apply, turned, turned_image, found.values))
     return EigenPairs(found.values[:rank], turned[:, :rank])
 
 
-def energy_eigenpairs(
-    apply: Operator, size: int, energy: float, *, trace: float, seed: int, limit: int
-) -> EigenPairs | None:
+def energy_eigenpairs(operator: Operator, energy: float, *, seed: int, limit: int) -> EigenPairs | None:
     """Enough of the largest eigenpairs to hold ``energy * trace``, or None when that needs more than ``limit`` of them.
 
-    The rank is raised until the target is met. Every value still to come is at most the last one found, so the number
-    still needed is bounded from below by the missing energy over it: hopeless cases end after the first try.
+    The rank is raised until the target is met (to ``noise * trace``). Every value still to come is at most the last one
+    found, so the number still needed is bounded from below by the missing energy over it: hopeless cases end after the
+    first try.
     """
-    rank = min(FIRST_RANK, size)
+    rank = min(FIRST_RANK, limit)
     found: EigenPairs | None = None
-    while rank <= limit:
-        start = None if found is None else found.vectors
-        found = top_eigenpairs(apply, size, rank, trace=trace, seed=seed, start=start)
-        missing = energy * trace - float(np.sum(found.values))
-        if missing <= 0.0 or len(found.values) < rank:
+    while 0 < rank <= limit:
+        found = top_eigenpairs(operator, rank, seed=seed, start=None if found is None else found.vectors)
+        missing = energy * operator.trace - float(np.sum(found.values))
+        if missing <= operator.noise * operator.trace:
             return found
-        rank = max(2 * rank, rank + int(missing / max(float(found.values[-1]), missing / size)))
+        at_least = rank + int(missing / max(float(found.values[-1]), missing / operator.size))
+        rank = max(min(2 * rank, limit), at_least) if rank < limit else limit + 1
     return None
 
 
@@ -100,17 +116,17 @@ def energy_rank(values: Array, trace: float, energy: float) -> int:
 
 
 def orthonormal(block: Array) -> Array:
-    """An orthonormal basis of the columns of ``block: (size, l)``; columns that depend on others are dropped.
+    """An orthonormal basis of at least the columns of ``block: (size, l)``, again l columns.
 
-    Cholesky-QR twice, with an eigendecomposition of the (normalised) Gram matrix in place of the Cholesky factor.
+    Cholesky-QR twice, with an eigendecomposition of the (normalised) Gram matrix in place of the Cholesky factor; by
+    Householder QR, 7 times slower, if the columns are nearly dependent.
     """
     for _ in range(2):
-        norms = np.linalg.norm(block, axis=0)
-        kept = norms > 1e-150
-        block = block[:, kept] / norms[kept]
+        block = block / np.maximum(np.linalg.norm(block, axis=0), 1e-150)
         values, vectors = np.linalg.eigh(block.T @ block)
-        good = values > 1e-14 * len(values)
-        block = block @ (vectors[:, good] / np.sqrt(values[good]))
+        if values[0] < DEPENDENT:
+            return np.linalg.qr(block)[0]
+        block = block @ (vectors / np.sqrt(values))
     return block
 
 
@@ -120,14 +136,33 @@ def _start_block(size: int, columns: int, seed: int, start: Array | None) -> Arr
     return np.hstack([known, fresh])
 
 
-def _chebyshev(apply: Operator, block: Array, image: Array, values: Array) -> Array:
+def _degree(values: Array) -> int:
+    """The degree at which the filter that damps [0, values[-1]] amplifies values[0] by about e^LOG_GAIN."""
+    return int(np.clip(LOG_GAIN / _steepness(values[0], values[-1]), 1, MAX_DEGREE))
+
+
+def _steepness(value: float, cut: float) -> float:
+    """``arccosh(2 value / cut - 1)``: the filter of degree d amplifies ``value`` by ``cosh(d * steepness)``."""
+    return float(np.arccosh(max(2 * value / cut - 1.0, 1.0 + 1e-12)))
+
+
+def _future(values: Array, rank: int) -> float:
+    """All gains still to come as a multiple of the last one: rate / (1 - rate), by the smallest wanted value.
+
+    In theory a round reduces the missing part by ``cosh(degree * steepness) ** 2``; the Ritz values are not exact yet,
+    and measured rates are nearer to its square root, which is used.
+    """
+    wanted = _degree(values) * _steepness(values[rank - 1], values[-1])
+    rate = float(np.clip(1.0 / np.cosh(min(wanted, 300.0)), *RATES))
+    return rate / (1.0 - rate)
+
+
+def _chebyshev(apply: Callable[[Array], Array], block: Array, image: Array, values: Array) -> Array:
     """``T_d((G - c) / h) @ block`` scaled to stay finite, [0, values[-1]] being damped; ``image = G @ block``."""
     half = float(values[-1]) / 2
-    steepness = np.arccosh(max(float(values[0]) / half - 1.0, 1.0 + 1e-12))
-    degree = int(np.clip(LOG_GAIN / steepness, 1, MAX_DEGREE))
     scale = first_scale = half / (float(values[0]) - half)
     previous, current = block, (image - half * block) * (scale / half)
-    for _ in range(degree - 1):
+    for _ in range(_degree(values) - 1):
         next_scale = 1.0 / (2.0 / first_scale - scale)
         step = (apply(current) - half * current) * (2.0 * next_scale / half)
         previous, current = current, step - (scale * next_scale) * previous

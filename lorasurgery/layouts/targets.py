@@ -1,0 +1,173 @@
+"""The layouts that can be written, as data: naming rule, suffix words, where alpha goes, what the readers accept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, flat
+from lorasurgery.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasurgery.adapter import Site
+    from lorasurgery.architectures.table import Architecture, Encoder, Spans
+
+EVERYTHING = frozenset(
+    {"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3", "sparse"}
+)
+KOHYA, PEFT = "kohya", "peft"
+
+SUFFIXES = MappingProxyType(
+    {
+        KOHYA: {
+            "up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "magnitude": ".dora_scale",
+            "bias": ".diff_b", "norm bias": ".b_norm",
+        },
+        PEFT: {
+            "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".lora_magnitude_vector",
+            "bias": ".lora_B.bias", "norm bias": ".b_norm",
+        },
+    }
+)  # fmt: skip
+"""Slot -> suffix in each dialect; LoHa, LoKr, full and norm slots are spelled the same in both."""
+
+
+class Naming(NamedTuple):
+    """A prefix, whether dots become underscores, and which naming follows."""
+
+    prefix: str
+    flat: bool
+    naming: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One layout: who reads it and by which rules."""
+
+    id: str
+    reader: str
+    """The program that reads it, for messages."""
+    denoiser: Naming
+    """``{denoiser}`` in the prefix is the Diffusers component name, ``{prefix}`` the caller's."""
+    words: str
+    alphas: tuple[str, ...]
+    """Ways to carry the scale, the default first: ``keep`` (alpha tensors), ``fold``, ``header``."""
+    holds: frozenset[str] = EVERYTHING
+    """Families its readers load."""
+    split_names: bool = False
+    """Whether :attr:`Architecture.comfyui_split` names may be used beside its own."""
+    carries_unknown: bool = True
+    """False when the reader refuses a file with keys it does not know."""
+    always_alpha: bool = False
+    """True when the reader needs an alpha tensor even for scale 1."""
+    in_axis_dora: bool = True
+    encoders: str = "comfyui"
+    """Which of an encoder's prefixes is written: ``sd_scripts``, ``diffusers``, ``comfyui`` or ``onetrainer``."""
+    second_denoiser: str | None = None
+
+
+LAYOUTS = MappingProxyType(
+    {
+        layout.id: layout
+        for layout in (
+            Layout(
+                "sd-scripts", "sd-scripts and musubi-tuner", Naming("lora_unet_", True, SD_SCRIPTS), KOHYA,
+                ("keep", "fold"), always_alpha=True, encoders="sd_scripts",
+            ),
+            Layout(
+                "diffusers", "Diffusers", Naming("{denoiser}.", False, DIFFUSERS), PEFT, ("fold", "header"),
+                holds=frozenset({"lora", "dora"}), carries_unknown=False, in_axis_dora=False, encoders="diffusers",
+                second_denoiser="transformer_2.",
+            ),
+            Layout(
+                "comfyui", "ComfyUI", Naming("diffusion_model.", False, ORIGINAL), KOHYA, ("keep", "fold"),
+                split_names=True,
+            ),
+            Layout("other", "musubi-tuner's `other`", Naming("{prefix}.", False, SD_SCRIPTS), PEFT, ("fold", "keep")),
+            Layout(
+                "peft", "PEFT", Naming("base_model.model.", False, DIFFUSERS), PEFT, ("header", "fold"),
+                holds=frozenset({"lora", "dora", "loha", "lokr"}), carries_unknown=False, in_axis_dora=False,
+                encoders="diffusers",
+            ),
+            Layout(
+                "lycoris", "LyCORIS and SimpleTuner", Naming("lycoris_", True, DIFFUSERS), KOHYA, ("keep", "fold"),
+                always_alpha=True, encoders="sd_scripts",
+            ),
+            Layout(
+                "onetrainer", "OneTrainer", Naming("lora_{denoiser}_", True, DIFFUSERS), KOHYA, ("keep", "fold"),
+                always_alpha=True, encoders="onetrainer",
+            ),
+        )
+    }
+)  # fmt: skip
+
+ALIASES = MappingProxyType({"default": "sd-scripts", "kohya": "sd-scripts"})
+
+
+def layout(name: str) -> Layout:
+    """The layout called ``name`` or one of its aliases; raises RequestError for another name."""
+    found = LAYOUTS.get(ALIASES.get(name, name))
+    if found is None:
+        raise RequestError(f"no layout is called {name}", hint="one of " + ", ".join((*LAYOUTS, *ALIASES)))
+    return found
+
+
+def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model") -> tuple[Naming, ...]:
+    """The denoiser namings a layout may use for an architecture, its own first."""
+    own = target.denoiser
+    if target.id == "onetrainer" and arch.onetrainer == "dotted":
+        own = Naming("{denoiser}.", False, DIFFUSERS)
+    own = own._replace(prefix=own.prefix.format(denoiser=arch.denoiser, prefix=prefix))
+    if target.split_names and arch.comfyui_split is not None:
+        return own, Naming(arch.comfyui_split, False, DIFFUSERS)
+    return (own,)
+
+
+class Speller:
+    """Sites to key stems in one layout, for one architecture."""
+
+    def __init__(self, target: Layout, arch: Architecture, prefix: str = "diffusion_model") -> None:
+        self._target = target
+        self._arch = arch
+        self.namings = namings(target, arch, prefix)
+        self._names: list[Mapping[Spans, str]] = [
+            {spans: name for name, spans in arch.namings[own.naming].items()} for own in self.namings
+        ]
+        self._encoders: Mapping[str, Encoder] = {encoder.table: encoder for encoder in arch.encoders}
+
+    def stem(self, site: Site) -> str | None:
+        """The key without its suffix, or None when the layout has no name for the site."""
+        if site.component in (DENOISER, SECOND_DENOISER):
+            return self._denoiser(site)
+        encoder = self._encoders.get(site.component)
+        return None if encoder is None else self._encoder(encoder, site.spans[0].weight)
+
+    def _denoiser(self, site: Site) -> str | None:
+        for own, names in zip(self.namings, self._names, strict=True):
+            name = names.get(site.spans)
+            if name is None:
+                continue
+            prefix = own.prefix
+            if site.component == SECOND_DENOISER:
+                if self._target.second_denoiser is None:
+                    return None
+                prefix = self._target.second_denoiser
+            if own.naming == DIFFUSERS and self._target.id == "diffusers":
+                for root, component in self._arch.diffusers_roots:
+                    if name.startswith(root):
+                        return f"{component}.{name[len(root) :]}"
+            return prefix + (flat(name) if own.flat else name)
+        return None
+
+    def _encoder(self, encoder: Encoder, weight: str) -> str | None:
+        kind = self._target.encoders
+        if kind == "diffusers":
+            return None if encoder.diffusers is None else f"{encoder.diffusers}.{weight}"
+        if kind == "comfyui":
+            return f"{encoder.comfyui}.{weight}"
+        prefix = encoder.onetrainer if kind == "onetrainer" and encoder.onetrainer else encoder.sd_scripts
+        return f"{prefix}_{flat(weight)}"

@@ -1,0 +1,130 @@
+"""What was done to every module, how exact it is, and what was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+SCHEMA = 1
+"""Version of the JSON form."""
+
+
+@dataclass(slots=True)
+class Losses:
+    """Squared error and squared norm of every module that was not carried over exactly.
+
+    Rounding errors arrive while the result is written, so a report is complete only after saving.
+    """
+
+    entries: dict[str, list[float]] = field(default_factory=dict)
+
+    def record(self, module: str, error: float, norm: float) -> None:
+        """Add a squared error of a module (or one of its factors) with its squared norm."""
+        if error > 0.0:
+            entry = self.entries.setdefault(module, [0.0, 0.0])
+            entry[0] += error
+            entry[1] += norm
+
+    def relative(self) -> dict[str, float]:
+        """Module -> relative Frobenius error."""
+        return {name: sqrt(error / norm) if norm else 0.0 for name, (error, norm) in self.entries.items()}
+
+    def total(self) -> float:
+        """The relative Frobenius error over all modules that have one."""
+        error, norm = (sum(entry[i] for entry in self.entries.values()) for i in (0, 1))
+        return sqrt(error / norm) if norm else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of one module of the result."""
+
+    name: str
+    """Its name in the output, without suffix."""
+    action: str
+    """``renamed``, ``split``, ``fused``, ``permuted``, ``to LoRA``, ``fused to LoRA``."""
+    family: str
+    was: str
+    """Family before."""
+    rank: int | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """The outcome of one conversion."""
+
+    input: str = ""
+    output: str = ""
+    architecture: str = ""
+    candidates: tuple[tuple[str, float], ...] = ()
+    source_layout: str = ""
+    target_layout: str = ""
+    modules: int = 0
+    changes: list[Change] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    """(key or module, reason)."""
+    carried: list[tuple[str, str]] = field(default_factory=list)
+    """Keys copied as they are, with the reason they were not understood."""
+    warnings: list[str] = field(default_factory=list)
+    scale_sources: Counter[str] = field(default_factory=Counter)
+    scale_written: str = ""
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether every module that was kept has exactly the delta it had, and nothing was dropped."""
+        return not self.losses.entries and not self.dropped
+
+    def families(self) -> Counter[str]:
+        """Families of the result's modules."""
+        return Counter(change.family for change in self.changes)
+
+    def actions(self) -> Counter[str]:
+        """How many modules were renamed, split, fused, ..."""
+        return Counter(change.action for change in self.changes)
+
+    def worst(self) -> tuple[str, float] | None:
+        """The module with the largest relative error."""
+        errors = self.losses.relative()
+        return max(errors.items(), key=lambda item: item[1]) if errors else None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object for ``--json``; see docs/json.md."""
+        errors = self.losses.relative()
+        worst = self.worst()
+        return {
+            "schema": SCHEMA,
+            "input": self.input,
+            "output": self.output,
+            "architecture": self.architecture,
+            "candidates": [{"architecture": key, "explains": share} for key, share in self.candidates],
+            "layout": {"from": self.source_layout, "to": self.target_layout},
+            "exact": self.exact,
+            "error": {
+                "worst_module": worst[0] if worst else None,
+                "worst": worst[1] if worst else 0.0,
+                "total": self.losses.total(),
+            },
+            "modules": {"input": self.modules, "output": len(self.changes)},
+            "families": dict(self.families()),
+            "actions": dict(self.actions()),
+            "scale": {"sources": dict(self.scale_sources), "written": self.scale_written},
+            "dropped": [{"key": key, "reason": reason} for key, reason in self.dropped],
+            "carried": [{"key": key, "reason": reason} for key, reason in self.carried],
+            "warnings": list(self.warnings),
+            "changes": [
+                {
+                    "name": change.name,
+                    "action": change.action,
+                    "family": change.family,
+                    "was": change.was,
+                    "rank": change.rank,
+                    "error": errors.get(change.name, 0.0),
+                }
+                for change in self.changes
+            ],
+            "seconds": round(self.seconds, 3),
+        }

@@ -42,7 +42,7 @@ class Change:
     """What became of one module of the result."""
 
     name: str
-    """Its name in the output, without suffix."""
+    """The (first) input module it was made of, as the input spells it."""
     action: str
     """``renamed``, ``split``, ``fused``, ``permuted``, ``to LoRA``, ``fused to LoRA``."""
     family: str

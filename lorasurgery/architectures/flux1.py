@@ -54,6 +54,7 @@ TABLES = tuple(
             ),
             ("single_blocks.{i}.processor.proj_lora", "single_blocks.{i}.linear2"),
         ),
+        widened=("img_in",) if variant == "control" else (),
         metadata_names=("flux1", "flux-1", *known_as),
         rows=(
             row("img_in", (D, image), "x_embedder"),

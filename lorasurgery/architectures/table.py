@@ -162,6 +162,8 @@ class Architecture:
     alias_range: int = 64
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
+    widened: tuple[str, ...] = ()
+    """Weights with more input columns than the plain base model's, which a reader must pad first (control LoRAs)."""
     metadata_names: tuple[str, ...] = ()
     """Values of ``ss_base_model_version`` and ``modelspec.architecture`` (before the slash) that mean this model."""
 

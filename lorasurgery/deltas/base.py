@@ -55,7 +55,7 @@ class Delta(Protocol):
         ...
 
     def to_low_rank(self) -> LowRank:
-        """The same delta as up @ down, exactly; raises CannotError when it needs the base weight."""
+        """The same delta as up @ down, exactly (products in float64: cast them); raises CannotError when it needs the base weight."""
         ...
 
 

@@ -82,10 +82,10 @@ class Hadamard:
             raise CannotError("a Tucker LoHa has no small low-rank form")
         first, second = self.w1_b.shape[0], self.w2_b.shape[0]
         up = computed(
-            "F32", (self.w1_a.shape[0], first * second), lambda: _columnwise(self.w1_a.f64(), self.w2_a.f64())
+            "F64", (self.w1_a.shape[0], first * second), lambda: _columnwise(self.w1_a.f64(), self.w2_a.f64())
         )
         down = computed(
-            "F32", (first * second, *self.w1_b.shape[1:]), lambda: _rowwise(self.w1_b.f64(), self.w2_b.f64())
+            "F64", (first * second, *self.w1_b.shape[1:]), lambda: _rowwise(self.w1_b.f64(), self.w2_b.f64())
         )
         return LowRank(up, down)
 

@@ -145,8 +145,8 @@ class Kronecker:
         left2, right2 = self._inner_factors()
         rank = left1[1] * left2[1]
         (_, in_m), (_, in_n, *kernel) = self.outer, self.inner
-        up = computed("F32", (left1[0] * left2[0], rank), lambda: _kron(left1[2](), left2[2]()))
-        down = computed("F32", (rank, in_m * in_n, *kernel), lambda: _kron(right1[2](), right2[2]()))
+        up = computed("F64", (left1[0] * left2[0], rank), lambda: _kron(left1[2](), left2[2]()))
+        down = computed("F64", (rank, in_m * in_n, *kernel), lambda: _kron(right1[2](), right2[2]()))
         return LowRank(up, down)
 
     def _outer_factors(self) -> tuple[_Factor, _Factor]:

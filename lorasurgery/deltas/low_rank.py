@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, block_columns, multiplied, rounded, power_of_two, split_factor
+from lorasurgery.deltas.base import CannotError, block_columns, multiplied, power_of_two, rounded, split_factor
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class LowRank:
         return product
 
     def to_low_rank(self) -> LowRank:
-        """Itself; a Tucker core is multiplied into ``down`` (in float64, rounded once)."""
+        """Itself; a Tucker core is multiplied into ``down``, which is then float64 for the caller to cast."""
         if self.mid is None:
             return self
         mid, down = self.mid, self.down
@@ -92,7 +92,7 @@ class LowRank:
             return product
 
         shape = (mid.shape[0], down.shape[1], *mid.shape[2:])
-        return LowRank(self.up, computed(self.down.dtype, shape, folded))
+        return LowRank(self.up, computed("F64", shape, folded))
 
 
 def _with_core(mid: Float64, up: Float64, down: Float64) -> Float64:

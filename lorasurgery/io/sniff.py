@@ -50,6 +50,17 @@ def explain(path: Path, head: bytes, size: int) -> FileFormatError | None:
     return None
 
 
+def explain_torch(path: Path, head: bytes, size: int) -> FileFormatError | None:
+    """The error that tells what a file with a PyTorch suffix is, or None when it can be a PyTorch file."""
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return None
+    if _plausible_header(head):
+        return FileFormatError(
+            "this is a safetensors file with a PyTorch suffix", path=path, hint="rename it to .safetensors"
+        )
+    return explain(path, head, size) or FileFormatError("this is no PyTorch file", path=path, hint="download it again")
+
+
 def _plausible_header(head: bytes) -> bool:
     """A length that makes sense followed by an opening brace: a safetensors file whose length looks like text."""
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000

@@ -104,9 +104,7 @@ def _near(stems: Mapping[str, Shape | None]) -> list[Architecture]:
     return [arch for key, arch in architectures().items() if cover[key] and cover[key] >= NEAR * best]
 
 
-def _unknown(
-    stems: Mapping[str, Shape | None], matches: list[Match], path: Path | None
-) -> UnknownArchitectureError:
+def _unknown(stems: Mapping[str, Shape | None], matches: list[Match], path: Path | None) -> UnknownArchitectureError:
     ranked = sorted(matches, key=lambda m: (-m.fitting, -m.named))[:3]
     candidates = [(m.architecture.key, m.share) for m in ranked if m.named]
     first = next(iter(stems), "")

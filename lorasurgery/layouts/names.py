@@ -85,10 +85,13 @@ class NameIndex:
     @cached_property
     def _encoder_prefixes(self) -> tuple[tuple[str, str, bool, str], ...]:
         """(prefix, component, flat, layout), longest first."""
-        found = []
-        for encoder in self.architecture.encoders:
-            for text, is_flat, layout in encoder_prefixes(encoder):
-                found.append((text, encoder.table, is_flat, layout))
+        encoders = self.architecture.encoders
+        found = [
+            (text, own.table, is_flat, layout) for own in encoders for text, is_flat, layout in encoder_prefixes(own)
+        ]
+        if len(encoders) == 1:  # trainers number a single encoder differently; every number means it
+            numbers = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+            found += [(number, encoders[0].table, True, "sd-scripts") for number in numbers]
         return tuple(sorted(set(found), key=lambda item: -len(item[0])))
 
     def find(self, stem: str) -> Found | None:
@@ -124,8 +127,6 @@ def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:
     yield encoder.sd_scripts + "_", True, "sd-scripts"
     if encoder.onetrainer:
         yield encoder.onetrainer + "_", True, "onetrainer"
-    if encoder.sd_scripts == "lora_te":
-        yield "lora_te1_", True, "sd-scripts"
     if encoder.sd_scripts == "lora_te1":
         yield "lora_te_", True, "sd-scripts"
     if encoder.diffusers:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.header import RawFile
-    from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.names import Found
     from lorasurgery.layouts.scales import PeftConfig
 
@@ -34,12 +33,15 @@ FLAGS = ("use_rslora_flag", "use_dora_flag")
 
 
 def parse(
-    raw: RawFile, *, among: Iterable[Architecture] | None = None, config: PeftConfig | None = None
+    raw: RawFile,
+    *,
+    among: Iterable[Architecture] | None = None,
+    configs: Mapping[str, PeftConfig] | None = None,
 ) -> Adapter:
     """Understand every key of ``raw``.
 
-    ``among`` restricts the architectures considered (``--arch``, ``--base``); ``config`` is a PEFT folder's
-    configuration. Keys that no table explains become leftovers with their reason.
+    ``among`` restricts the architectures considered (``--arch``, ``--base``); ``configs`` are a PEFT folder's
+    configurations by component. Keys that no table explains become leftovers with their reason.
     Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
     """
     raw = named_modules(raw)
@@ -51,7 +53,7 @@ def parse(
     arch = best.architecture
     names = index(arch)
     found = {stem: names.find(stem) for stem in groups}
-    rules = _scale_rules(raw, config)
+    rules = _scale_rules(raw, configs)
     modules: dict[Site, Module] = {}
     for stem, place in found.items():
         if place is None:
@@ -78,10 +80,10 @@ def parse(
     )
 
 
-def _scale_rules(raw: RawFile, config: PeftConfig | None) -> ScaleRules:
+def _scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig] | None) -> ScaleRules:
     rslora = raw.tensors.get("use_rslora_flag")
     return ScaleRules(
-        configs={"": config} if config is not None else header_configs(raw.metadata),
+        configs=header_configs(raw.metadata) if configs is None else configs,
         rslora_flag=rslora is not None and bool(rslora.item()),
         whole_lokr_by_shape="lokr_factor" in raw.tensors,
     )
@@ -98,7 +100,12 @@ def _module(own: Group, delta: Delta | None, site: Site, rules: ScaleRules, path
         scale = rules.resolve(own.stem, delta, None if alpha is None else alpha.tensor)
     if scale.value != scale.value or scale.value in (float("inf"), float("-inf")):
         key = own.key() if alpha is None else alpha.key
-        raise BrokenModuleError(f"{key} gives a scale of {scale.value}", key=key, path=path, hint="--alpha-from-rank")
+        raise BrokenModuleError(
+            f"{key} gives a scale of {scale.value}",
+            key=key,
+            path=path,
+            hint="the original file; the strength cannot be recovered from this one",
+        )
     bias, extra = own.modifier(BIAS), own.modifier(EXTRA)
     return Module(
         site,
@@ -183,9 +190,9 @@ def _layout(groups: Mapping[str, Group], found: Mapping[str, Found | None], arch
             continue
         layout = place.layout
         dialects = {entry.word.dialect for entry in groups[stem].entries.values()}
-        if layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS:
-            layout = "onetrainer"
-        elif layout == "diffusers" and "kohya" in dialects:
+        if (layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS) or (
+            layout == "diffusers" and "kohya" in dialects
+        ):
             layout = "onetrainer"
         elif layout == "bare" and "bfl" in dialects:
             layout = "bfl"

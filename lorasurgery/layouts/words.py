@@ -26,9 +26,7 @@ def _pairs(down: str, up: str, dialect: str) -> dict[str, Word]:
     return {down: Word(LORA, "down", dialect), up: Word(LORA, "up", dialect)}
 
 
-_HADA = {
-    f".hada_{s}": Word(LOHA, s, "kohya") for s in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
-}
+_HADA = {f".hada_{s}": Word(LOHA, s, "kohya") for s in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 _LOKR = {f".lokr_{s}": Word(LOKR, s, "kohya") for s in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 _OPAQUE = {
     **{f".{s}": Word("oft", s, "kohya") for s in ("oft_blocks", "oft_diag", "oft_R", "oft_R.weight", "rescale")},
@@ -91,9 +89,9 @@ def split_key(key: str) -> Split | None:
     adapter = ""
     if len(tail) > 3 and tail[-3] in _NAMED and tail[-1] in ("weight", "bias"):
         adapter = tail.pop(-2)
-    elif len(tail) > 2 and tail[-2] in _NAMED and tail[-1] not in ("weight", "bias"):
-        adapter = tail.pop()
-    elif len(tail) > 2 and tail[-2].startswith(_NAMED_PREFIXES) and tail[-1] != "weight":
+    elif (len(tail) > 2 and tail[-2] in _NAMED and tail[-1] not in ("weight", "bias")) or (
+        len(tail) > 2 and tail[-2].startswith(_NAMED_PREFIXES) and tail[-1] != "weight"
+    ):
         adapter = tail.pop()
     plain = ".".join(tail)
     if plain.endswith(("_lora.down.weight", "_lora.up.weight")):

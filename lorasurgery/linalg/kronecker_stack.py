@@ -116,8 +116,9 @@ class KroneckerStack:
 def kron_apply(left: Array, right: Array, x: Array) -> Array:
     """``kron(left, right) @ x`` without forming it: left (a, b), right (c, d), x (b d, l) -> (a c, l)."""
     (a, b), (c, d), columns = left.shape, right.shape, x.shape[1]
-    inner = np.matmul(right, x.reshape(b, d, columns))
-    return (left @ inner.reshape(b, c * columns)).reshape(a * c, columns)
+    inner = right @ x.reshape(b, d, columns)
+    product: Array = left @ inner.reshape(b, c * columns)
+    return product.reshape(a * c, columns)
 
 
 def kronecker_stack(parts: Sequence[KroneckerPart | ZeroRows]) -> KroneckerStack:
@@ -172,4 +173,6 @@ def _cross_gram(one: _Block, other: _Block) -> Array:
         overlap = as_float64(np.kron(one.core[0] @ other.core[0].T, one.core[1] @ other.core[1].T))
     else:
         overlap = kron_apply(*one.core, as_float64(np.kron(*other.core)).T)
-    return one.weights * overlap * other.weights.T
+    overlap *= one.weights
+    overlap *= other.weights.T
+    return overlap

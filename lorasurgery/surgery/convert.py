@@ -28,9 +28,8 @@ from lorasurgery.surgery.reduce import Budget, to_lora
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from lorasurgery.architectures.table import Spans
 
 AUTO, FUSE, SPLIT = "auto", "fuse", "split"
 
@@ -96,6 +95,9 @@ class _Job:
         self.adapter, self.target, self.options = adapter, target, options
         self.arch = adapter.architecture
         self.namings = namings(target, self.arch, options.prefix)
+        self._actions: dict[Site, str] = {}
+        """What was done to a module before its rows were looked at."""
+        self._kept_split: list[tuple[str, str]] = []
         self.report = Report(
             input=str(adapter.path or ""),
             architecture=self.arch.key,
@@ -115,6 +117,12 @@ class _Job:
         for module in modules:
             groups[module.site.component].append(module)
         result = [new for component, own in groups.items() for new in self._regroup(component, own)]
+        if self._kept_split:
+            name, reason = self._kept_split[0]
+            self.report.warnings.append(
+                f"{len(self._kept_split)} fused weights (first: {name}) keep their split names, which "
+                f"{self.target.reader} reads: {reason}; --qkv fuse makes them LoRA"
+            )
         if self.options.dtype != "keep":
             result = [self._cast(module) for module in result]
         return replace(
@@ -160,7 +168,9 @@ class _Job:
         if module.magnitude is not None and module.magnitude.axis == "in" and not self.target.in_axis_dora:
             return self._without_magnitude(module, f"{self.target.reader} only knows DoRA magnitudes per output row")
         if isinstance(module.delta, LowRank) and module.delta.mid is not None and self.target.words == "peft":
-            module = self._changed(module, module.delta.to_low_rank())
+            flat = module.delta.to_low_rank().cast(module.delta.down.dtype, self._record(module))
+            module = module.with_delta(flat)
+            self._actions[module.site] = "Tucker core folded"
         return module
 
     def _holds(self, module: Module) -> bool:
@@ -188,7 +198,7 @@ class _Job:
         """``module`` with the LoRA of ``members``; its error goes into the report."""
         dtype = widest([t.dtype for d, _, _ in members if d is not None for t in d.tensors.values()])
         try:
-            reduced = to_lora(members, self.options.budget, dtype)
+            reduced = to_lora(members, self.options.budget, dtype, self._record(module))
         except CannotError as reason:
             raise self._refuse(module, reason.message, "a target that holds it") from reason
         self._actions[module.site] = action
@@ -262,9 +272,7 @@ class _Job:
             by_weight = targets_of(self.arch.namings[DIFFUSERS])
             split = plan(target.sources, by_weight)
             if all(part.is_rename for part in split):
-                self.report.warnings.append(
-                    f"{module.name} and its neighbours keep their split names, which {self.target.reader} reads: {reason.message}"
-                )
+                self._kept_split.append((module.name, reason.message))
                 return [self._build(Site(component, part.spans), part) for part in split]
         if any(source.magnitude is not None for source in target.sources):
             if not self.options.lossy:
@@ -277,10 +285,16 @@ class _Job:
         return [self._fused_to_lora(Site(component, target.spans), target)]
 
     def _hint(self, *, magnitude: bool) -> str:
-        keep = "--target comfyui (which reads the split names), or " if self.arch.comfyui_split and self.target.id != "comfyui" else ""
+        keep = (
+            "--target comfyui (which reads the split names), or "
+            if self.arch.comfyui_split and self.target.id != "comfyui"
+            else ""
+        )
         if magnitude:
             return f"{keep}--lossy to drop the magnitude"
-        return f"{keep}--qkv fuse for an exact LoRA of these modules, --lokr-rank N or --energy 0.9999 for a smaller one"
+        return (
+            f"{keep}--qkv fuse for an exact LoRA of these modules, --lokr-rank N or --energy 0.9999 for a smaller one"
+        )
 
     def _fused_to_lora(self, site: Site, target: Target) -> Module:
         members: list[tuple[Delta | None, float, int]] = []
@@ -315,13 +329,6 @@ class _Job:
 
     # bookkeeping ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _actions(self) -> dict[Site, str]:
-        """Sites whose family was changed before regrouping."""
-        if not hasattr(self, "_action_of"):
-            self._action_of: dict[Site, str] = {}
-        return self._action_of
-
     def _done(self, module: Module, action: str, was: Module) -> Module:
         rank = None if module.delta is None else module.delta.rank
         original = self.adapter.modules.get(was.site, was)
@@ -330,18 +337,12 @@ class _Job:
         self.report.changes.append(Change(module.name, action, module.family, original.family, rank))
         return module
 
-    def _changed(self, module: Module, delta: Delta) -> Module:
-        return replace(module, delta=delta, scale=replace(module.scale, alpha=None))
-
     def _cast(self, module: Module) -> Module:
         """Every factor, magnitude and bias in the asked dtype; alphas keep theirs."""
         dtype = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(self.options.dtype)
         if dtype is None:
             raise RequestError(f"--dtype is keep, fp32, fp16 or bf16, not {self.options.dtype}")
-
-        def record(error: float, norm: float) -> None:
-            self.report.losses.record(module.name, error, norm)
-
+        record = self._record(module)
         magnitude, bias = module.magnitude, module.bias
         return replace(
             module,
@@ -350,10 +351,14 @@ class _Job:
             bias=None if bias is None else bias.cast(dtype),
         )
 
+    def _record(self, module: Module) -> Callable[[float, float], None]:
+        def record(error: float, norm: float) -> None:
+            self.report.losses.record(module.name, error, norm)
+
+        return record
+
     def _refuse(self, module: Module, reason: str, hint: str) -> NotRepresentableError:
-        return NotRepresentableError(
-            f"{module.name}: {reason}", module=module.name, path=self.adapter.path, hint=hint
-        )
+        return NotRepresentableError(f"{module.name}: {reason}", module=module.name, path=self.adapter.path, hint=hint)
 
 
 def take_rows(module: Module, ranges: Sequence[tuple[int, int]], rows: int) -> Module:

@@ -10,7 +10,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.full import Full
-from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
 from lorasurgery.io.tensors import of_array
@@ -18,7 +17,7 @@ from lorasurgery.io.tensors import of_array
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.base import Delta, Record
     from lorasurgery.io.tensors import Array, Tensor
     from lorasurgery.linalg.factors import Factors
 
@@ -49,13 +48,13 @@ Member = tuple["Delta | None", float, int]
 """(delta, scale, rows); None for a missing member."""
 
 
-def to_lora(members: Sequence[Member], budget: Budget, dtype: str) -> Reduced:
+def to_lora(members: Sequence[Member], budget: Budget, dtype: str, record: Record) -> Reduced:
     """The members, one below the other, as one LoRA in ``dtype`` with every scale folded in.
 
     Exact without a budget: the rank is the sum of the members' ranks, or the numerical rank where that is smaller than
-    both sides allow. Raises CannotError for families that multiply the base, norms and stacked convolutions.
+    both sides allow; ``record`` gets the rounding to ``dtype`` when the tensors are computed. Raises CannotError for families that multiply the base, norms and stacked convolutions.
     """
-    exact = None if not budget.exact else _exact(members, dtype)
+    exact = _exact(members, dtype, record) if budget.exact else None
     if exact is not None:
         return Reduced(exact)
     present = [delta for delta, _, _ in members if delta is not None]
@@ -64,14 +63,12 @@ def to_lora(members: Sequence[Member], budget: Budget, dtype: str) -> Reduced:
     up, down = of_array(factors.up, dtype), of_array(factors.down, dtype)
     rank = factors.up.shape[1]
     norm = _norm(factors)
-    delta = LowRank(
-        up.reshape(up.shape[0], rank, *(1 for _ in shape[2:])), down.reshape(rank, shape[1], *shape[2:])
-    )
+    delta = LowRank(up.reshape(up.shape[0], rank, *(1 for _ in shape[2:])), down.reshape(rank, shape[1], *shape[2:]))
     rounding = _rounding(factors, up, down)
     return Reduced(delta, factors.relative_error**2 * norm + rounding, norm)
 
 
-def _exact(members: Sequence[Member], dtype: str) -> LowRank | None:
+def _exact(members: Sequence[Member], dtype: str, record: Record) -> LowRank | None:
     """The factors written down without arithmetic beyond one product, or None when that rank exceeds what is needed."""
     low = [(None if d is None else d.to_low_rank().scaled(scale), rows) for d, scale, rows in members]
     present = [delta for delta, _ in low if delta is not None]
@@ -79,7 +76,7 @@ def _exact(members: Sequence[Member], dtype: str) -> LowRank | None:
     if sum(delta.rank for delta in present) > min(rows, prod(present[0].shape[1:])):
         return None
     stacked = present[0] if len(low) == 1 else stack_low_rank(low)
-    return stacked.cast(dtype)
+    return stacked.cast(dtype, record)
 
 
 def _truncated(members: Sequence[Member], budget: Budget) -> Factors:
@@ -108,7 +105,7 @@ def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
     from lorasurgery.linalg.factors import Factors
     from lorasurgery.linalg.low_rank import factored_svd, rank_for_energy, tail_error
 
-    low = [(None if d is None else _wide(d).scaled(scale), rows) for d, scale, rows in members]
+    low = [(None if d is None else d.to_low_rank().scaled(scale), rows) for d, scale, rows in members]
     whole = stack_low_rank(low) if len(low) > 1 else low[0][0]
     assert whole is not None  # noqa: S101  a stack has at least one member
     left, values, right = factored_svd(
@@ -120,18 +117,6 @@ def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
         kept = min(kept, max(rank_for_energy(values, budget.energy), 1))
     root = np.sqrt(values[:kept])
     return Factors(left[:, :kept] * root, root[:, None] * right[:kept], values[:kept], tail_error(values, kept))
-
-
-def _wide(delta: Delta) -> LowRank:
-    """The low-rank form with float64 factors, so that nothing is rounded before the cut."""
-    low = delta.to_low_rank()
-    return LowRank(_exactly(low.up), _exactly(low.down)) if isinstance(delta, (Hadamard, Kronecker)) else low
-
-
-def _exactly(tensor: Tensor) -> Tensor:
-    from dataclasses import replace
-
-    return replace(tensor, dtype="F64") if tensor.compute is not None else tensor
 
 
 def _norm(factors: Factors) -> float:

@@ -1,0 +1,192 @@
+"""Read, write: the two ends of every command."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasurgery.architectures import named
+from lorasurgery.errors import DroppedKeysError, RequestError
+from lorasurgery.io.header import read_safetensors
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, write_peft_folder
+from lorasurgery.io.sniff import TORCH_SUFFIXES
+from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
+from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
+from lorasurgery.layouts.parse import FLAGS, parse
+from lorasurgery.layouts.scales import HEADER_KEY, PeftConfig
+from lorasurgery.layouts.targets import Layout
+from lorasurgery.layouts.targets import layout as layout_named
+from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
+from lorasurgery.surgery.convert import Options, convert
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasurgery.adapter import Adapter
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.io.header import RawFile
+    from lorasurgery.report import Report
+
+KNOWN_TOP_LEVEL = (FACTOR, *FLAGS)
+
+
+def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None) -> Adapter:
+    """Read an adapter: safetensors, a PyTorch file (weights only), or a PEFT folder.
+
+    ``arch`` overrides detection (``flux1`` or a variant such as ``flux1-schnell``); ``base`` is a checkpoint whose
+    header supplies names and shapes. Tensors stay on disk. Raises SurgeryError for anything that is no adapter.
+    """
+    path = Path(path)
+    among: tuple[Architecture, ...] | None = None if arch is None else named(arch)
+    if base is not None:
+        from lorasurgery.architectures.from_base import from_base
+
+        among = (from_base(read_any(Path(base)).tensors, Path(base)),)
+    if path.is_dir() and is_peft_folder(path):
+        raw, configs = read_peft_folder(path)
+        rules = {
+            component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()
+        }
+        return parse(raw, among=among, configs=rules)
+    return parse(read_any(path), among=among)
+
+
+def read_any(path: Path) -> RawFile:
+    """A file's tensors, still on disk for safetensors, in memory for PyTorch's formats."""
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        from lorasurgery.io.torchfile import read_torch
+
+        return read_torch(path)
+    return read_safetensors(path)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """How :func:`save` writes."""
+
+    alpha: str | None = None
+    """``keep``, ``fold`` or ``header``; None is the layout's own way."""
+    prefix: str = "diffusion_model"
+    """For the layout ``other``."""
+    lokr_factor: int | None = None
+    """Overrides the file's own LoKr factor."""
+    strict: bool = False
+    """Raise instead of leaving anything out."""
+    force: bool = False
+    """Replace an existing output."""
+    dry_run: bool = False
+    """Do everything but write."""
+
+
+def save(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    options: SaveOptions | None = None,
+    report: Report | None = None,
+) -> Report:
+    """Write an adapter, converting it first when ``layout`` is not the one it is in.
+
+    Nothing appears at ``path`` until the file is complete. Returns the report, rounding errors included.
+    Raises what :func:`lorasurgery.convert` raises, OutputExistsError, and DroppedKeysError under ``strict``.
+    """
+    path, options = Path(path), options or SaveOptions()
+    started = time.perf_counter()
+    if report is None:
+        adapter, report = convert(adapter, layout or adapter.layout, Options(prefix=options.prefix))
+    target = layout_named(adapter.layout)
+    report.output = str(path)
+    if not options.dry_run:
+        check_output(path, [Path(report.input)] if report.input else [], force=options.force)
+    emitted = emit(adapter, target, report, alpha=options.alpha, prefix=options.prefix)
+    _leftovers(adapter, target, emitted, report)
+    if options.strict and report.dropped:
+        raise DroppedKeysError(
+            f"--strict: {len(report.dropped)} keys would be left out, first {report.dropped[0][0]} ({report.dropped[0][1]})",
+            keys=[key for key, _ in report.dropped],
+            path=report.input or None,
+            hint="without --strict, or --drop REGEX for what you mean to leave out",
+        )
+    if target.id == "peft":
+        _save_peft(path, adapter, emitted, options)
+    else:
+        _save_file(path, adapter, target, emitted, report, options)
+    report.seconds += time.perf_counter() - started
+    return report
+
+
+def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Report) -> None:
+    """Keys no module holds: copied where the reader ignores what it does not know, listed either way."""
+    for left in adapter.leftovers:
+        if left.key in KNOWN_TOP_LEVEL:
+            continue
+        if target.carries_unknown and left.key not in emitted.tensors:
+            emitted.tensors[left.key] = left.tensor
+            report.carried.append((left.key, left.reason))
+        else:
+            report.dropped.append((left.key, f"{left.reason}, and {target.reader} refuses unknown keys"))
+
+
+def _save_file(
+    path: Path, adapter: Adapter, target: Layout, emitted: Emitted, report: Report, options: SaveOptions
+) -> None:
+    if target.id == "comfyui":
+        _widen(adapter, emitted)
+    metadata = converted(
+        adapter, adapter.metadata, emitted.written, source_layout=report.source_layout, target=target.id
+    )
+    report.warnings += with_lokr_factor(
+        adapter, metadata, emitted.tensors, explicit=options.lokr_factor, buffer=target.carries_unknown
+    )
+    if report.scale_written == "header":
+        from lorasurgery.layouts.peft_config import header_metadata
+
+        metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
+    if options.dry_run:
+        return
+    write_safetensors(
+        path, emitted.tensors, metadata, hashes=MODEL_HASH in adapter.metadata or target.id == "sd-scripts"
+    )
+
+
+def _widen(adapter: Adapter, emitted: Emitted) -> None:
+    """ComfyUI pads a base weight that is narrower than the adapter's when it finds ``reshape_weight``."""
+    arch = adapter.architecture
+    for one in emitted.written:
+        weight = one.module.site.spans[0].weight
+        if weight in arch.widened and f"{one.stem}.reshape_weight" not in emitted.tensors:
+            emitted.tensors[f"{one.stem}.reshape_weight"] = reshape_weight(arch.shapes[weight])
+
+
+def _save_peft(path: Path, adapter: Adapter, emitted: Emitted, options: SaveOptions) -> None:
+    from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, model_names
+
+    adapters = {}
+    for component, own in components(emitted.written, adapter.architecture).items():
+        prefix = PREFIX if own[0].stem.startswith(PREFIX) else component + "."
+        config = adapter_config(own, model_names(component, adapter.architecture), prefix)
+        tensors: Mapping[str, object] = emitted.tensors
+        stems = {one.stem for one in own}
+        adapters[component] = (
+            config,
+            {
+                PREFIX + key.removeprefix(prefix): tensor
+                for key, tensor in emitted.tensors.items()
+                if _stem_of(key, stems)
+            },
+        )
+        del tensors
+    if not options.dry_run:
+        write_peft_folder(path, adapters)
+
+
+def _stem_of(key: str, stems: set[str]) -> bool:
+    """Whether a key belongs to one of the modules."""
+    parts = key.split(".")
+    return any(".".join(parts[:-n]) in stems for n in (1, 2))
+
+
+__all__ = ["RequestError", "SaveOptions", "load", "read_any", "save"]

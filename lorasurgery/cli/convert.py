@@ -1,0 +1,99 @@
+"""``lorasurgery convert``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lorasurgery.cli.batch import Job, jobs_for, run_batch
+
+HELP = """Convert adapter files between the layouts of trainers and programs, exactly or not at all.
+
+The input's layout, architecture and families are detected; renames move bytes, fused weights (qkv) are put together or
+taken apart exactly. What the target cannot hold exactly is refused with the options that would do it.
+
+[bold]Targets[/bold]: [cyan]sd-scripts[/cyan] (also default, kohya) for sd-scripts and musubi-tuner;
+[cyan]diffusers[/cyan] for load_lora_weights; [cyan]comfyui[/cyan]; [cyan]other[/cyan], musubi-tuner's name for
+dotted trainer names; [cyan]peft[/cyan], a folder with adapter_config.json; [cyan]lycoris[/cyan] for LyCORIS and
+SimpleTuner; [cyan]onetrainer[/cyan].
+
+[bold]Examples[/bold]
+
+  lorasurgery convert my_lora.safetensors out.safetensors --target comfyui
+
+  lorasurgery convert --input zimage_lokr.safetensors --output out.safetensors --target comfyui --qkv fuse --lokr-rank 64
+
+  lorasurgery convert loras/*.safetensors --out-dir converted --target diffusers --as lora --energy 0.9999
+
+  lorasurgery convert peft_folder/ out.safetensors --target sd-scripts --dry-run --json
+"""
+
+Inputs = Annotated[
+    Optional[list[Path]],  # noqa: UP045  typer evaluates this on Python 3.10 too
+    typer.Argument(
+        metavar="IN... [OUT]",
+        help="Input files or folders, and the output file unless --out-dir is given.",
+        show_default=False,
+    ),
+]
+
+
+def convert(
+    paths: Inputs = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="Layout to write: sd-scripts (default, kohya), diffusers, comfyui, other, peft, lycoris, onetrainer.", show_default=False)] = ...,  # type: ignore[assignment]
+    given: Annotated[Optional[Path], typer.Option("--input", "-i", help="The input, as musubi-tuner spells it.", show_default=False)] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option("--output", "--out", "-o", help="The output file (a folder for peft).", show_default=False)] = None,  # noqa: UP045
+    out_dir: Annotated[Optional[Path], typer.Option("--out-dir", help="Folder for the outputs of several inputs; mirrors input folders.", show_default=False)] = None,  # noqa: UP045
+    arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
+    qkv: Annotated[str, typer.Option("--qkv", help="Fused weights: auto (exact, else split names where the target reads them), fuse (a LoRA where the family cannot be fused exactly), split (split names).")] = "auto",
+    rank: Annotated[Optional[int], typer.Option("--lokr-rank", "--rank", help="Cut LoRAs made from other families to this rank; the error is printed.", show_default=False)] = None,  # noqa: UP045
+    energy: Annotated[Optional[float], typer.Option("--energy", help="Cut them to this share of the squared norm, e.g. 0.9999; the error is printed.", show_default=False)] = None,  # noqa: UP045
+    as_: Annotated[Optional[str], typer.Option("--as", help="lora: turn LoHa, LoKr and full differences into LoRA.", show_default=False)] = None,  # noqa: UP045
+    lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the target cannot hold, and list it.")] = False,
+    alpha: Annotated[Optional[str], typer.Option("--alpha", help="How the scale is written: keep (alpha tensors), fold (into the factors), header (configuration). Default: the layout's own.", show_default=False)] = None,  # noqa: UP045
+    dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
+    lokr_factor: Annotated[Optional[int], typer.Option("--lokr-factor", help="LoKr factor to record instead of the file's own.", show_default=False)] = None,  # noqa: UP045
+    diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other.")] = "diffusion_model",
+    fix_split_alpha: Annotated[bool, typer.Option("--fix-split-alpha", help="Mend the alpha of fused modules that sd-scripts' split_qkv saved too weak.")] = False,
+    drop: Annotated[Optional[list[str]], typer.Option("--drop", help="Leave out te, unet, or modules whose name matches a regular expression. Repeatable.", show_default=False)] = None,  # noqa: UP045
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when any key would be left out, and check every value for NaN and infinity.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+) -> None:  # fmt: skip
+    """Convert adapter files between layouts."""
+    from lorasurgery.api import SaveOptions
+    from lorasurgery.surgery.convert import Options
+
+    if as_ not in (None, "lora"):
+        raise typer.BadParameter("only lora", param_hint="--as")
+    how = Options(
+        qkv=qkv, rank=rank, energy=energy, as_lora=as_ == "lora", lossy=lossy, drop=tuple(drop or ()), dtype=dtype,
+        prefix=diffusers_prefix, fix_split_alpha=fix_split_alpha,
+    )  # fmt: skip
+    writing = SaveOptions(
+        alpha=alpha, prefix=diffusers_prefix, lokr_factor=lokr_factor, strict=strict, force=force, dry_run=dry_run
+    )
+    files = jobs_for(paths or [], given, out, out_dir, folder_output=target == "peft")
+    run_batch(
+        files, lambda job: _one(job, target, how, writing, arch, base), as_json=json_, several=out_dir is not None
+    )
+
+
+def _one(job: Job, target: str, how: object, writing: object, arch: str | None, base: Path | None) -> object:
+    from lorasurgery.api import load, save
+    from lorasurgery.surgery.convert import convert as convert_adapter
+
+    started = time.perf_counter()
+    adapter = load(job.source, arch=arch, base=base)
+    result, report = convert_adapter(adapter, target, how)  # type: ignore[arg-type]
+    save(result, job.target, options=writing, report=report)  # type: ignore[arg-type]
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+convert.__doc__ = HELP

@@ -1,0 +1,92 @@
+"""The only place that prints: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorasurgery.report import Report
+
+SHOWN = 8
+"""Dropped keys, carried keys and warnings shown before '... and N more' (``--json`` has all)."""
+
+
+def data(text: str) -> None:
+    """To stdout, for other programs."""
+    print(text)
+
+
+def show_error(error: BaseException, path: Path | None = None) -> None:
+    """One line on stderr, and what to try on a second."""
+    from lorasurgery.errors import SurgeryError
+
+    if isinstance(error, SurgeryError):
+        where = error.path or (str(path) if path else "")
+        print(f"error: {where + ': ' if where else ''}{error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  try: {error.hint}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def show_report(report: Report, *, one_line: bool = False) -> None:
+    """The outcome of a conversion, as a table or (in a batch) one line."""
+    verdict = _verdict(report)
+    if one_line:
+        print(f"{report.input} -> {report.output}: {report.architecture}, {len(report.changes)} modules, {verdict}")
+        for warning in report.warnings:
+            print(f"  note: {warning}")
+        return
+    print(f"{Path(report.input).name} -> {report.output or '(not written)'}")
+    for label, value in _lines(report, verdict):
+        print(f"  {label:<13}{value}")
+    _list("left out", [f"{key}: {reason}" for key, reason in report.dropped])
+    _list("carried", [f"{key}: {reason}" for key, reason in report.carried])
+    _list("note", report.warnings)
+
+
+def _verdict(report: Report) -> str:
+    worst = report.worst()
+    if worst is None:
+        return (
+            "every module exact" if not report.dropped else f"kept modules exact, {len(report.dropped)} keys left out"
+        )
+    return f"relative error {report.losses.total():.2e} over {len(report.losses.entries)} modules, worst {worst[1]:.2e} ({worst[0]})"
+
+
+def _lines(report: Report, verdict: str) -> list[tuple[str, str]]:
+    others = [key for key, _ in report.candidates if key != report.architecture]
+    arch = report.architecture + (f"  (the same keys fit {', '.join(others[:4])})" if others else "")
+    return [
+        ("architecture", arch),
+        ("layout", f"{report.source_layout} -> {report.target_layout}"),
+        ("modules", f"{report.modules} -> {len(report.changes)}: {_counts(report.actions())}"),
+        ("families", _counts(report.families())),
+        ("scale", f"from {_counts(report.scale_sources)}; written: {report.scale_written}"),
+        ("result", verdict),
+        ("time", f"{report.seconds:.2f} s"),
+    ]
+
+
+def _counts(counter: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counter.items(), key=lambda item: -item[1])) or "none"
+
+
+def _list(label: str, lines: list[str]) -> None:
+    for line in lines[:SHOWN]:
+        print(f"  {label}: {line}")
+    if len(lines) > SHOWN:
+        print(f"  {label}: ... and {len(lines) - SHOWN} more (--json lists all)")
+
+
+def console() -> Console:
+    """rich's console on stdout, for tables."""
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,182 @@
+"""PEFT's configuration of what was written: ``adapter_config.json``, and Diffusers' copy of it in a file's header.
+
+Source: PEFT 0.21 ``LoraConfig``, ``LoHaConfig``, ``LoKrConfig`` and ``get_pattern_key``; Diffusers 0.42
+``loaders/peft.py`` (``lora_adapter_metadata``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.deltas.hadamard import Hadamard
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.errors import NotRepresentableError
+from lorasurgery.layouts.emit import common
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.layouts.emit import Written
+
+PREFIX = "base_model.model."
+_TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
+
+
+def components(written: Sequence[Written], arch: Architecture) -> dict[str, list[Written]]:
+    """The modules by the Diffusers component they belong to (``transformer``, ``text_encoder``, ...)."""
+    names = {DENOISER: arch.denoiser, SECOND_DENOISER: "transformer_2"}
+    names |= {encoder.table: encoder.diffusers or encoder.table for encoder in arch.encoders}
+    found: dict[str, list[Written]] = {}
+    for one in written:
+        found.setdefault(names[one.module.site.component], []).append(one)
+    return found
+
+
+def model_names(component: str, arch: Architecture) -> Collection[str]:
+    """Every module of the Diffusers model behind a component: patterns must not match one that is not meant."""
+    encoder = next((e for e in arch.encoders if e.diffusers == component), None)
+    return arch.namings[DIFFUSERS] if encoder is None else TEXT_ENCODERS[encoder.table].shapes
+
+
+def adapter_config(written: Sequence[Written], names: Collection[str], prefix: str) -> dict[str, Any]:
+    """The configuration of one component's modules; ``prefix`` is what stands before a module's name in its stem.
+
+    Raises NotRepresentableError for modules of several PEFT types, and for a LoKr whose factors PEFT would shape
+    otherwise.
+    """
+    kinds = {_TYPES[w.module.family] for w in written}
+    if len(kinds) > 1:
+        odd = next(w.module for w in written if _TYPES[w.module.family] != _TYPES[written[0].module.family])
+        raise NotRepresentableError(
+            f"{odd.name}: a PEFT adapter is of one type, this one would be {' and '.join(sorted(kinds))}",
+            module=odd.name,
+            hint="--as lora",
+        )
+    modules = {w.stem.removeprefix(prefix): w for w in written}
+    kind = kinds.pop()
+    rank = int(common([w.rank for w in written]))
+    alpha = common([w.alpha for w in written])
+    config: dict[str, Any] = {
+        "peft_type": kind,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha" if kind == "LORA" else "alpha": _plain(alpha),
+        "rank_pattern": {_pattern(n, names): w.rank for n, w in modules.items() if w.rank != rank},
+        "alpha_pattern": {_pattern(n, names): _plain(w.alpha) for n, w in modules.items() if w.alpha != alpha},
+        "target_modules": _targets(modules, names),
+    }
+    return config | _SPECIFIC[kind](written)
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _pattern(name: str, names: Collection[str]) -> str:
+    """A pattern for one module: PEFT matches the end of a name at a dot, so one that is another's end is anchored."""
+    ambiguous = any(other.endswith("." + name) for other in names)
+    return ("^" if ambiguous else "") + re.escape(name)
+
+
+def _targets(modules: Mapping[str, Written], names: Collection[str]) -> list[str] | str:
+    """The module names, or one regular expression where a list would also match modules that are not meant."""
+    extra = any(other not in modules and other.endswith(tuple("." + n for n in modules)) for other in names)
+    if not extra:
+        return sorted(modules)
+    return "|".join(re.escape(name) for name in sorted(modules))
+
+
+def _lora(written: Sequence[Written]) -> dict[str, Any]:
+    return {
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "lora_bias": any(w.module.bias is not None for w in written),
+        "use_rslora": False,
+        "use_dora": any(w.module.magnitude is not None for w in written),
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _loha(written: Sequence[Written]) -> dict[str, Any]:
+    tucker = any(isinstance(w.module.delta, Hadamard) and w.module.delta.t1 is not None for w in written)
+    return {"rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": tucker, "init_weights": True}
+
+
+def _lokr(written: Sequence[Written]) -> dict[str, Any]:
+    """PEFT derives the factors' shapes from the layer's, ``decompose_factor`` and r: find the factor that gives ours."""
+    deltas = [(w, w.module.delta) for w in written if isinstance(w.module.delta, Kronecker)]
+    both = any(delta.w1 is None for _, delta in deltas)
+    factors = [-1, *sorted({n for _, delta in deltas for n in delta.outer})]
+    best = next((f for f in factors if all(_same_shapes(w, d, f, both=both) for w, d in deltas)), None)
+    if best is None:
+        odd = next(w.module for w, d in deltas if not _same_shapes(w, d, -1, both=both))
+        raise NotRepresentableError(
+            f"{odd.name}: PEFT would shape the factors of this LoKr otherwise", module=odd.name, hint="--as lora"
+        )
+    tucker = any(delta.t2 is not None for _, delta in deltas)
+    return {
+        "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": tucker, "decompose_both": both,
+        "decompose_factor": best, "rank_dropout_scale": False, "init_weights": True,
+    }  # fmt: skip
+
+
+_SPECIFIC = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr}
+
+
+def factorization(dimension: int, factor: int) -> tuple[int, int]:
+    """LyCORIS' and PEFT's split of a dimension into m * n with m <= n.
+
+    >>> factorization(3840, -1), factorization(3072, 16), factorization(127, -1)
+    ((60, 64), (16, 192), (1, 127))
+    """
+    if factor > 0 and dimension % factor == 0:
+        small, large = sorted((factor, dimension // factor))
+        return small, large
+    limit = dimension if factor < 0 else factor
+    m, n = 1, dimension
+    length = m + n
+    while m < n:
+        new_m = m + 1
+        while dimension % new_m:
+            new_m += 1
+        new_n = dimension // new_m
+        if new_m + new_n > length or new_m > limit:
+            break
+        m, n = new_m, new_n
+    return (n, m) if m > n else (m, n)
+
+
+def _same_shapes(written: Written, delta: Kronecker, factor: int, *, both: bool) -> bool:
+    """Whether PEFT's LoKr layer with this factor and rank has our factors' shapes.
+
+    Source: PEFT ``tuners/lokr/layer.py`` (``create_adapter_parameters``).
+    """
+    (out_l, in_m), (out_k, in_n, *kernel) = delta.outer, delta.inner
+    if prod(kernel) > 1 or delta.t2 is not None:
+        return False
+    if factorization(out_l * out_k, factor) != (out_l, out_k) or factorization(in_m * in_n, factor) != (in_m, in_n):
+        return False
+    rank = written.rank
+    whole1 = not (both and rank < max(out_l, in_m) / 2)
+    whole2 = rank >= max(out_k, in_n) / 2
+    return (delta.w1 is not None) == whole1 and (delta.w2 is not None) == whole2
+
+
+def header_metadata(written: Sequence[Written], arch: Architecture) -> str:
+    """``lora_adapter_metadata`` for a Diffusers file: every component's configuration, its keys prefixed."""
+    entries: dict[str, Any] = {}
+    for component, own in components(written, arch).items():
+        config = adapter_config(own, model_names(component, arch), component + ".")
+        entries |= {f"{component}.{key}": value for key, value in config.items()}
+    return json.dumps(entries, indent=2, sort_keys=True)

@@ -124,6 +124,8 @@ class Adapter:
     leftovers: tuple[Leftover, ...] = ()
     candidates: tuple[tuple[str, float], ...] = ()
     """Other architectures that explain the same keys, with the share they explain."""
+    ambiguous: tuple[str, ...] = ()
+    """Keys of architectures that explain the file equally well and would be converted otherwise."""
     warnings: tuple[str, ...] = ()
     path: Path | None = None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from importlib import metadata
 from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -24,20 +23,30 @@ ENTRY_POINT_GROUP = "lorasurgery.architectures"
 
 @cache
 def architectures() -> Mapping[str, Architecture]:
-    """Every known architecture by its key (``flux1-dev``), variants of a family in the order of their file.
+    """Every architecture of this package by its key (``flux1-dev``), by precedence, then in the order of the files.
 
     Raises ValueError when two tables claim the same key.
     """
     found: dict[str, Architecture] = {}
     tables = [t for info in sorted(iter_modules(__path__), key=lambda m: m.name) for t in _tables_of(info.name)]
-    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        loaded = entry.load()
-        tables.extend([loaded] if isinstance(loaded, Architecture) else loaded)
-    for table in tables:
+    for table in sorted(tables, key=lambda t: -t.precedence):
         if table.key in found:
             raise ValueError(f"two architecture tables are called {table.key}")
         found[table.key] = table
     return MappingProxyType(found)
+
+
+@cache
+def plugins() -> tuple[Architecture, ...]:
+    """The architectures that installed packages add. Looked up only when no table here explains a whole file."""
+    from importlib import metadata
+
+    
+    found: list[Architecture] = []
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        loaded = entry.load()
+        found.extend([loaded] if isinstance(loaded, Architecture) else loaded)
+    return tuple(found)
 
 
 def _tables_of(module: str) -> tuple[Architecture, ...]:
@@ -50,10 +59,10 @@ def named(name: str) -> tuple[Architecture, ...]:
 
     Raises RequestError for a name no table has.
     """
-    tables = architectures()
-    found = tuple(t for t in tables.values() if name in (t.key, t.id))
+    found = tuple(t for t in architectures().values() if name in (t.key, t.id))
+    found = found or tuple(t for t in plugins() if name in (t.key, t.id))
     if not found:
-        known = ", ".join(sorted({t.id for t in tables.values()}))
+        known = ", ".join(sorted({t.id for t in (*architectures().values(), *plugins())}))
         raise RequestError(
             f"no architecture is called {name}", hint=f"one of {known}, or a variant such as flux1-schnell"
         )

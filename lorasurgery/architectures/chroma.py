@@ -8,6 +8,7 @@ G = 5120
 TABLES = (
     Architecture(
         id="chroma",
+        precedence=-1,
         variant="",
         name="Chroma",
         source="ComfyUI comfy/ldm/chroma/model.py (2026-05), Diffusers ChromaTransformer2DModel 0.42",

@@ -36,6 +36,7 @@ SINGLE = (
 TABLES = (
     Architecture(
         id="framepack",
+        precedence=-1,
         variant="",
         name="FramePack",
         source="Diffusers HunyuanVideoFramepackTransformer3DModel 0.42",

@@ -162,6 +162,8 @@ class Architecture:
     alias_range: int = 64
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
+    precedence: int = 0
+    """Of tables that explain a file equally well, the one with the highest counts (the more common model)."""
     widened: tuple[str, ...] = ()
     """Weights with more input columns than the plain base model's, which a reader must pad first (control LoRAs)."""
     metadata_names: tuple[str, ...] = ()
@@ -179,11 +181,11 @@ class Architecture:
 
     @cached_property
     def namings(self) -> Mapping[str, Mapping[str, Spans]]:
-        """For each naming, every module name and the rows it stands for.
+        """For each naming, every module name and the rows it stands for; expanded when first asked for.
 
         Raises ValueError when a table gives two weights one name, or parts that do not sum to their row.
         """
-        return MappingProxyType({n: MappingProxyType(_naming(self, n)) for n in NAMINGS})
+        return _Namings(self)
 
     @cached_property
     def alias_names(self) -> Mapping[str, Spans]:
@@ -293,9 +295,30 @@ def _placed(item: Row, names: Names | None, prefix: str) -> Names:
     return Names(tuple(Part(_join(prefix, p.name), p.rows) for p in names.parts), names.swap_halves)
 
 
+class _Namings(Mapping[str, Mapping[str, Spans]]):
+    """The namings of one architecture, each made when it is first looked up."""
+
+    def __init__(self, arch: Architecture) -> None:
+        self._arch = arch
+        self._made: dict[str, Mapping[str, Spans]] = {}
+
+    def __getitem__(self, naming: str) -> Mapping[str, Spans]:
+        if naming not in NAMINGS:
+            raise KeyError(naming)
+        if naming == SD_SCRIPTS and self._arch.sd_scripts != SD_SCRIPTS:
+            return self[self._arch.sd_scripts]
+        if naming not in self._made:
+            self._made[naming] = MappingProxyType(_naming(self._arch, naming))
+        return self._made[naming]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMINGS)
+
+    def __len__(self) -> int:
+        return len(NAMINGS)
+
+
 def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
-    if naming == SD_SCRIPTS and arch.sd_scripts != SD_SCRIPTS:
-        return dict(_naming(arch, arch.sd_scripts))
     if naming == DIFFUSERS and not arch.has_diffusers:
         return {}
     found: dict[str, Spans] = {}

@@ -42,7 +42,7 @@ def write_safetensors(
         written |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
     written = dict(sorted(written.items()))
     head = header_bytes(tensors, written)
-    with _replacing(path) as fd:
+    with replacing(path) as fd:
         _write_all(fd, head)
         digest = _write_data(fd, tensors, hashes=hashes)
         if digest is not None:
@@ -95,13 +95,18 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[int]:
-    """A descriptor of a temporary file beside ``path`` that takes its place when the block ends without an error."""
+def replacing(path: Path) -> Iterator[int]:
+    """A descriptor of a temporary file beside ``path`` that takes its place when the block ends without an error.
+
+    Where it replaces a file, the new one is synced to disk first, so that a power cut leaves one of the two. A new file
+    is not: nothing could be lost but the copy, and syncing costs as much again as writing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         yield fd
-        os.fsync(fd)
+        if path.exists():
+            os.fsync(fd)
         os.close(fd)
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from lorasurgery.architectures import architectures
+from lorasurgery.architectures import architectures, plugins
+from lorasurgery.architectures.table import NAMINGS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.errors import UnknownArchitectureError
 from lorasurgery.layouts.names import index, stem_pattern
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.adapter import Site
-    from lorasurgery.architectures.table import Architecture, Shape
+    from lorasurgery.architectures.table import Architecture, Shape, Spans
 
 ENOUGH = 0.5
 """A table that explains less than this share of a file's modules is not taken to be its architecture."""
@@ -68,6 +69,8 @@ def detect(
     Raises UnknownArchitectureError, with the nearest tables, when none explains enough.
     """
     matches = [score(arch, stems) for arch in (_near(stems) if among is None else among)]
+    if among is None and not any(m.fitting == m.total for m in matches):
+        matches += [score(arch, stems) for arch in plugins()]
     if not matches or not any(m.named for m in matches):
         raise _unknown(stems, matches, path)
     said = {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").split("/")[0]} - {""}
@@ -75,8 +78,53 @@ def detect(
     best = max(matches, key=lambda m: (m.fitting, m.named, m.architecture.key in hinted))
     if best.share < ENOUGH:
         raise _unknown(stems, matches, path)
-    ties = [m for m in matches if m is not best and (m.fitting, m.named) == (best.fitting, best.named)]
-    return best, ([] if best.architecture.key in hinted else ties)
+    if best.architecture.key in hinted:
+        return best, []
+    ties = [m for m in matches if (m.fitting, m.named) == (best.fitting, best.named)]
+    whole = [m for m in ties if _is_whole(m.architecture, stems)]
+    if whole and len({m.architecture.id for m in whole}) < len({m.architecture.id for m in ties}):
+        ties = whole
+    return ties[0], ties[1:]
+
+
+def _is_whole(architecture: Architecture, stems: Mapping[str, Shape | None]) -> bool:
+    """Whether the file reaches every block of each stack of blocks it touches: evidence that the depth is this one."""
+    names = index(architecture)
+    touched = {span.weight for stem in stems if (place := names.find(stem)) is not None for span in place.site.spans}
+    blocks = _blocks(touched)
+    return bool(blocks) and all(_blocks(architecture.shapes)[stack] == own for stack, own in blocks.items())
+
+
+def _blocks(weights: Iterable[str]) -> dict[str, set[str]]:
+    """``{"double_blocks": {"0", "1", ...}}`` for the weights in numbered blocks."""
+    found: dict[str, set[str]] = {}
+    for weight in weights:
+        parts = weight.split(".", 2)
+        if len(parts) > 2 and parts[1].isdigit():
+            found.setdefault(parts[0], set()).add(parts[1])
+    return found
+
+
+def same_results(first: Architecture, second: Architecture, stems: Iterable[str]) -> bool:
+    """Whether taking a file for one or the other makes no difference to any conversion of these modules."""
+    if _spelling(first) != _spelling(second):
+        return False
+    names, others = index(first), index(second)
+    weights = set()
+    for stem in stems:
+        mine, its = names.find(stem), others.find(stem)
+        if mine is None or its is None or mine.site != its.site:
+            return False
+        weights.update(span.weight for span in mine.site.spans)
+    return all(_named_rows(first, naming, weights) == _named_rows(second, naming, weights) for naming in NAMINGS)
+
+
+def _spelling(arch: Architecture) -> tuple[object, ...]:
+    return arch.denoiser, arch.onetrainer, arch.comfyui_split, arch.has_comfyui, arch.has_diffusers, arch.diffusers_roots
+
+
+def _named_rows(arch: Architecture, naming: str, weights: set[str]) -> dict[str, Spans]:
+    return {name: spans for name, spans in arch.namings[naming].items() if spans[0].weight in weights}
 
 
 def score(architecture: Architecture, stems: Mapping[str, Shape | None]) -> Match:

@@ -7,7 +7,6 @@ underscores, and which naming to try first; the name itself is looked up in the 
 from __future__ import annotations
 
 from functools import cache, cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
@@ -72,15 +71,19 @@ class NameIndex:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
+        self._flat: dict[str, Mapping[str, Spans]] = {}
 
-    @cached_property
-    def _names(self) -> Mapping[tuple[str, bool], Mapping[str, Spans]]:
+    def _names(self, naming: str, *, is_flat: bool) -> Mapping[str, Spans]:
+        """The names of one naming (or the aliases), with underscores for dots when ``is_flat``."""
         arch = self.architecture
-        found: dict[tuple[str, bool], Mapping[str, Spans]] = {}
-        for naming, names in (*arch.namings.items(), (ALIAS, arch.alias_names)):
-            found[naming, False] = names
-            found[naming, True] = MappingProxyType({flat(name): spans for name, spans in names.items()})
-        return MappingProxyType(found)
+        if naming == SD_SCRIPTS and arch.sd_scripts != SD_SCRIPTS:
+            naming = arch.sd_scripts
+        if is_flat and naming in self._flat:
+            return self._flat[naming]
+        names = arch.alias_names if naming == ALIAS else arch.namings[naming]
+        if is_flat:
+            names = self._flat[naming] = {flat(name): spans for name, spans in names.items()}
+        return names
 
     @cached_property
     def _encoder_prefixes(self) -> tuple[tuple[str, str, bool, str], ...]:
@@ -106,20 +109,21 @@ class NameIndex:
             if stem.startswith(prefix.text):
                 body = stem[len(prefix.text) :]
                 for naming in (*prefix.order, ALIAS):
-                    spans = self._names[naming, prefix.flat].get(body)
+                    spans = self._names(naming, is_flat=prefix.flat).get(body)
                     if spans is not None:
                         return Found(Site(prefix.component, spans), naming, prefix.layout)
         for root, component in self.architecture.diffusers_roots:
             if stem.startswith(component + "."):
-                spans = self._names[DIFFUSERS, False].get(root + stem[len(component) + 1 :])
+                spans = self._names(DIFFUSERS, is_flat=False).get(root + stem[len(component) + 1 :])
                 if spans is not None:
                     return Found(Site(DENOISER, spans), DIFFUSERS, "diffusers")
         return None
 
     def spellings(self) -> Iterator[str]:
         """Every name without its prefix, for nearest-name searches."""
-        for names in self._names.values():
-            yield from names
+        for naming in (ORIGINAL, DIFFUSERS, SD_SCRIPTS, ALIAS):
+            for is_flat in (False, True):
+                yield from self._names(naming, is_flat=is_flat)
 
 
 def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import Adapter, Leftover, Magnitude, Module, Scale
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
-from lorasurgery.layouts.detect import detect, expected_shape, fits
+from lorasurgery.layouts.detect import detect, expected_shape, fits, same_results
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.group import Group, build, group
 from lorasurgery.layouts.names import index
@@ -18,7 +18,7 @@ from lorasurgery.layouts.scales import ScaleRules, header_configs
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from lorasurgery.adapter import Site
@@ -75,9 +75,17 @@ def parse(
         layout=_layout(groups, found, arch),
         leftovers=tuple(leftovers),
         candidates=tuple((m.architecture.key, m.share) for m in (best, *ties)),
+        ambiguous=_ambiguous(arch, [m.architecture for m in ties], groups),
         warnings=tuple(_warnings(raw, rules, modules)),
         path=raw.path,
     )
+
+
+def _ambiguous(arch: Architecture, others: Sequence[Architecture], stems: Iterable[str]) -> tuple[str, ...]:
+    """The architectures among ``others`` for which a conversion would come out differently."""
+    stems = list(stems)
+    kin = {other.id: other for other in others if other.id != arch.id}
+    return tuple(other.key for other in kin.values() if not same_results(arch, other, stems))
 
 
 def _scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig] | None) -> ScaleRules:

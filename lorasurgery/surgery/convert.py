@@ -19,7 +19,7 @@ from lorasurgery.deltas.full import Full, Opaque, stack_full
 from lorasurgery.deltas.hadamard import Hadamard, stack_hadamard
 from lorasurgery.deltas.kronecker import Kronecker, stack_kronecker
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
-from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError, UnknownArchitectureError
 from lorasurgery.io.tensors import Tensor, stack, widest, zeros
 from lorasurgery.layouts.targets import Layout, layout, namings
 from lorasurgery.report import Change, Report
@@ -82,6 +82,13 @@ def convert(adapter: Adapter, target: str, options: Options | None = None) -> tu
     started = time.perf_counter()
     options = options or Options()
     options.check()
+    if adapter.ambiguous:
+        raise UnknownArchitectureError(
+            f"its keys fit {' and '.join((adapter.architecture.key, *adapter.ambiguous))} equally well, and the results differ",
+            path=adapter.path,
+            hint=f"--arch {adapter.architecture.id}, or whichever it was trained on",
+            candidates=adapter.candidates,
+        )
     job = _Job(adapter, layout(target), options)
     result = job.run()
     job.report.seconds = time.perf_counter() - started

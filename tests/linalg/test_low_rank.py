@@ -71,9 +71,11 @@ def test_dependent_columns():
 
 
 def test_gram_route_is_taken_for_ordinary_factors_and_left_for_hard_ones():
-    assert low_rank._gram_core(*factors(0, 40, 30, 6), 6) is not None
-    assert low_rank._gram_core(*factors(0, 40, 30, 6, steep=100), 6) is None
-    assert low_rank._gram_core(*factors(0, 40, 30, 6, steep=100), 2) is not None  # enough for the first two
+    up, down = factors(0, 40, 30, 6)
+    assert low_rank._gram_core(up, down, 6) is not None
+    up, down = factors(0, 40, 30, 6, steep=100)
+    assert low_rank._gram_core(up, down, 6) is None
+    assert low_rank._gram_core(up, down, 2) is not None  # enough for the first two
 
 
 @pytest.mark.parametrize("zero", ["up", "down", "both"])

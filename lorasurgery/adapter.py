@@ -98,9 +98,7 @@ class Module:
         """The same module with another delta; the alpha tensor is forgotten where the rank or the scale changed."""
         value = self.scale.value if scale is None else scale
         kept = self.delta is not None and delta.rank == self.delta.rank and value == self.scale.value
-        return replace(
-            self, delta=delta, scale=replace(self.scale, value=value, alpha=self.scale.alpha if kept else None)
-        )
+        return replace(self, delta=delta, scale=replace(self.scale, value=value, alpha=self.scale.alpha if kept else None))
 
 
 @dataclass(frozen=True, slots=True)

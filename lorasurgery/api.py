@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import named
-from lorasurgery.errors import DroppedKeysError, RequestError
+from lorasurgery.errors import BrokenModuleError, DroppedKeysError, RequestError
+from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, write_peft_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES
@@ -46,9 +47,7 @@ def load(path: str | Path, *, arch: str | None = None, base: str | Path | None =
         among = (from_base(read_any(Path(base)).tensors, Path(base)),)
     if path.is_dir() and is_peft_folder(path):
         raw, configs = read_peft_folder(path)
-        rules = {
-            component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()
-        }
+        rules = {component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()}
         return parse(raw, among=among, configs=rules)
     return parse(read_any(path), among=among)
 
@@ -91,7 +90,8 @@ def save(
     """Write an adapter, converting it first when ``layout`` is not the one it is in.
 
     Nothing appears at ``path`` until the file is complete. Returns the report, rounding errors included.
-    Raises what :func:`lorasurgery.convert` raises, OutputExistsError, and DroppedKeysError under ``strict``.
+    Raises what :func:`lorasurgery.convert` raises, OutputExistsError, BrokenModuleError for NaN and infinity among the
+    values that are computed (under ``strict`` among all), and DroppedKeysError under ``strict``.
     """
     path, options = Path(path), options or SaveOptions()
     started = time.perf_counter()
@@ -103,19 +103,42 @@ def save(
         check_output(path, [Path(report.input)] if report.input else [], force=options.force)
     emitted = emit(adapter, target, report, alpha=options.alpha, prefix=options.prefix)
     _leftovers(adapter, target, emitted, report)
-    if options.strict and report.dropped:
+    if options.strict:
+        _refuse_dropped(report)
+    try:
+        _check_values(emitted, options)
+        if target.id == "peft":
+            _save_peft(path, adapter, emitted, options)
+        else:
+            _save_file(path, adapter, target, emitted, report, options)
+    except BrokenModuleError as error:
+        raise (blamed(error, Path(report.input)) if report.input else error) from error
+    report.seconds += time.perf_counter() - started
+    return report
+
+
+def _refuse_dropped(report: Report) -> None:
+    """``--strict``: what ``--drop`` names may go, nothing else."""
+    dropped = [(key, reason) for key, reason in report.dropped if not reason.startswith("--drop")]
+    if dropped:
         raise DroppedKeysError(
-            f"--strict: {len(report.dropped)} keys would be left out, first {report.dropped[0][0]} ({report.dropped[0][1]})",
-            keys=[key for key, _ in report.dropped],
+            f"--strict: {len(dropped)} keys would be left out, first {dropped[0][0]} ({dropped[0][1]})",
+            keys=[key for key, _ in dropped],
             path=report.input or None,
             hint="without --strict, or --drop REGEX for what you mean to leave out",
         )
-    if target.id == "peft":
-        _save_peft(path, adapter, emitted, options)
-    else:
-        _save_file(path, adapter, target, emitted, report, options)
-    report.seconds += time.perf_counter() - started
-    return report
+
+
+def _check_values(emitted: Emitted, options: SaveOptions) -> None:
+    """``strict``: stored values too must be finite; ``dry_run``: compute what the writer would, so that the report is true."""
+    if options.strict:
+        bad = first_bad(emitted.tensors)
+        if bad is not None:
+            raise not_finite(bad, None)
+    if options.dry_run:
+        for name, tensor in emitted.tensors.items():
+            if tensor.compute is not None:
+                computed_bytes(name, tensor)
 
 
 def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Report) -> None:
@@ -130,14 +153,10 @@ def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Repor
             report.dropped.append((left.key, f"{left.reason}, and {target.reader} refuses unknown keys"))
 
 
-def _save_file(
-    path: Path, adapter: Adapter, target: Layout, emitted: Emitted, report: Report, options: SaveOptions
-) -> None:
+def _save_file(path: Path, adapter: Adapter, target: Layout, emitted: Emitted, report: Report, options: SaveOptions) -> None:
     if target.id == "comfyui":
         _widen(adapter, emitted)
-    metadata = converted(
-        adapter, adapter.metadata, emitted.written, source_layout=report.source_layout, target=target.id
-    )
+    metadata = converted(adapter, adapter.metadata, emitted.written, source_layout=report.source_layout, target=target.id)
     report.warnings += with_lokr_factor(
         adapter, metadata, emitted.tensors, explicit=options.lokr_factor, buffer=target.carries_unknown
     )
@@ -147,9 +166,7 @@ def _save_file(
         metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
     if options.dry_run:
         return
-    write_safetensors(
-        path, emitted.tensors, metadata, hashes=MODEL_HASH in adapter.metadata or target.id == "sd-scripts"
-    )
+    write_safetensors(path, emitted.tensors, metadata, hashes=MODEL_HASH in adapter.metadata or target.id == "sd-scripts")
 
 
 def _widen(adapter: Adapter, emitted: Emitted) -> None:
@@ -172,11 +189,7 @@ def _save_peft(path: Path, adapter: Adapter, emitted: Emitted, options: SaveOpti
         stems = {one.stem for one in own}
         adapters[component] = (
             config,
-            {
-                PREFIX + key.removeprefix(prefix): tensor
-                for key, tensor in emitted.tensors.items()
-                if _stem_of(key, stems)
-            },
+            {PREFIX + key.removeprefix(prefix): tensor for key, tensor in emitted.tensors.items() if _stem_of(key, stems)},
         )
         del tensors
     if not options.dry_run:

@@ -24,8 +24,7 @@ class SurgeryError(Exception):
 
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
-        tail = f" Try: {self.hint}" if self.hint else ""
-        return f"{where}{self.message}{tail}"
+        return where + self.message if not self.hint else f"{where}{self.message.rstrip('.')}. Try: {self.hint}"
 
 
 class FileFormatError(SurgeryError):
@@ -59,6 +58,10 @@ class BrokenModuleError(SurgeryError):
         self.key = key
 
 
+class ValueRangeError(SurgeryError):
+    """A finite value has no finite counterpart in the dtype it is to be written in."""
+
+
 class NotRepresentableError(SurgeryError):
     """The target cannot hold this exactly; ``module`` is the first module, the hint names options that would do it."""
 
@@ -70,9 +73,7 @@ class NotRepresentableError(SurgeryError):
 class DroppedKeysError(SurgeryError):
     """``--strict``: something would be left out of the result; ``keys`` lists it."""
 
-    def __init__(
-        self, message: str, *, keys: Sequence[str], path: str | Path | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, keys: Sequence[str], path: str | Path | None = None, hint: str | None = None) -> None:
         super().__init__(message, path=path, hint=hint)
         self.keys = tuple(keys)
 

@@ -225,9 +225,7 @@ def test_sd_scripts_own_names(key: str) -> None:
     arch, expected = architectures()[key], reference(key)
     assert arch.sd_scripts == SD_SCRIPTS
     assert matrices(shapes_of(arch, SD_SCRIPTS)) == expected["sd_scripts"]
-    original = {
-        name: in_terms_of(arch, SD_SCRIPTS, whole(arch, name)) for name, shape in arch.shapes.items() if len(shape) > 1
-    }
+    original = {name: in_terms_of(arch, SD_SCRIPTS, whole(arch, name)) for name, shape in arch.shapes.items() if len(shape) > 1}
     assert original == expected["comfyui_from_sd_scripts"]
     diffusers = {
         name: in_terms_of(arch, SD_SCRIPTS, spans)
@@ -428,10 +426,10 @@ def table_of(*rows: Row | Block) -> Architecture:
 def test_two_weights_of_one_name_are_refused() -> None:
     table = table_of(block("a", (row("x", (2, 2), "y"), row("y", (2, 2)))))
     with pytest.raises(ValueError, match=r"a\.y"):
-        _ = table.namings
+        _ = [table.namings[naming] for naming in table.namings]
 
 
 def test_parts_must_sum_to_their_row() -> None:
     table = table_of(row("qkv", (6, 2), (("q", 2), ("k", 2), ("v", 1))))
     with pytest.raises(ValueError, match="qkv"):
-        _ = table.namings
+        _ = [table.namings[naming] for naming in table.namings]

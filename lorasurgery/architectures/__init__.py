@@ -41,7 +41,6 @@ def plugins() -> tuple[Architecture, ...]:
     """The architectures that installed packages add. Looked up only when no table here explains a whole file."""
     from importlib import metadata
 
-    
     found: list[Architecture] = []
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
         loaded = entry.load()
@@ -63,7 +62,5 @@ def named(name: str) -> tuple[Architecture, ...]:
     found = found or tuple(t for t in plugins() if name in (t.key, t.id))
     if not found:
         known = ", ".join(sorted({t.id for t in (*architectures().values(), *plugins())}))
-        raise RequestError(
-            f"no architecture is called {name}", hint=f"one of {known}, or a variant such as flux1-schnell"
-        )
+        raise RequestError(f"no architecture is called {name}", hint=f"one of {known}, or a variant such as flux1-schnell")
     return found

@@ -50,11 +50,7 @@ def _rows(d: int, layers: int, channels: int) -> tuple[Row | Block, ...]:
 
 ADAPTER_BLOCK = (
     *(row(f"norm_{n}", (ADAPTER,)) for n in ("self_attn", "cross_attn", "mlp")),
-    *(
-        row(f"{a}_attn.{p}", (ADAPTER, ADAPTER))
-        for a in ("self", "cross")
-        for p in ("q_proj", "k_proj", "v_proj", "o_proj")
-    ),
+    *(row(f"{a}_attn.{p}", (ADAPTER, ADAPTER)) for a in ("self", "cross") for p in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(row(f"{a}_attn.{n}", (64,)) for a in ("self", "cross") for n in NORMS),
     row("mlp.0", (4 * ADAPTER, ADAPTER)),
     row("mlp.2", (ADAPTER, 4 * ADAPTER)),

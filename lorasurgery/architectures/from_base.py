@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import architectures
-from lorasurgery.architectures.table import (
-    DIFFUSERS,
-    Architecture,
-    Block,
-    Names,
-    Part,
-    Row,
-    Shape,
-    row,
-)
+from lorasurgery.architectures.table import NAMINGS, Architecture, Names, Part, Row, row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from lorasurgery.architectures.table import Base, Shape
     from lorasurgery.io.tensors import Tensor
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.")
@@ -37,12 +28,9 @@ def from_base(tensors: Mapping[str, Tensor], path: Path) -> Architecture:
     """
     shapes = _module_shapes(tensors)
     for arch in architectures().values():
-        for naming in ("original", DIFFUSERS):
-            known = arch.namings[naming]
-            if known and sum(name in known for name in shapes) >= NEARLY * len(shapes):
-                resized = _resized(arch, naming, shapes)
-                if resized is not None:
-                    return resized
+        for naming in NAMINGS:
+            if sum(name in arch.namings[naming] for name in shapes) >= NEARLY * len(shapes):
+                return _resized(arch, naming, shapes)
     return Architecture(
         id="custom",
         variant="",
@@ -62,76 +50,31 @@ def _module_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return names
 
 
-def _resized(arch: Architecture, naming: str, shapes: Mapping[str, Shape]) -> Architecture | None:
-    """``arch`` with the rows and shapes of a base that uses its names; None when a fused weight cannot be cut alike."""
-    rows: list[Row | Block] = []
-    parts_of: dict[str, list[tuple[int, int, str]]] = {}
-    for name, spans in arch.namings[DIFFUSERS].items():
-        parts_of.setdefault(spans[0].weight, []).append((min(s.start for s in spans), len(spans), name))
-    trained = {spans[0].weight: name for name, spans in arch.namings["sd_scripts"].items()}
-    for weight, full in arch.shapes.items():
-        members = sorted(parts_of.get(weight, []))
-        own = _base_shape(weight, full, naming, members, arch, shapes)
-        if own is None:
-            continue
-        if own[0] % 1 or any((arch_rows * own[0]) % full[0] for arch_rows in _part_rows(arch, members)):
-            return None
-        rows.append(_resized_row(arch, weight, own, full, members, trained))
-    return (
-        replace(arch, rows=tuple(rows), variant=(arch.variant + "-" if arch.variant else "") + "custom")
-        if rows
-        else None
+def _resized(arch: Architecture, naming: str, shapes: Mapping[str, Shape]) -> Architecture:
+    """``arch`` with the weights and shapes of a base in one of its namings; parts keep their share of the rows.
+
+    When every shape is the table's own, the table itself is returned.
+    """
+    own = {base: _own_shape(base, naming, shapes) for base in arch.expanded()}
+    if all(shape == base.shape for base, shape in own.items() if shape is not None):
+        return arch
+    rows = tuple(
+        Row(base.name, shape, _scaled(base.diffusers, shape[0]), _scaled(base.sd_scripts, shape[0]))
+        for base, shape in own.items()
+        if shape is not None
     )
+    return replace(arch, rows=rows, variant="-".join(filter(None, (arch.variant, "custom"))))
 
 
-def _part_rows(arch: Architecture, members: Sequence[tuple[int, int, str]]) -> list[int]:
-    return [sum(s.stop - s.start for s in arch.namings[DIFFUSERS][name]) for *_, name in members]
-
-
-def _base_shape(
-    weight: str,
-    full: Shape,
-    naming: str,
-    members: Sequence[tuple[int, int, str]],
-    arch: Architecture,
-    shapes: Mapping[str, Shape],
-) -> Shape | None:
-    """The shape the base has for an original weight, put together from its parts if the base is in Diffusers' names."""
-    if naming != DIFFUSERS:
-        return shapes.get(weight)
-    own = [shapes.get(name) for *_, name in members]
-    if not own or any(shape is None for shape in own):
+def _own_shape(base: Base, naming: str, shapes: Mapping[str, Shape]) -> Shape | None:
+    """The base's shape of a weight, put together from its parts; None when one is missing."""
+    parts = [shapes.get(part.name) for part in base.in_naming(naming).parts]
+    present = [shape for shape in parts if shape is not None]
+    if not present or len(present) < len(parts):
         return None
-    present = [shape for shape in own if shape is not None]
     return (sum(shape[0] for shape in present), *present[0][1:])
 
 
-def _resized_row(
-    arch: Architecture,
-    weight: str,
-    own: Shape,
-    full: Shape,
-    members: Sequence[tuple[int, int, str]],
-    trained: Mapping[str, str],
-) -> Row:
-    def scaled(rows: int) -> int:
-        return rows * own[0] // full[0]
-
-    diffusers = None
-    if members:
-        sizes = _part_rows(arch, members)
-        parts = tuple(Part(name, scaled(size)) for (*_, name), size in zip(members, sizes, strict=True))
-        diffusers = Names(parts, swap_halves=any(spans > 1 for _, spans, _ in members))
-    own_names = (
-        [
-            (s[0].start, n, s[0].stop - s[0].start)
-            for n, s in arch.namings["sd_scripts"].items()
-            if s[0].weight == weight
-        ]
-        if arch.sd_scripts == "sd_scripts"
-        else []
-    )
-    sd_scripts = Names(tuple(Part(n, scaled(size)) for _, n, size in sorted(own_names))) if own_names else None
-    if prod(own) == 0 or not trained:
-        sd_scripts = None
-    return Row(weight, own, diffusers, sd_scripts)
+def _scaled(names: Names, rows: int) -> Names:
+    total = sum(part.rows for part in names.parts)
+    return Names(tuple(Part(part.name, part.rows * rows // total) for part in names.parts), names.swap_halves)

@@ -61,9 +61,7 @@ def _unet(widths: tuple[int, ...], depths: tuple[int, ...], context: int, kernel
             n, d = 3 * level + j + 1, f"down_blocks.{level}"
             rows.append(_resnet(f"input_blocks.{n}.0", f"{d}.resnets.{j}", width, out))
             if depths[level]:
-                rows.append(
-                    _attention(f"input_blocks.{n}.1", f"{d}.attentions.{j}", out, depths[level], context, kernel)
-                )
+                rows.append(_attention(f"input_blocks.{n}.1", f"{d}.attentions.{j}", out, depths[level], context, kernel))
             width = out
             skips.append(out)
         if level < last:

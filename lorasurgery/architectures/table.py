@@ -76,7 +76,7 @@ class Block:
     sd_scripts: str | None = None
 
 
-def _names(spec: str | Sequence[str | tuple[str, int]] | None, rows: int, swap: bool) -> Names | None:
+def _names(spec: str | Sequence[str | tuple[str, int]] | None, rows: int, *, swap: bool) -> Names | None:
     if spec is None:
         return Names((), swap_halves=True) if swap else None
     if isinstance(spec, str):
@@ -99,7 +99,7 @@ def row(
     of the modules stacked in this weight: a plain name has an equal share of the rows, ``(name, rows)`` its own.
     ``swap_halves``: Diffusers holds the two halves of the output axis the other way round (scale/shift).
     """
-    return Row(name, shape, _names(diffusers, shape[0], swap_halves), _names(sd_scripts, shape[0], False))
+    return Row(name, shape, _names(diffusers, shape[0], swap=swap_halves), _names(sd_scripts, shape[0], swap=False))
 
 
 def block(
@@ -187,6 +187,10 @@ class Architecture:
         """
         return _Namings(self)
 
+    def expanded(self) -> Iterator[Base]:
+        """Every base weight with its names in every naming."""
+        return _expand(self.rows)
+
     @cached_property
     def alias_names(self) -> Mapping[str, Spans]:
         """The further names of :attr:`aliases`, expanded."""
@@ -246,7 +250,7 @@ def name_pattern(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Base:
+class Base:
     """A row with its block prefixes filled in."""
 
     name: str
@@ -255,6 +259,7 @@ class _Base:
     sd_scripts: Names
 
     def in_naming(self, naming: str) -> Names:
+        """Its names in one naming."""
         if naming == DIFFUSERS:
             return self.diffusers
         if naming == SD_SCRIPTS:
@@ -268,10 +273,10 @@ def _join(prefix: str, name: str) -> str:
 
 def _expand(
     rows: Sequence[Row | Block], prefixes: tuple[str, str, str] = ("", "", ""), *, once: bool = False
-) -> Iterator[_Base]:
+) -> Iterator[Base]:
     for item in rows:
         if isinstance(item, Row):
-            yield _Base(
+            yield Base(
                 _join(prefixes[0], item.name),
                 item.shape,
                 _placed(item, item.diffusers, prefixes[1]),
@@ -280,9 +285,7 @@ def _expand(
             continue
         for i in range(item.start, item.start + (1 if once else item.count)):
             own = (item.name, item.diffusers, item.sd_scripts)
-            inner = tuple(
-                _join(p, (item.name if o is None else o).format(i=i)) for p, o in zip(prefixes, own, strict=True)
-            )
+            inner = tuple(_join(p, (item.name if o is None else o).format(i=i)) for p, o in zip(prefixes, own, strict=True))
             yield from _expand(item.rows, (inner[0], inner[1], inner[2]), once=once)
 
 

@@ -79,9 +79,7 @@ def convert(
         alpha=alpha, prefix=diffusers_prefix, lokr_factor=lokr_factor, strict=strict, force=force, dry_run=dry_run
     )
     files = jobs_for(paths or [], given, out, out_dir, folder_output=target == "peft")
-    run_batch(
-        files, lambda job: _one(job, target, how, writing, arch, base), as_json=json_, several=out_dir is not None
-    )
+    run_batch(files, lambda job: _one(job, target, how, writing, arch, base), as_json=json_, several=out_dir is not None)
 
 
 def _one(job: Job, target: str, how: object, writing: object, arch: str | None, base: Path | None) -> object:

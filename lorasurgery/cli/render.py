@@ -54,10 +54,9 @@ def show_report(report: Report, *, one_line: bool = False) -> None:
 def _verdict(report: Report) -> str:
     worst = report.worst()
     if worst is None:
-        return (
-            "every module exact" if not report.dropped else f"kept modules exact, {len(report.dropped)} keys left out"
-        )
-    return f"relative error {report.losses.total():.2e} over {len(report.losses.entries)} modules, worst {worst[1]:.2e} ({worst[0]})"
+        return "every module exact" if not report.dropped else f"kept modules exact, {len(report.dropped)} keys left out"
+    count = len(report.losses.entries)
+    return f"relative error {report.losses.total():.2e} over {count} modules, worst {worst[1]:.2e} ({worst[0]})"
 
 
 def _lines(report: Report, verdict: str) -> list[tuple[str, str]]:

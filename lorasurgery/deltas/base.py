@@ -30,13 +30,24 @@ class Delta(Protocol):
     """
 
     @property
-    def family(self) -> str: ...
+    def family(self) -> str:
+        """``lora``, ``loha``, ``lokr``, ``full``, ``norm``, ..."""
+        ...
+
     @property
-    def shape(self) -> Shape: ...
+    def shape(self) -> Shape:
+        """(out, in[, k...])."""
+        ...
+
     @property
-    def rank(self) -> int | None: ...
+    def rank(self) -> int | None:
+        """What alpha is divided by."""
+        ...
+
     @property
-    def tensors(self) -> Mapping[str, Tensor]: ...
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Slot -> tensor."""
+        ...
 
     def rows(self, ranges: Ranges) -> Delta:
         """The delta of these output rows, in this order; raises CannotError when it has another structure."""
@@ -55,7 +66,10 @@ class Delta(Protocol):
         ...
 
     def to_low_rank(self) -> LowRank:
-        """The same delta as up @ down, exactly (products in float64: cast them); raises CannotError when it needs the base weight."""
+        """The same delta as up @ down, exactly (products are float64: cast them).
+
+        Raises CannotError when it needs the base weight.
+        """
         ...
 
 
@@ -78,19 +92,18 @@ def split_factor(factor: float) -> tuple[float, int]:
 
 
 def multiplied(tensor: Tensor, factor: float, record: Record | None = None) -> Tensor:
-    """``tensor`` times ``factor``, computed in float64 and rounded once to the tensor's dtype.
+    """``tensor`` times ``factor``, computed in float32 (float64 for F32 and F64 tensors) and rounded once to its dtype.
 
     ``record`` gets the squared rounding error and the squared norm of the product when it is computed.
     """
     if factor == 1.0:
         return tensor
+    wide = "float64" if tensor.dtype in ("F32", "F64") else "float32"
 
-    def product() -> Float64:
-        exact = tensor.f64() * factor
-        if record is not None:
-            rounded = exact.astype(tensor.array().dtype).astype(exact.dtype)
-            record(float(((rounded - exact) ** 2).sum()), float((exact**2).sum()))
-        return exact
+    def product() -> Array:
+        exact = tensor.array().astype(wide)
+        exact *= factor
+        return _rounded(exact, tensor.dtype, record)
 
     return computed(tensor.dtype, tensor.shape, product)
 
@@ -99,16 +112,19 @@ def rounded(tensor: Tensor, dtype: str, record: Record | None = None) -> Tensor:
     """``tensor`` in ``dtype``; ``record`` gets the squared rounding error and the squared norm when it is computed."""
     if dtype == tensor.dtype:
         return tensor
+    wide = "float64" if tensor.dtype in ("F32", "F64") else "float32"
+    return computed(dtype, tensor.shape, lambda: _rounded(tensor.array().astype(wide, copy=False), dtype, record))
 
-    def values() -> Array:
-        exact = tensor.array()
-        cast = exact.astype(numpy_dtype(dtype))
-        if record is not None:
-            wide = exact.astype("float64")
-            record(float(((cast.astype("float64") - wide) ** 2).sum()), float((wide**2).sum()))
-        return cast
 
-    return computed(dtype, tensor.shape, values)
+def _rounded(exact: Array, dtype: str, record: Record | None) -> Array:
+    """``exact`` (float32 or float64) rounded to nearest even in ``dtype``."""
+    result = exact.astype(numpy_dtype(dtype))
+    if record is not None:
+        error = (result.astype(exact.dtype) - exact).ravel()
+        squared = float(error @ error)
+        if squared > 0.0:
+            record(squared, float(exact.ravel() @ exact.ravel()))
+    return result
 
 
 def block_columns(tensors: Sequence[tuple[Tensor | None, int, int]], dtype: str) -> Tensor:

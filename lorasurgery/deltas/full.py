@@ -101,9 +101,7 @@ class Opaque:
     def rows(self, ranges: Ranges) -> Opaque:
         """A replacement's rows are slices; everything else raises CannotError."""
         if self.family != "set":
-            raise CannotError(
-                f"{self.family.upper()} multiplies the base weight and cannot be cut or permuted without it"
-            )
+            raise CannotError(f"{self.family.upper()} multiplies the base weight and cannot be cut or permuted without it")
         return replace(self, slots=tuple((suffix, tensor.rows(ranges)) for suffix, tensor in self.slots))
 
     def scaled(self, factor: float, record: Record | None = None) -> Opaque:  # noqa: ARG002  the protocol's signature

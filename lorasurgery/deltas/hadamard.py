@@ -81,12 +81,8 @@ class Hadamard:
         if self.t1 is not None:
             raise CannotError("a Tucker LoHa has no small low-rank form")
         first, second = self.w1_b.shape[0], self.w2_b.shape[0]
-        up = computed(
-            "F64", (self.w1_a.shape[0], first * second), lambda: _columnwise(self.w1_a.f64(), self.w2_a.f64())
-        )
-        down = computed(
-            "F64", (first * second, *self.w1_b.shape[1:]), lambda: _rowwise(self.w1_b.f64(), self.w2_b.f64())
-        )
+        up = computed("F64", (self.w1_a.shape[0], first * second), lambda: _columnwise(self.w1_a.f64(), self.w2_a.f64()))
+        down = computed("F64", (first * second, *self.w1_b.shape[1:]), lambda: _rowwise(self.w1_b.f64(), self.w2_b.f64()))
         return LowRank(up, down)
 
 
@@ -123,12 +119,12 @@ def stack_hadamard(parts: Sequence[tuple[Hadamard | None, int]]) -> Hadamard:
     if all(same_values(d.w1_b, head.w1_b) and same_values(d.w2_b, head.w2_b) for d in present):
         ones, twos = zip(*((d.w1_a, d.w2_a) if d else _missing(dtype, rows, head) for d, rows in parts), strict=True)
         return Hadamard(stack(ones), head.w1_b, stack(twos), head.w2_b)
-    ones = [(d and d.w1_a, rows, d.w1_a.shape[1] if d else 0) for d, rows in parts]
-    twos = [(d and d.w2_a, rows, d.w2_a.shape[1] if d else 0) for d, rows in parts]
+    first = [(None, rows, 0) if d is None else (d.w1_a, rows, d.w1_a.shape[1]) for d, rows in parts]
+    second = [(None, rows, 0) if d is None else (d.w2_a, rows, d.w2_a.shape[1]) for d, rows in parts]
     return Hadamard(
-        block_columns(ones, dtype),
+        block_columns(first, dtype),
         stack([d.w1_b for d in present]),
-        block_columns(twos, dtype),
+        block_columns(second, dtype),
         stack([d.w2_b for d in present]),
     )
 

@@ -85,14 +85,15 @@ class Kronecker:
             cuts = ", ".join(f"{start}:{stop}" for start, stop in ranges)
             raise CannotError(f"rows {cuts} cut through the {self.blocks} blocks of {size} rows of a LoKr")
         inside = [(start - block * size, stop - block * size) for start, stop in ranges]
-        return self._outer_rows([(block, block + 1)])._inner_rows(inside)
+        return self._outer_rows([(block, block + 1)]).rows_inside(inside)
 
     def _outer_rows(self, ranges: Ranges) -> Kronecker:
         if self.w1 is not None:
             return replace(self, w1=self.w1.rows(ranges))
         return replace(self, w1_a=_first(self.w1_a).rows(ranges))
 
-    def _inner_rows(self, ranges: Ranges) -> Kronecker:
+    def rows_inside(self, ranges: Ranges) -> Kronecker:
+        """Rows of w2: every block keeps the same ones."""
         if self.w2 is not None:
             return replace(self, w2=self.w2.rows(ranges))
         a = _first(self.w2_a)
@@ -200,9 +201,7 @@ def _kron(first: Float64, second: Float64) -> Float64:
     import numpy as np
 
     product = np.einsum("ab,cd...->acbd...", first, second)
-    whole: Float64 = product.reshape(
-        first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:]
-    )
+    whole: Float64 = product.reshape(first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
     return whole
 
 
@@ -241,10 +240,7 @@ def stack_kronecker(parts: Sequence[tuple[Kronecker | None, int]]) -> Kronecker:
             head,
             **{
                 slot: stack(
-                    [
-                        zeros(like.dtype, (rows, *like.shape[1:])) if d is None else _first(d.w2, d.w2_a)
-                        for d, rows in parts
-                    ]
+                    [zeros(like.dtype, (rows, *like.shape[1:])) if d is None else _first(d.w2, d.w2_a) for d, rows in parts]
                 )
             },
         )

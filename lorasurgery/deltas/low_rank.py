@@ -145,6 +145,6 @@ def stack_low_rank(parts: Sequence[tuple[LowRank | None, int]]) -> LowRank:
         rest = present[0].up.shape[1:]
         ups = [zeros(dtype, (rows, *rest)) if delta is None else delta.up for delta, rows in parts]
         return LowRank(stack(ups), present[0].down)
-    blocks = [(delta and delta.up, rows, delta.rank if delta else 0) for delta, rows in parts]
+    blocks = [(None, rows, 0) if delta is None else (delta.up, rows, delta.rank) for delta, rows in parts]
     up = block_columns(blocks, dtype)
     return LowRank(up.reshape(*up.shape, *present[0].up.shape[2:]), stack([delta.down for delta in present]))

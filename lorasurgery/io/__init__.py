@@ -1,0 +1,1 @@
+"""Files: headers, lazy tensors, atomic streaming writes, hashes."""

@@ -16,7 +16,7 @@ from lorasurgery.io.sniff import explain
 from lorasurgery.io.tensors import BITS, FileSource, Region, Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 MAX_HEADER = 100_000_000
 """The longest header the safetensors library reads, in bytes."""
@@ -94,12 +94,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: Path, source: FileSource, start: int, name: str, info: object) -> Tensor:
     try:
         dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]  # type: ignore[index]
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-            raise TypeError("not counts")
+        _counts((*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(
-            f"the header entry of {name} has no valid dtype, shape and data_offsets", path=path
-        ) from error
+        raise FileFormatError(f"the header entry of {name} has no valid dtype, shape and data_offsets", path=path) from error
     if dtype not in BITS:
         raise FileFormatError(f"{name} has dtype {dtype}, which no adapter uses", path=path)
     tensor = Tensor(dtype, shape, (Region(source, start + begin, end - begin),))
@@ -108,6 +105,12 @@ def _tensor(path: Path, source: FileSource, start: int, name: str, info: object)
             f"{name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, data_offsets give {end - begin}", path=path
         )
     return tensor
+
+
+def _counts(numbers: Sequence[object]) -> None:
+    """Raises ValueError unless all are non-negative integers."""
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise ValueError("not counts")
 
 
 def _check_layout(path: Path, tensors: Mapping[str, Tensor], start: int, size: int) -> None:

@@ -55,9 +55,7 @@ def explain_torch(path: Path, head: bytes, size: int) -> FileFormatError | None:
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         return None
     if _plausible_header(head):
-        return FileFormatError(
-            "this is a safetensors file with a PyTorch suffix", path=path, hint="rename it to .safetensors"
-        )
+        return FileFormatError("this is a safetensors file with a PyTorch suffix", path=path, hint="rename it to .safetensors")
     return explain(path, head, size) or FileFormatError("this is no PyTorch file", path=path, hint="download it again")
 
 

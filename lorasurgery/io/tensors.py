@@ -16,6 +16,8 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorasurgery.errors import ValueRangeError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -164,7 +166,7 @@ class Tensor:
         import numpy as np
 
         if self.compute is not None:
-            return np.asarray(self.compute()).astype(self._numpy_dtype, copy=False).reshape(self.shape)
+            return cast_array(np.asarray(self.compute()), self.dtype).reshape(self.shape)
         return np.frombuffer(self.tobytes(), dtype=self._numpy_dtype).reshape(self.shape)
 
     def f64(self) -> Float64:
@@ -224,7 +226,7 @@ class Tensor:
         """The values in another dtype, rounded to nearest even."""
         if dtype == self.dtype:
             return self
-        return Tensor(dtype, self.shape, compute=lambda: self.array().astype(numpy_dtype(dtype)))
+        return Tensor(dtype, self.shape, compute=lambda: cast_array(self.array(), dtype))
 
     def _bytes(self, start: int, stop: int) -> list[Region]:
         found, at = [], 0
@@ -244,7 +246,29 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
         return np.dtype(_NUMPY_NAMES[dtype])
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, _ML_NAMES[dtype]))
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_NAMES[dtype]))
+    return found
+
+
+def cast_array(array: Array, dtype: str) -> Array:
+    """The values in ``dtype``, rounded to nearest even; raises ValueRangeError when a finite one becomes infinite or NaN."""
+    import numpy as np
+
+    from lorasurgery.io.finite import all_finite
+
+    wanted = numpy_dtype(dtype)
+    if array.dtype == wanted:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast: Array = array.astype(wanted)
+    if dtype in FLOATS and not all_finite(dtype, memoryview(np.ascontiguousarray(cast).view(np.uint8).reshape(-1))):
+        lost = ~np.isfinite(cast) & np.isfinite(array)
+        if lost.any():
+            largest = float(np.abs(array[lost].astype(np.float64)).max())
+            raise ValueRangeError(
+                f"a value of {largest:.3g} is beyond the range of {dtype}", hint="--dtype fp32 or --dtype bf16"
+            )
+    return cast
 
 
 def scalar_value(dtype: str, data: bytes) -> float:
@@ -271,7 +295,7 @@ def of_array(array: Array, dtype: str) -> Tensor:
     """A tensor of an array's values, cast to ``dtype`` now."""
     import numpy as np
 
-    data = np.ascontiguousarray(array.astype(numpy_dtype(dtype), copy=False))
+    data = np.ascontiguousarray(cast_array(array, dtype))
     return of_bytes(dtype, array.shape, data.tobytes())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
+from lorasurgery.io.finite import computed_bytes
 from lorasurgery.io.hashes import CHUNK, HashingThread, legacy_hash, legacy_window
 from lorasurgery.io.header import header_bytes, serialiser_order
 
@@ -35,7 +36,8 @@ def write_safetensors(
     """Write ``tensors`` in the serialiser's order and return the metadata as written.
 
     ``hashes`` computes ``sshs_model_hash`` and ``sshs_legacy_hash`` while the data streams. Nothing appears at ``path``
-    until the file is complete and synced; on any failure the temporary file is removed.
+    until the file is complete; on any failure the temporary file is removed. Raises BrokenModuleError when a computed
+    tensor holds NaN or infinity.
     """
     written = {k: v for k, v in metadata.items() if k not in (MODEL_HASH, LEGACY_HASH)}
     if hashes:  # fixed widths, so that the header can be filled in afterwards
@@ -61,7 +63,7 @@ def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str 
     try:
         for name in serialiser_order(tensors):
             tensor = tensors[name]
-            for item in tensor.regions if tensor.compute is None else (tensor.tobytes(),):
+            for item in tensor.regions if tensor.compute is None else (computed_bytes(name, tensor),):
                 if hashing is not None:
                     hashing.add(item)
                 if isinstance(item, bytes):

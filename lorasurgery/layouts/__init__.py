@@ -1,0 +1,1 @@
+"""Key layouts: how names and suffixes are read and written."""

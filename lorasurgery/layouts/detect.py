@@ -68,13 +68,14 @@ def detect(
     (``ss_base_model_version``, ``modelspec.architecture``), then by the tables' own order.
     Raises UnknownArchitectureError, with the nearest tables, when none explains enough.
     """
-    matches = [score(arch, stems) for arch in (_near(stems) if among is None else among)]
-    if among is None and not any(m.fitting == m.total for m in matches):
-        matches += [score(arch, stems) for arch in plugins()]
-    if not matches or not any(m.named for m in matches):
+    hinted = {arch.key for arch in architectures().values() if _said(metadata) & set(arch.metadata_names)}
+    matches = [score(arch, stems) for arch in (_hinted(hinted) if among is None else among)]
+    if among is None and not any(m.fitting == m.total for m in matches):  # the metadata is silent or wrong
+        matches = [score(arch, stems) for arch in _near(stems)]
+        if not any(m.fitting == m.total for m in matches):
+            matches += [score(arch, stems) for arch in plugins()]
+    if not any(m.named for m in matches):
         raise _unknown(stems, matches, path)
-    said = {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").split("/")[0]} - {""}
-    hinted = {m.architecture.key for m in matches if said & set(m.architecture.metadata_names)}
     best = max(matches, key=lambda m: (m.fitting, m.named, m.architecture.key in hinted))
     if best.share < ENOUGH:
         raise _unknown(stems, matches, path)
@@ -85,6 +86,15 @@ def detect(
     if whole and len({m.architecture.id for m in whole}) < len({m.architecture.id for m in ties}):
         ties = whole
     return ties[0], ties[1:]
+
+
+def _said(metadata: Mapping[str, str]) -> set[str]:
+    """What the metadata calls the base model."""
+    return {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").split("/")[0]} - {""}
+
+
+def _hinted(keys: set[str]) -> list[Architecture]:
+    return [arch for key, arch in architectures().items() if key in keys]
 
 
 def _is_whole(architecture: Architecture, stems: Mapping[str, Shape | None]) -> bool:
@@ -110,7 +120,7 @@ def same_results(first: Architecture, second: Architecture, stems: Iterable[str]
     if _spelling(first) != _spelling(second):
         return False
     names, others = index(first), index(second)
-    weights = set()
+    weights: set[str] = set()
     for stem in stems:
         mine, its = names.find(stem), others.find(stem)
         if mine is None or its is None or mine.site != its.site:
@@ -120,7 +130,14 @@ def same_results(first: Architecture, second: Architecture, stems: Iterable[str]
 
 
 def _spelling(arch: Architecture) -> tuple[object, ...]:
-    return arch.denoiser, arch.onetrainer, arch.comfyui_split, arch.has_comfyui, arch.has_diffusers, arch.diffusers_roots
+    return (
+        arch.denoiser,
+        arch.onetrainer,
+        arch.comfyui_split,
+        arch.has_comfyui,
+        arch.has_diffusers,
+        arch.diffusers_roots,
+    )
 
 
 def _named_rows(arch: Architecture, naming: str, weights: set[str]) -> dict[str, Spans]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,8 @@ from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.targets import KOHYA, SUFFIXES, Layout, Speller
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from lorasurgery.adapter import Adapter, Magnitude, Module
     from lorasurgery.deltas.base import Delta
     from lorasurgery.report import Report

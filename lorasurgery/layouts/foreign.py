@@ -19,7 +19,7 @@ _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^lllite_", "a ControlNet-LLLite, not a LoRA", "the LLLite nodes of your program"),
     (r"^(control_model\.|controlnet_|input_hint_block|zero_convs)", "a ControlNet, not a LoRA", "the ControlNet folder"),
     (r"^(string_to_param|emb_params$|clip_[lg]$)", "a textual inversion embedding, not a LoRA", "the embeddings folder"),
-    (r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.|first_stage_model\.)", "a whole checkpoint, not a LoRA", "lorasurgery extract to make a LoRA of the difference to its base"),
+    (r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.|first_stage_model\.)", "a whole checkpoint, not a LoRA", "a LoRA file; this can be a --base"),
     (r"^(ip_adapter\.|image_proj\.)", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"^(encoder\.conv_in|decoder\.conv_in|quant_conv)", "a VAE, not a LoRA", "the VAE folder"),
     (r"\.qweight$|\.svdq|smooth_factor", "an SVDQuant model, not a LoRA", "the LoRA it was made from"),

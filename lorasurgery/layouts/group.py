@@ -114,9 +114,7 @@ def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:
             raise _broken(own, path, f"{own.key()} stands alone: no factors go with it", "the complete file")
         return None
     if len(families) > 1:
-        raise _broken(
-            own, path, f"{own.stem} has tensors of two families ({' and '.join(families)})", "keep one of them"
-        )
+        raise _broken(own, path, f"{own.stem} has tensors of two families ({' and '.join(families)})", "keep one of them")
     family = families[0]
     slots = own.slots(family)
     delta = _BUILDERS[family](own, slots, path) if family in _BUILDERS else _opaque(own, family, slots)
@@ -179,9 +177,7 @@ def _check_fit(own: Group, delta: Delta, path: object) -> None:
     if isinstance(delta, LowRank):
         core = delta.mid
         pairs.append(
-            ("up", delta.up.shape[1], "down", delta.rank)
-            if core is None
-            else ("up", delta.up.shape[1], "mid", core.shape[0])
+            ("up", delta.up.shape[1], "down", delta.rank) if core is None else ("up", delta.up.shape[1], "mid", core.shape[0])
         )
         if core is not None:
             pairs.append(("mid", core.shape[1], "down", delta.rank))
@@ -197,9 +193,7 @@ def _check_fit(own: Group, delta: Delta, path: object) -> None:
             pairs.append(("lokr_w2_a", delta.w2_a.shape[axis], "lokr_w2_b", delta.w2_b.shape[0]))
     for first, has, second, other in pairs:
         if has != other:
-            raise _broken(
-                own, path, f"{own.stem}: {first} has rank {has} but {second} has {other}", "the original file"
-            )
+            raise _broken(own, path, f"{own.stem}: {first} has rank {has} but {second} has {other}", "the original file")
 
 
 def _broken(own: Group, path: object, message: str, hint: str) -> BrokenModuleError:

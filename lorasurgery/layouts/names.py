@@ -89,9 +89,7 @@ class NameIndex:
     def _encoder_prefixes(self) -> tuple[tuple[str, str, bool, str], ...]:
         """(prefix, component, flat, layout), longest first."""
         encoders = self.architecture.encoders
-        found = [
-            (text, own.table, is_flat, layout) for own in encoders for text, is_flat, layout in encoder_prefixes(own)
-        ]
+        found = [(text, own.table, is_flat, layout) for own in encoders for text, is_flat, layout in encoder_prefixes(own)]
         if len(encoders) == 1:  # trainers number a single encoder differently; every number means it
             numbers = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
             found += [(number, encoders[0].table, True, "sd-scripts") for number in numbers]
@@ -99,12 +97,18 @@ class NameIndex:
 
     def find(self, stem: str) -> Found | None:
         """The site of a spelled module name, or None when this architecture has no such name."""
+        return self._in_encoder(stem) or self._in_denoiser(stem) or self._in_root(stem)
+
+    def _in_encoder(self, stem: str) -> Found | None:
         for text, component, is_flat, layout in self._encoder_prefixes:
             if stem.startswith(text):
                 weight = _encoder_names(component)[is_flat].get(stem[len(text) :])
                 if weight is not None:
                     rows = TEXT_ENCODERS[component].shapes[weight][0]
                     return Found(Site(component, (Span(weight, 0, rows),)), ORIGINAL, layout)
+        return None
+
+    def _in_denoiser(self, stem: str) -> Found | None:
         for prefix in PREFIXES:
             if stem.startswith(prefix.text):
                 body = stem[len(prefix.text) :]
@@ -112,6 +116,10 @@ class NameIndex:
                     spans = self._names(naming, is_flat=prefix.flat).get(body)
                     if spans is not None:
                         return Found(Site(prefix.component, spans), naming, prefix.layout)
+        return None
+
+    def _in_root(self, stem: str) -> Found | None:
+        """A part of the denoiser that is a pipeline component of its own in Diffusers."""
         for root, component in self.architecture.diffusers_roots:
             if stem.startswith(component + "."):
                 spans = self._names(DIFFUSERS, is_flat=False).get(root + stem[len(component) + 1 :])

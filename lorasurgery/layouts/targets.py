@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture, Encoder, Spans
 
-EVERYTHING = frozenset(
-    {"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3", "sparse"}
-)
+EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3", "sparse"})
 KOHYA, PEFT = "kohya", "peft"
 
 SUFFIXES = MappingProxyType(

@@ -1,0 +1,1 @@
+"""What can be done to an adapter; Adapter in, Adapter out."""

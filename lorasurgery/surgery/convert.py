@@ -132,9 +132,7 @@ class _Job:
             )
         if self.options.dtype != "keep":
             result = [self._cast(module) for module in result]
-        return replace(
-            self.adapter, modules={module.site: module for module in result}, layout=self.target.id, path=None
-        )
+        return replace(self.adapter, modules={module.site: module for module in result}, layout=self.target.id, path=None)
 
     def _dropped(self, module: Module) -> bool:
         """Whether ``--drop`` names this module."""
@@ -171,7 +169,8 @@ class _Job:
                 return None
             module = lora
         if module.delta is None and "bias" not in self.target.holds:
-            return self._left_out(module, "a bias without factors")
+            self._leave_out(module, "a bias without factors")
+            return None
         if module.magnitude is not None and module.magnitude.axis == "in" and not self.target.in_axis_dora:
             return self._without_magnitude(module, f"{self.target.reader} only knows DoRA magnitudes per output row")
         if isinstance(module.delta, LowRank) and module.delta.mid is not None and self.target.words == "peft":
@@ -192,7 +191,8 @@ class _Job:
         if isinstance(delta, Opaque) or delta.family == "norm":
             if self.options.as_lora and self._holds(module):
                 return module
-            return self._left_out(module, f"{delta.family.upper()} modules")
+            self._leave_out(module, f"{delta.family.upper()} modules")
+            return None
         if not self.options.as_lora:
             raise self._refuse(
                 module,
@@ -208,11 +208,16 @@ class _Job:
             reduced = to_lora(members, self.options.budget, dtype, self._record(module))
         except CannotError as reason:
             raise self._refuse(module, reason.message, "a target that holds it") from reason
+        except (BrokenModuleError, ValueRangeError) as broken:
+            raise BrokenModuleError(
+                f"{module.name}: {broken.message}", key=module.name, path=self.adapter.path,
+                hint=broken.hint or "--drop REGEX to leave the module out",
+            ) from broken  # fmt: skip
         self._actions[module.site] = action
         self.report.losses.record(module.name, reduced.error, reduced.norm)
         return replace(module, delta=reduced.delta, scale=Scale(1.0, module.scale.source))
 
-    def _left_out(self, module: Module, what: str) -> None:
+    def _leave_out(self, module: Module, what: str) -> None:
         """Drop a module under ``--lossy``, or refuse."""
         if not self.options.lossy:
             raise self._refuse(module, f"{self.target.reader} does not load {what}", "--lossy to leave it out")
@@ -299,9 +304,7 @@ class _Job:
         )
         if magnitude:
             return f"{keep}--lossy to drop the magnitude"
-        return (
-            f"{keep}--qkv fuse for an exact LoRA of these modules, --lokr-rank N or --energy 0.9999 for a smaller one"
-        )
+        return f"{keep}--qkv fuse for an exact LoRA of these modules, --lokr-rank N or --energy 0.9999 for a smaller one"
 
     def _fused_to_lora(self, site: Site, target: Target) -> Module:
         members: list[tuple[Delta | None, float, int]] = []
@@ -329,9 +332,7 @@ class _Job:
             piece = target.pieces[0]
             action = "permuted" if piece.rows == head.out else "split"
             return self._done(take_rows(replace(head, site=site), piece.ranges, head.out), action, head)
-        parts = [
-            (None if p.source is None else take_rows(p.source, p.ranges, p.source.out), p.rows) for p in target.pieces
-        ]
+        parts = [(None if p.source is None else take_rows(p.source, p.ranges, p.source.out), p.rows) for p in target.pieces]
         return self._done(stack_modules(site, parts), "fused", head)
 
     # bookkeeping ------------------------------------------------------------------------------------------------------

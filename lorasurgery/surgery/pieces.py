@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _row_index(modules: Iterable[Module]) -> dict[str, list[_Held]]:
             offset += span.stop - span.start
     for weight, held in found.items():
         held.sort(key=lambda h: (h.start, h.stop))
-        for first, second in zip(held, held[1:], strict=False):
+        for first, second in pairwise(held):
             if second.start < first.stop:
                 raise ValueError(f"{first.module.name} and {second.module.name} both hold rows of {weight}")
     return found

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
+from lorasurgery.errors import BrokenModuleError
+from lorasurgery.io.finite import is_finite
 from lorasurgery.io.tensors import of_array
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ def to_lora(members: Sequence[Member], budget: Budget, dtype: str, record: Recor
     """The members, one below the other, as one LoRA in ``dtype`` with every scale folded in.
 
     Exact without a budget: the rank is the sum of the members' ranks, or the numerical rank where that is smaller than
-    both sides allow; ``record`` gets the rounding to ``dtype`` when the tensors are computed. Raises CannotError for families that multiply the base, norms and stacked convolutions.
+    both sides allow; ``record`` gets the rounding to ``dtype`` when the tensors are computed.
+    Raises CannotError for families that multiply the base, norms and stacked convolutions.
     """
     exact = _exact(members, dtype, record) if budget.exact else None
     if exact is not None:
@@ -84,6 +87,7 @@ def _truncated(members: Sequence[Member], budget: Budget) -> Factors:
     from lorasurgery.linalg.randomized import dense_svd
 
     present = [delta for delta, _, _ in members if delta is not None]
+    _refuse_not_finite(present)
     if all(isinstance(delta, Kronecker) and len(delta.shape) == 2 for delta in present):
         parts: list[KroneckerPart | ZeroRows] = []
         for delta, scale, rows in members:
@@ -98,6 +102,14 @@ def _truncated(members: Sequence[Member], budget: Budget) -> Factors:
     return _cut_factors(members, budget)
 
 
+def _refuse_not_finite(deltas: Sequence[Delta]) -> None:
+    """A decomposition of NaN does not end well: raises BrokenModuleError."""
+    for delta in deltas:
+        for slot, tensor in delta.tensors.items():
+            if not is_finite(tensor):
+                raise BrokenModuleError(f"its {slot} holds NaN or infinity", key=slot)
+
+
 def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
     """Stack exact low-rank forms, then cut the product of the factors."""
     import numpy as np
@@ -108,9 +120,7 @@ def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
     low = [(None if d is None else d.to_low_rank().scaled(scale), rows) for d, scale, rows in members]
     whole = stack_low_rank(low) if len(low) > 1 else low[0][0]
     assert whole is not None  # noqa: S101  a stack has at least one member
-    left, values, right = factored_svd(
-        whole.up.f64().reshape(whole.up.shape[0], -1), whole.down.f64().reshape(whole.rank, -1)
-    )
+    left, values, right = factored_svd(whole.up.f64().reshape(whole.up.shape[0], -1), whole.down.f64().reshape(whole.rank, -1))
     kept = max(int(np.sum(values > 1e-13 * values[0])) if values.size else 1, 1)
     kept = min(kept, budget.rank or kept)
     if budget.energy is not None:
@@ -128,9 +138,7 @@ def _norm(factors: Factors) -> float:
 def _rounding(factors: Factors, up: Tensor, down: Tensor) -> float:
     """Squared error of storing the factors in the file's dtype: ||U D - U' D'||^2 by Gram matrices."""
     rounded_up, rounded_down = up.f64(), down.f64()
-    return float(
-        _product_norm(rounded_up - factors.up, rounded_down) + _product_norm(factors.up, rounded_down - factors.down)
-    )
+    return float(_product_norm(rounded_up - factors.up, rounded_down) + _product_norm(factors.up, rounded_down - factors.down))
 
 
 def _product_norm(up: Array, down: Array) -> float:

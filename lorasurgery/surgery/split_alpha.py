@@ -27,9 +27,7 @@ def check_split_alpha(modules: list[Module], adapter: Adapter, report: Report, *
     """
     if adapter.layout != "sd-scripts":
         return modules
-    scales = Counter(
-        round(m.scale.value, 9) for m in modules if not _parts(m, adapter) and isinstance(m.delta, LowRank)
-    )
+    scales = Counter(round(m.scale.value, 9) for m in modules if not _parts(m, adapter) and isinstance(m.delta, LowRank))
     if not scales:
         return modules
     usual = scales.most_common(1)[0][0]

@@ -2,9 +2,9 @@
 
     python scripts/bench_parts/lokr_qkv.py [--rounds 3] [--json]
 
-Both run in this process in turn, with one BLAS thread each. The peer is what today's converters do: ``torch.kron`` three
-times, ``torch.cat``, ``torch.linalg.svd(full_matrices=False)`` in float32 of 11520 x 3840, 15-30 s for each round and
-layer. Its time ends with the SVD; ours ends with the finished float32 factors. ``error`` is measured on the dense
+Both run in this process in turn, with one BLAS thread each. The peer is what today's converters do: ``torch.kron``
+three times, ``torch.cat``, ``torch.linalg.svd(full_matrices=False)`` in float32 of 11520 x 3840, 15-30 s for each round
+and layer. Its time ends with the SVD; ours ends with the finished float32 factors. ``error`` is measured on the dense
 matrix in float64 with those factors; ``excess`` is that over the optimum at the same rank, minus 1, the optimum being
 that of the dense float64 matrix (eigenvalues of ``A^T A``).
 """

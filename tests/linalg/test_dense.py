@@ -34,6 +34,7 @@ def with_spectrum(values, rows, columns, seed=0):
 def route(request, monkeypatch):
     if request.param == "subspace":
         monkeypatch.setattr(randomized, "EXACT_SIZE", 0)
+        monkeypatch.setattr(randomized, "SMALL_SHARE", 2)
         monkeypatch.setattr(subspace, "FIRST_RANK", 4)
         monkeypatch.setattr(subspace, "OVERSAMPLE", 8)
     return request.param

@@ -97,9 +97,7 @@ def fused(rng, *, decay=0.0, full=False):
         w1 = rng.standard_normal((12, 12)) * np.arange(1, 13) ** -decay
         if full:
             return KroneckerPart(w1, rng.standard_normal((16, 16)) * np.arange(1, 17) ** -decay)
-        return KroneckerPart(
-            w1, rng.standard_normal((16, 8)) * np.arange(1, 9) ** -decay, w2_b=rng.standard_normal((8, 16))
-        )
+        return KroneckerPart(w1, rng.standard_normal((16, 8)) * np.arange(1, 9) ** -decay, w2_b=rng.standard_normal((8, 16)))
 
     return [part(), part(), part()]
 
@@ -163,6 +161,13 @@ def test_without_a_request_the_numerical_rank_is_kept_and_nothing_lost():
     found = stacked_kronecker_svd(parts, dtype=np.float64)
     assert_optimal(parts, found, 9)
     assert found.relative_error < 1e-7
+
+
+def test_dependent_members_add_no_rank():
+    part = random_part(np.random.default_rng(0), 4, 6)
+    doubled = KroneckerPart(2 * part.w1, part.w2, w2_b=part.w2_b)
+    parts = [part, doubled, random_part(np.random.default_rng(1), 6, 4, rank=1)]  # ranks 3 * 2, the same ones, 3 * 1
+    assert_optimal(parts, stacked_kronecker_svd(parts, dtype=np.float64), 9)
 
 
 def test_missing_members_are_zero_rows_of_up():

@@ -124,10 +124,12 @@ def test_norms(seed, rank, other):
     assert relative_error(*one, *two) == pytest.approx(difference / np.linalg.norm(dense), rel=1e-9)
 
 
-def test_norm_of_a_product_that_cancels():
-    up, down = factors(0, 30, 24, 1)
-    pair_up, pair_down = np.hstack([up, up]), np.vstack([down, -down * (1 - 2.0**-30)])
-    assert product_norm(pair_up, pair_down) == pytest.approx(2.0**-30 * np.linalg.norm(up @ down), rel=1e-5)
+@pytest.mark.parametrize("seed", range(6))
+def test_norm_of_a_product_that_cancels(seed):
+    up, down = factors(seed, 30, 24, 1)
+    nearly = -down + 1e-9 * np.random.default_rng(1).standard_normal(down.shape)
+    expected = np.linalg.norm(up) * np.linalg.norm(down + nearly)  # the sum is exact
+    assert product_norm(np.hstack([up, up]), np.vstack([down, nearly])) == pytest.approx(expected, rel=1e-5)
 
 
 def test_difference_of_nearly_equal_products_does_not_cancel():

@@ -15,6 +15,7 @@ Needs the test extra. Versions that wrote what is in the repository: tests/fixtu
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -56,6 +57,13 @@ SDXL: dict[str, Any] = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
+}
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
 }
 CLIP_G: dict[str, Any] = {
     "hidden_size": 1280,
@@ -203,7 +211,7 @@ def peft_loha(path: Path) -> Truth:
     """Hadamard; the convolution is flat."""
     from peft import LoHaConfig
 
-    return peft_folder(path, LoHaConfig(r=2, alpha=3, rank_pattern={"attn2.to_k": 3}, alpha_pattern={"ff.net": 1}))
+    return peft_folder(path, LoHaConfig(r=2, alpha=3, rank_pattern={"attn2.to_k": 3}, alpha_pattern={"ff.net.0.proj": 1}))
 
 
 def peft_loha_tucker(path: Path) -> Truth:
@@ -298,7 +306,7 @@ def diffusers_flux(path: Path) -> Truth:
         path,
         "FluxPipeline",
         transformer=adapted("FluxTransformer2DModel", FLUX, lora=lora, guidance_embeds=True),
-        text_encoder=adapted("CLIPTextModel", CLIP_LAYERS, lora={"r": 2, "lora_alpha": 3}),
+        text_encoder=adapted("CLIPTextModel", CLIP_LAYERS, lora={"r": 2, "lora_alpha": 3}, **CLIP_L),
     )
 
 
@@ -328,7 +336,7 @@ def diffusers_sdxl(path: Path) -> Truth:
         path,
         "StableDiffusionXLPipeline",
         unet=adapted("UNet2DConditionModel", targets, lora={"r": 2, "lora_alpha": 5}, **SDXL),
-        text_encoder=adapted("CLIPTextModel", CLIP_LAYERS, lora={"r": 2, "lora_alpha": 1}),
+        text_encoder=adapted("CLIPTextModel", CLIP_LAYERS, lora={"r": 2, "lora_alpha": 1}, **CLIP_L),
         text_encoder_2=adapted(
             "CLIPTextModelWithProjection",
             ("text_model.encoder.layers.31.self_attn.out_proj", "text_model.encoder.layers.2.mlp.fc2"),
@@ -409,6 +417,7 @@ def lycoris_values(network: Any, dtype: torch.dtype) -> Truth:  # noqa: ANN401  
     with torch.no_grad():
         for module in network.loras:
             rounded = torch.float32 if type(module).__name__ == "FullModule" else dtype
+            alpha = module.alpha.clone() if hasattr(module, "alpha") else None
             for name, parameter in module.named_parameters():
                 if "dora_scale" in name:
                     parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
@@ -426,6 +435,8 @@ def lycoris_values(network: Any, dtype: torch.dtype) -> Truth:  # noqa: ANN401  
             if bias is not None:
                 truth[f"{module.lora_name}|bias"] = bias.clone()
             module.to(rounded)
+            if alpha is not None:  # otherwise rsLoRA's is rounded with the weights
+                module.alpha = alpha
     return truth
 
 
@@ -440,7 +451,7 @@ def lycoris_kohya(path: Path, targets: Sequence[str] = CONVS, *, clip: bool = Fa
 
     unet = on_meta("UNet2DConditionModel", **SD15)
     real(unet, targets)
-    encoder = on_meta("CLIPTextModel") if clip else None
+    encoder = on_meta("CLIPTextModel", **CLIP_L) if clip else None
     if encoder is not None:
         real(encoder, CLIP_LAYERS)
     LycorisNetworkKohya.apply_preset(
@@ -454,7 +465,7 @@ def lycoris_kohya(path: Path, targets: Sequence[str] = CONVS, *, clip: bool = Fa
     )
     fields = {"lora_dim": 4, "conv_lora_dim": 2, "alpha": 3, "conv_alpha": 5} | args
     network = LycorisNetworkKohya(encoder, unet, warn_on_unmatched=False, **fields)
-    network.apply_to()
+    network.apply_to(encoder, unet, apply_text_encoder=clip, apply_unet=True)
     dtype = torch.float16
     truth = lycoris_values(network, dtype)
     network.save_weights(str(path), None, {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)})
@@ -463,18 +474,16 @@ def lycoris_kohya(path: Path, targets: Sequence[str] = CONVS, *, clip: bool = Fa
 
 def lycoris_standalone(path: Path) -> Truth:
     """LyCORIS' own wrapper (``lycoris_...``) around FLUX.1, as SimpleTuner uses it."""
-    from lycoris import LycorisNetwork, create_lycoris
+    from lycoris import LycorisNetwork
 
     targets = FLUX[:5]
     model = on_meta("FluxTransformer2DModel", guidance_embeds=True)
     for target in targets:
         model.get_submodule(target).to_empty(device="cpu")
     LycorisNetwork.apply_preset({"target_module": [], "target_name": exactly(targets), "enable_conv": True})
-    # The preset "full" would put the targets back: the network is made without one.
     network = LycorisNetwork(
         model, lora_dim=4, alpha=6, network_module="lokr", factor=16, decompose_both=True, warn_on_unmatched=False
     )
-    assert callable(create_lycoris)  # noqa: S101  the public way, which takes a preset's name only
     network.apply_to()
     truth = lycoris_values(network, torch.bfloat16)
     config = {"algo": "lokr", "linear_dim": 4, "linear_alpha": 6, "factor": 16}
@@ -576,6 +585,8 @@ def make(name: str) -> None:
     probes = {key: torch.from_numpy(bilinear(delta.detach().numpy())) for key, delta in truth.items()}
     if probes:
         save_file(probes, OUT / f"{stem}.truth.safetensors")
+    for written in (path, *OUT.glob(f"{stem}.truth.*")):
+        written.chmod(0o755 if written.is_dir() else 0o644)
     print(f"{name}: {len(truth)} truths")
 
 
@@ -584,6 +595,7 @@ def main(names: Sequence[str]) -> None:
     if "--list" in names:
         print("\n".join(FIXTURES))
         return
+    logging.getLogger("LyCORIS").setLevel(logging.WARNING)
     OUT.mkdir(parents=True, exist_ok=True)
     for name in names or FIXTURES:
         make(name)

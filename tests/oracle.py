@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from safetensors import deserialize, serialize_file
+from safetensors import deserialize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,8 +36,6 @@ COLUMNS = 12
 # tensors ------------------------------------------------------------------------------------------------------------------
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
-_LONG = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-         "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 
 
 class Raw(NamedTuple):
@@ -81,9 +79,15 @@ def read(path: str | Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def write(path: str | Path, tensors: Mapping[str, Raw], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file with the safetensors library."""
-    entries = {n: {"dtype": _LONG[t.dtype], "shape": list(t.shape), "data": t.data} for n, t in tensors.items()}
-    serialize_file(entries, str(path), dict(metadata or {"format": "pt"}))
+    """Write a safetensors file: header length, header, data in the order given."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    at = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(t.data for t in tensors.values()))
 
 
 # models -------------------------------------------------------------------------------------------------------------------

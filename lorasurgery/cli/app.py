@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import os
-import sys
 
 # Factor-sized algebra is fastest with one BLAS thread per worker, and BLAS reads this when it is first loaded.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+from typing import TYPE_CHECKING, Any
+
 import typer
+from typer.core import TyperGroup
 
 from lorasurgery.cli.convert import convert
 from lorasurgery.cli.render import show_error
-from lorasurgery.errors import SurgeryError
+from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.version import __version__
+
+if TYPE_CHECKING:
+    from click import Context
+
+FAILED, USAGE, STOPPED = 1, 2, 130
+
+
+class _Commands(TyperGroup):
+    """Turns the library's errors into one line on stderr and an exit code, for every command."""
+
+    def invoke(self, ctx: Context) -> Any:  # noqa: ANN401  click's signature
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            show_error(error)
+            raise typer.Exit(USAGE) from error
+        except (SurgeryError, OSError) as error:
+            show_error(error)
+            raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as error:
+            show_error(error)
+            raise typer.Exit(STOPPED) from error
+
 
 app = typer.Typer(
     name="lorasurgery",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -42,12 +69,5 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; an error of the library becomes one line on stderr and exit code 1."""
-    try:
-        app()
-    except SurgeryError as error:
-        show_error(error)
-        sys.exit(1)
-    except (OSError, KeyboardInterrupt) as error:
-        show_error(error)
-        sys.exit(1)
+    """Run the command line."""
+    app()

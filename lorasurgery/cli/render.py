@@ -21,31 +21,38 @@ def data(text: str) -> None:
 
 
 def show_error(error: BaseException, path: Path | None = None) -> None:
-    """One line on stderr, and what to try on a second."""
+    """One line on stderr: the file, what was found and expected, what to try."""
+    print("stopped" if isinstance(error, KeyboardInterrupt) else f"error: {error_text(error, path)}", file=sys.stderr)
+
+
+def error_text(error: BaseException, path: Path | None = None) -> str:
+    """An error in one line; ``path`` is the file it is about when it does not say so itself."""
     from lorasurgery.errors import SurgeryError
 
-    if isinstance(error, SurgeryError):
-        where = error.path or (str(path) if path else "")
-        print(f"error: {where + ': ' if where else ''}{error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  try: {error.hint}", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-    else:
-        print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename if error.filename is not None else path
+        return plain(f"{where}: {error.strerror}" if where is not None else error.strerror)
+    if isinstance(error, SurgeryError) and error.path is None and path is not None:
+        return plain(f"{path}: {error}")
+    return plain(str(error))
+
+
+def plain(text: str) -> str:
+    """``text`` on one line, with escapes in place of what a terminal would obey: keys and paths are anybody's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def show_report(report: Report, *, one_line: bool = False) -> None:
     """The outcome of a conversion, as a table or (in a batch) one line."""
     verdict = _verdict(report)
     if one_line:
-        print(f"{report.input} -> {report.output}: {report.architecture}, {len(report.changes)} modules, {verdict}")
+        print(plain(f"{report.input} -> {report.output}: {report.architecture}, {len(report.changes)} modules, {verdict}"))
         for warning in report.warnings:
-            print(f"  note: {warning}")
+            print(plain(f"  note: {warning}"))
         return
-    print(f"{Path(report.input).name} -> {report.output or '(not written)'}")
+    print(plain(f"{Path(report.input).name} -> {written}"))
     for label, value in _lines(report, verdict):
-        print(f"  {label:<13}{value}")
+        print(plain(f"  {label:<13}{value}"))
     _list("left out", [f"{key}: {reason}" for key, reason in report.dropped])
     _list("carried", [f"{key}: {reason}" for key, reason in report.carried])
     _list("note", report.warnings)
@@ -79,7 +86,7 @@ def _counts(counter: dict[str, int]) -> str:
 
 def _list(label: str, lines: list[str]) -> None:
     for line in lines[:SHOWN]:
-        print(f"  {label}: {line}")
+        print(plain(f"  {label}: {line}"))
     if len(lines) > SHOWN:
         print(f"  {label}: ... and {len(lines) - SHOWN} more (--json lists all)")
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000
 """The longest header the safetensors library reads, in bytes."""
 
+_AGAIN = "download it again, or save it again with the program that made it"
+
 DTYPE_ORDER = (
     "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
@@ -51,7 +53,9 @@ def read_safetensors(path: str | Path) -> RawFile:
     header, start = _header(path, source, size)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileFormatError("__metadata__ in the header must map strings to strings", path=path)
+        raise FileFormatError(
+            "__metadata__ in the header must map strings to strings", path=path, hint="saving it again with its program"
+        )
     tensors = {name: _tensor(path, source, start, name, info) for name, info in header.items()}
     _check_layout(path, tensors, start, size)
     return RawFile(path, tensors, metadata)
@@ -74,11 +78,14 @@ def _header(path: Path, source: FileSource, size: int) -> tuple[dict[str, Any], 
             f"truncated: the header needs {8 + length} bytes, the file has {size}", path=path, hint="download it again"
         )
     try:
-        header = json.loads(source.read(8, length), object_pairs_hook=_no_duplicates)
-    except ValueError as error:
+        text = source.read(8, length).decode()
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        if "\\ud" in text or "\\uD" in text:  # a lone surrogate has no UTF-8 form, so it could not be written again
+            json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"the header is not JSON ({error})", path=path, hint="download it again") from error
     if not isinstance(header, dict):
-        raise FileFormatError("the header is not a JSON object", path=path)
+        raise FileFormatError("the header is not a JSON object", path=path, hint="download it again")
     return header, 8 + length
 
 
@@ -96,13 +103,21 @@ def _tensor(path: Path, source: FileSource, start: int, name: str, info: object)
         dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]  # type: ignore[index]
         _counts((*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"the header entry of {name} has no valid dtype, shape and data_offsets", path=path) from error
-    if dtype not in BITS:
-        raise FileFormatError(f"{name} has dtype {dtype}, which no adapter uses", path=path)
+        raise FileFormatError(
+            f"the header entry of {name} has no valid dtype, shape and data_offsets", path=path, hint=_AGAIN
+        ) from error
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise FileFormatError(
+            f"{name} has dtype {dtype}, which no adapter uses",
+            path=path,
+            hint="a version of the file in one of F32, F16, BF16",
+        )
     tensor = Tensor(dtype, shape, (Region(source, start + begin, end - begin),))
     if tensor.nbytes != end - begin:
         raise FileFormatError(
-            f"{name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, data_offsets give {end - begin}", path=path
+            f"{name}: {dtype} {list(shape)} needs {tensor.nbytes} bytes, data_offsets give {end - begin}",
+            path=path,
+            hint=_AGAIN,
         )
     return tensor
 
@@ -118,14 +133,18 @@ def _check_layout(path: Path, tensors: Mapping[str, Tensor], start: int, size: i
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].regions[0].offset, item[1].nbytes)):
         if tensor.regions[0].offset != at:
             kind = "overlaps its neighbour" if tensor.regions[0].offset < at else "leaves a hole before it"
-            raise FileFormatError(f"the data of {name} {kind}: the header's data_offsets are wrong", path=path)
+            raise FileFormatError(
+                f"the data of {name} {kind}: the header's data_offsets are wrong", path=path, hint=_AGAIN
+            )
         at += tensor.nbytes
     if at > size:
         raise FileFormatError(
             f"truncated: the header describes {at} bytes, the file has {size}", path=path, hint="download it again"
         )
     if at < size:
-        raise FileFormatError(f"{size - at} bytes follow the last tensor; the header does not describe them", path=path)
+        raise FileFormatError(
+            f"{size - at} bytes follow the last tensor; the header does not describe them", path=path, hint=_AGAIN
+        )
 
 
 def serialiser_order(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -24,10 +24,17 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
         "download it again, logged in",
     ),
     (b"gguf", "a GGUF model, not a safetensors file", "the adapter in safetensors form"),
+    (b"<?xml", "an XML page, most likely an error page saved in place of the download", "download it again, logged in"),
     (b"pk\x03\x04", "a zip archive (a PyTorch checkpoint?) with another suffix", "rename it to .pt"),
     (b"\x80\x02", "a Python pickle (an old PyTorch checkpoint?) with another suffix", "rename it to .pt"),
+    (b"\x80\x03", "a Python pickle (an old PyTorch checkpoint?) with another suffix", "rename it to .pt"),
     (b"\x80\x04", "a Python pickle (an old PyTorch checkpoint?) with another suffix", "rename it to .pt"),
+    (b"\x80\x05", "a Python pickle (an old PyTorch checkpoint?) with another suffix", "rename it to .pt"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
+    (b"rar!", "a RAR archive", "unpack it first"),
+    (b"\x89png", "a PNG image", "the .safetensors file that goes with it"),
+    (b"\xff\xd8\xff", "a JPEG image", "the .safetensors file that goes with it"),
     (b"{", "a JSON text, not a safetensors file", "the .safetensors file next to it"),
 )
 
@@ -39,7 +46,7 @@ def explain(path: Path, head: bytes, size: int) -> FileFormatError | None:
     """
     if size == 0:
         return FileFormatError("the file is empty", path=path, hint="download it again")
-    start = head.lstrip().lower()
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for signature, what, hint in _SIGNATURES:
         if start.startswith(signature) and not _plausible_header(head):
             return FileFormatError(f"this is {what}", path=path, hint=hint)

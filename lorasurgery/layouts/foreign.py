@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import NotAnAdapterError
+from lorasurgery.layouts.words import split_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,33 +19,79 @@ if TYPE_CHECKING:
 _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^lllite_", "a ControlNet-LLLite, not a LoRA", "the LLLite nodes of your program"),
     (r"^(control_model\.|controlnet_|input_hint_block|zero_convs)", "a ControlNet, not a LoRA", "the ControlNet folder"),
+    (r"^lora_controlnet$", "a Control-LoRA, which carries whole layers of a ControlNet", "the ControlNet folder"),
     (r"^(string_to_param|emb_params$|clip_[lg]$)", "a textual inversion embedding, not a LoRA", "the embeddings folder"),
-    (r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.|first_stage_model\.)", "a whole checkpoint, not a LoRA", "a LoRA file; this can be a --base"),
-    (r"^(ip_adapter\.|image_proj\.)", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
+    (r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.|first_stage_model\.)", "a whole checkpoint, not a LoRA", "a LoRA (this can be --base)"),
+    (r"^(ip_adapter|image_proj)\.", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
+    (r"\.processor\.ip_adapter_|_ip\.weight$", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"^(encoder\.conv_in|decoder\.conv_in|quant_conv)", "a VAE, not a LoRA", "the VAE folder"),
     (r"\.qweight$|\.svdq|smooth_factor", "an SVDQuant model, not a LoRA", "the LoRA it was made from"),
 )  # fmt: skip
+
+_TOKENS = re.compile(
+    r"[._](lora[._](?:down|up|mid|A|B)|lora_linear_layer[._](?:down|up)|hada_w[12]_[ab]|lokr_(?:w[12](?:_[ab])?|t2))(?=[._]|$)"
+)
+"""An adapter's suffix words wherever they stand in a key: in a mangled one they are not at its end after a dot."""
+
+_TWICE = re.compile(r"^(lora_unet_|lora_te\d?_|unet[._]|transformer[._])(?:(?:unet|transformer)[._]|\1)+")
+"""A prefix put before a name that had one."""
 
 _INDEXED = re.compile(r"^(unet|text_encoder):(\d+):(up|down)$")
 
 
 def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
-    """Raises NotAnAdapterError, saying what the file is, when none of its keys belongs to an adapter."""
+    """Raises NotAnAdapterError, saying what the file is, when most of its keys belong to no adapter.
+
+    A checkpoint has a few keys that end like an adapter's (FLUX.1's ``query_norm.scale``, an audio decoder's ``alpha``).
+    """
     lllite = any(key.startswith("lllite_") for key in raw.tensors)
-    if groups and not lllite:
+    known = sum(len(own.entries) for own in groups.values())
+    if 2 * known >= len(raw.tensors) and raw.tensors and not lllite:
         return
     if not raw.tensors:
         raise NotAnAdapterError("the file holds no tensors", path=raw.path, hint="the file it was meant to be")
+    _refuse_mangled(raw, known)
     for pattern, what, hint in _MARKERS:
         if any(re.search(pattern, key) for key in raw.tensors):
             raise NotAnAdapterError(f"this is {what}", path=raw.path, hint=hint)
     first = next(iter(raw.tensors))
-    what = "a model's own weights" if first.endswith((".weight", ".bias")) else "no LoRA-family adapter"
+    weights = sum(key.endswith((".weight", ".bias")) for key in raw.tensors)
+    what = "a model's own weights" if 2 * weights >= len(raw.tensors) else "no LoRA-family adapter"
+    count = f"only {known} end" if known else "none ends"
     raise NotAnAdapterError(
-        f"this is {what}: of its {len(raw.tensors)} keys none ends like an adapter's (first: {first})",
+        f"this is {what}: of its {len(raw.tensors)} keys {count} like an adapter's (first: {first})",
         path=raw.path,
         hint="a file with keys such as lora_down.weight, lora_A.weight, hada_w1_a or lokr_w1",
     )
+
+
+def _refuse_mangled(raw: RawFile, known: int) -> None:
+    """Raises NotAnAdapterError when most keys have an adapter's words in the wrong place or form."""
+    mangled = [key for key in raw.tensors if _TOKENS.search(key)]
+    if 2 * len(mangled) < len(raw.tensors):
+        return
+    key = next((key for key in mangled if split_key(key) is None), mangled[0])
+    raise NotAnAdapterError(
+        f"these look like mangled adapter keys: {len(mangled) - known} of {len(raw.tensors)} have an adapter's words, but"
+        f" not at the end after a dot; first {key}, expected {expected_key(key)}",
+        path=raw.path,
+        hint="the file as its trainer wrote it, or renaming the keys to that form",
+    )
+
+
+def expected_key(key: str) -> str:
+    """What a mangled key should have been: its module's name, a dot, and the suffix word as trainers write it.
+
+    >>> expected_key("lora_unet_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k_lora_down.weight")
+    'lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k.lora_down.weight'
+    """
+    match = _TOKENS.search(key)
+    if match is None:
+        return "MODULE.lora_down.weight"
+    stem = _TWICE.sub(r"\1", key[: match.start()])
+    if match[1].startswith(("hada", "lokr")):
+        return f"{stem}.{match[1]}"
+    return f"{stem}.lora_{re.split('[._]', match[1])[-1]}.weight"
 
 
 def named_modules(raw: RawFile) -> RawFile:

@@ -10,6 +10,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError
+from lorasurgery.io.tensors import FLOATS
 from lorasurgery.layouts.words import (
     ALPHA,
     BIAS,
@@ -117,9 +118,34 @@ def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:
         raise _broken(own, path, f"{own.stem} has tensors of two families ({' and '.join(families)})", "keep one of them")
     family = families[0]
     slots = own.slots(family)
+    if family in _FACTORED:
+        _check_factors(own, family, path)
     delta = _BUILDERS[family](own, slots, path) if family in _BUILDERS else _opaque(own, family, slots)
     _check_fit(own, delta, path)
     return delta
+
+
+_FACTORED = (LORA, LOHA, LOKR)
+_CORES = ("mid", "t1", "t2")
+
+
+def _check_factors(own: Group, family: str, path: object) -> None:
+    """A factor is a matrix (a Tucker core has its kernel too) of floating-point numbers, none of its sides empty."""
+    for (kind, slot), entry in own.entries.items():
+        if kind != family:
+            continue
+        shape, dtype = entry.tensor.shape, entry.tensor.dtype
+        if len(shape) < (3 if slot in _CORES else 2) or 0 in shape:
+            raise _broken(
+                own, path, f"{entry.key} has shape {list(shape)}, a factor has rows and columns", "the original file"
+            )
+        if dtype not in FLOATS:
+            raise _broken(
+                own,
+                path,
+                f"{entry.key} has dtype {dtype}, a factor holds floating-point numbers",
+                "the file before it was quantised",
+            )
 
 
 def _low_rank(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from difflib import get_close_matches
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Adapter, Leftover, Magnitude, Module, Scale
 from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.deltas.base import multiplied
+from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.layouts.detect import detect, expected_shape, fits, same_results
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
-from lorasurgery.layouts.group import Group, build, group
+from lorasurgery.layouts.group import Entry, Group, build, group
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.scales import ScaleRules, header_configs
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
@@ -25,9 +28,12 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.header import RawFile
+    from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.names import Found
     from lorasurgery.layouts.scales import PeftConfig
 
+LARGEST_SCALE = 1e30
+"""Nothing that was trained has such a strength, and float32 could not hold alpha = scale * rank."""
 FLAGS = ("use_rslora_flag", "use_dora_flag")
 """Top-level booleans of the musubi-tuner fork; they are read, and written only in sd-scripts layout."""
 
@@ -106,10 +112,12 @@ def _module(own: Group, delta: Delta | None, site: Site, rules: ScaleRules, path
     scale = Scale(1.0, "none (1.0)")
     if delta is not None:
         scale = rules.resolve(own.stem, delta, None if alpha is None else alpha.tensor)
-    if scale.value != scale.value or scale.value in (float("inf"), float("-inf")):
+    ignored = isinstance(delta, Kronecker) and delta.rank is None  # ai-toolkit's 1e10, inf in half precision
+    if not abs(scale.value) < LARGEST_SCALE or (alpha is not None and not ignored and not isfinite(alpha.tensor.item())):
         key = own.key() if alpha is None else alpha.key
+        strength = f"a scale of {scale.value}" if alpha is None else f"an alpha of {alpha.tensor.item()}"
         raise BrokenModuleError(
-            f"{key} gives a scale of {scale.value}",
+            f"{key} gives {strength}, which is no number to multiply by",
             key=key,
             path=path,
             hint="the original file; the strength cannot be recovered from this one",
@@ -121,9 +129,15 @@ def _module(own: Group, delta: Delta | None, site: Site, rules: ScaleRules, path
         delta,
         scale,
         _magnitude(own, delta, site, path),
-        None if bias is None else bias.tensor,
+        None if bias is None else _bias(bias, scale),
         {} if extra is None else {extra.key[len(own.stem) :]: extra.tensor},
     )
+
+
+def _bias(entry: Entry, scale: Scale) -> Tensor:
+    """What is added to the base bias. ``lora_B`` and ``lora_up`` are layers: theirs is scaled like their weight."""
+    of_up = entry.word.slot == "bias" and ".lora_" in entry.key[len(entry.key) - len(".lora_up.bias") - 1 :]
+    return multiplied(entry.tensor, scale.value) if of_up else entry.tensor
 
 
 def _magnitude(own: Group, delta: Delta | None, site: Site, path: Path) -> Magnitude | None:
@@ -142,7 +156,7 @@ def _magnitude(own: Group, delta: Delta | None, site: Site, path: Path) -> Magni
     else:
         axis = "out" if tensor.size == out else "in"
     columns = delta.shape[1] if delta is not None and len(delta.shape) > 1 else tensor.size
-    if not axis or (axis == "in" and columns % tensor.size):
+    if not axis or not tensor.size or (axis == "in" and columns % tensor.size):
         raise BrokenModuleError(
             f"{entry.key} has shape {list(tensor.shape)}, which fits neither {out} rows nor {columns} columns",
             key=entry.key,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Scale
 from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.errors import FileFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,16 +41,23 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str) -> PeftConfig:
-        """From the JSON object of ``adapter_config.json``; absent fields have PEFT's defaults."""
+        """From the JSON object of ``adapter_config.json``; absent fields have PEFT's defaults.
+
+        Raises FileFormatError for fields of another kind than PEFT writes.
+        """
         alpha = fields.get("lora_alpha", fields.get("alpha", 8))
-        return cls(
-            source,
-            int(fields.get("r") or 8),
-            float(8 if alpha is None else alpha),
-            dict(fields.get("rank_pattern") or {}),
-            dict(fields.get("alpha_pattern") or {}),
-            bool(fields.get("use_rslora")),
-        )
+        try:
+            ranks = {re.compile(key).pattern: int(rank) for key, rank in (fields.get("rank_pattern") or {}).items()}
+            alphas = {re.compile(key).pattern: float(own) for key, own in (fields.get("alpha_pattern") or {}).items()}
+            rank, value = int(fields.get("r") or 8), float(8 if alpha is None else alpha)
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise FileFormatError(
+                f"{source} has a rank or alpha that is none ({error})",
+                hint="the configuration PEFT wrote, with r, lora_alpha, rank_pattern and alpha_pattern",
+            ) from error
+        if rank < 1 or any(own < 1 for own in ranks.values()):
+            raise FileFormatError(f"{source} has a rank below 1", hint="the configuration PEFT wrote")
+        return cls(source, rank, value, ranks, alphas, bool(fields.get("use_rslora")))
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module by its name in the wrapped model."""

@@ -80,19 +80,20 @@ class KroneckerStack:
             result[block.inner] = block.weights * kron_apply(*block.core, x)
         return result
 
-    def core_t(self, y: Array) -> Array:
-        """``C^T @ y``: (inner, l) -> (width, l)."""
-        result = np.zeros((self.width, y.shape[1]))
+    def core_t(self, y: AnyArray) -> AnyArray:
+        """``C^T @ y``: (inner, l) -> (width, l), in the precision of ``y``."""
+        result = np.zeros((self.width, y.shape[1]), y.dtype)
         for block in self.blocks:
-            q1, q2 = block.core
-            result += kron_apply(q1.T, q2.T, block.weights * y[block.inner])
+            q1, q2 = (q.T.astype(y.dtype) for q in block.core)
+            result += kron_apply(q1, q2, block.weights.astype(y.dtype) * y[block.inner])
         return result
 
-    def lift(self, y: Array) -> Array:
-        """``blockdiag(lift) @ y``: (inner, l) -> (out, l); an isometry."""
-        result = np.zeros((self.out, y.shape[1]))
+    def lift(self, y: AnyArray) -> AnyArray:
+        """``blockdiag(lift) @ y``: (inner, l) -> (out, l), in the precision of ``y``; an isometry."""
+        result = np.zeros((self.out, y.shape[1]), y.dtype)
         for block in self.blocks:
-            result[block.rows] = kron_apply(*block.lift, y[block.inner])
+            p1, p2 = (p.astype(y.dtype) for p in block.lift)
+            result[block.rows] = kron_apply(p1, p2, y[block.inner])
         return result
 
     def row_gram(self) -> Array:
@@ -113,11 +114,11 @@ class KroneckerStack:
         return gram
 
 
-def kron_apply(left: Array, right: Array, x: Array) -> Array:
+def kron_apply(left: AnyArray, right: AnyArray, x: AnyArray) -> AnyArray:
     """``kron(left, right) @ x`` without forming it: left (a, b), right (c, d), x (b d, l) -> (a c, l)."""
     (a, b), (c, d), columns = left.shape, right.shape, x.shape[1]
     inner = right @ x.reshape(b, d, columns)
-    product: Array = left @ inner.reshape(b, c * columns)
+    product: AnyArray = left @ inner.reshape(b, c * columns)
     return product.reshape(a * c, columns)
 
 

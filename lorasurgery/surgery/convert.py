@@ -10,6 +10,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Magnitude, Module, Scale, Site
@@ -19,7 +20,7 @@ from lorasurgery.deltas.full import Full, Opaque, stack_full
 from lorasurgery.deltas.hadamard import Hadamard, stack_hadamard
 from lorasurgery.deltas.kronecker import Kronecker, stack_kronecker
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
-from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError, UnknownArchitectureError
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError, UnknownArchitectureError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, stack, widest, zeros
 from lorasurgery.layouts.targets import Layout, layout, namings
 from lorasurgery.report import Change, Report
@@ -30,8 +31,10 @@ from lorasurgery.surgery.split_alpha import check_split_alpha
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lorasurgery.deltas.base import Record
 
 AUTO, FUSE, SPLIT = "auto", "fuse", "split"
+DTYPES = MappingProxyType({"fp32": "F32", "fp16": "F16", "bf16": "BF16"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,12 @@ class Options:
             raise RequestError(f"the rank must be at least 1, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise RequestError(f"the energy must lie in (0, 1], not {self.energy}")
+        if self.dtype not in ("keep", *DTYPES):
+            raise RequestError(f"--dtype is keep, fp32, fp16 or bf16, not {self.dtype}")
+        try:
+            re.compile("|".join(f"(?:{pattern})" for pattern in self.drop))
+        except re.error as error:
+            raise RequestError(f"--drop {' --drop '.join(self.drop)} is no regular expression ({error})") from error
 
 
 def convert(adapter: Adapter, target: str, options: Options | None = None) -> tuple[Adapter, Report]:
@@ -118,6 +127,11 @@ class _Job:
 
     def run(self) -> Adapter:
         modules = [m for m in self.adapter.modules.values() if not self._dropped(m)]
+        if not modules:
+            raise RequestError(
+                f"--drop {' --drop '.join(self.options.drop)} leaves nothing of the {len(self.adapter)} modules",
+                path=self.adapter.path, hint="a narrower pattern",
+            )  # fmt: skip
         modules = check_split_alpha(modules, self.adapter, self.report, fix=self.options.fix_split_alpha)
         modules = [held for m in self._components(modules) if (held := self._held(m)) is not None]
         groups: dict[str, list[Module]] = defaultdict(list)
@@ -333,7 +347,7 @@ class _Job:
             action = "permuted" if piece.rows == head.out else "split"
             return self._done(take_rows(replace(head, site=site), piece.ranges, head.out), action, head)
         parts = [(None if p.source is None else take_rows(p.source, p.ranges, p.source.out), p.rows) for p in target.pieces]
-        return self._done(stack_modules(site, parts), "fused", head)
+        return self._done(stack_modules(site, parts, self._record(head)), "fused", head)
 
     # bookkeeping ------------------------------------------------------------------------------------------------------
 
@@ -347,9 +361,7 @@ class _Job:
 
     def _cast(self, module: Module) -> Module:
         """Every factor, magnitude and bias in the asked dtype; alphas keep theirs."""
-        dtype = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(self.options.dtype)
-        if dtype is None:
-            raise RequestError(f"--dtype is keep, fp32, fp16 or bf16, not {self.options.dtype}")
+        dtype = DTYPES[self.options.dtype]
         record = self._record(module)
         magnitude, bias = module.magnitude, module.bias
         return replace(
@@ -378,8 +390,12 @@ def take_rows(module: Module, ranges: Sequence[tuple[int, int]], rows: int) -> M
     return taken if delta is None else taken.with_delta(delta)
 
 
-def stack_modules(site: Site, parts: Sequence[tuple[Module | None, int]]) -> Module:
-    """Modules one below the other; None is rows of nothing. Raises CannotError where the family cannot do that."""
+def stack_modules(site: Site, parts: Sequence[tuple[Module | None, int]], record: Record | None = None) -> Module:
+    """Modules one below the other; None is rows of nothing. Raises CannotError where the family cannot do that.
+
+    Where the scales differ, each member is multiplied by its ratio to the most frequent one; ``record`` gets what that
+    costs in the file's dtype, which is nothing for a power of two.
+    """
     present = [module for module, _ in parts if module is not None]
     head = present[0]
     deltas = [m.delta for m in present if m.delta is not None]
@@ -390,16 +406,15 @@ def stack_modules(site: Site, parts: Sequence[tuple[Module | None, int]]) -> Mod
     bias = _stack_bias([Piece(m, ((0, rows),)) for m, rows in parts])
     if not deltas:
         return replace(head, site=site, bias=bias, magnitude=magnitude)
-    scale = _common_scale(present)
+    value, common = _common_scale(present)
     members = []
     for module, rows in parts:
         delta = None if module is None else module.delta
-        if module is not None and delta is not None and scale is None:
-            delta = delta.scaled(module.scale.value)
+        if module is not None and delta is not None and module.scale.value != value:
+            delta = delta.scaled(module.scale.value / value, record)
         members.append((delta, rows))
     stacked = _stack_deltas(members)
-    value = 1.0 if scale is None else scale
-    same = scale is not None and stacked.rank == deltas[0].rank
+    same = common and stacked.rank == deltas[0].rank
     alpha = head.scale.alpha if same else None
     return replace(
         head, site=site, delta=stacked, scale=replace(head.scale, value=value, alpha=alpha), magnitude=magnitude,
@@ -407,10 +422,11 @@ def stack_modules(site: Site, parts: Sequence[tuple[Module | None, int]]) -> Mod
     )  # fmt: skip
 
 
-def _common_scale(modules: Sequence[Module]) -> float | None:
-    """The scale all modules with a delta share, or None."""
-    values = {module.scale.value for module in modules if module.delta is not None}
-    return values.pop() if len(values) == 1 else None
+def _common_scale(modules: Sequence[Module]) -> tuple[float, bool]:
+    """The scale most modules with a delta have (not 0 if there is another), and whether all have it."""
+    values = Counter(module.scale.value for module in modules if module.delta is not None)
+    usual = max(values, key=lambda value: (value != 0.0, values[value]))
+    return usual, len(values) == 1
 
 
 def _stack_deltas(members: Sequence[tuple[Delta | None, int]]) -> Delta:

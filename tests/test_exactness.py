@@ -1,0 +1,108 @@
+"""Conversions leave every delta what it was: architecture by family by pair of layouts by dtype, against the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorasurgery.errors import NotRepresentableError
+from tests.builders import (
+    DTYPES,
+    Builder,
+    Made,
+    convert,
+    convolutions,
+    fused_weights,
+    layouts_of,
+    modules_of,
+    plain_weights,
+    subset,
+    swapped_weights,
+)
+from tests.oracle import REFERENCES, Model, assert_same, model, relative_errors
+
+every_model = pytest.mark.parametrize("key", sorted(REFERENCES))
+HOLDS = {
+    "diffusers": {"lora", "dora"},
+    "peft": {"lora", "dora", "loha", "lokr"},
+}
+ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-10, "F32": 2.0**-22}
+REWRITTEN_ALPHA = 3e-7
+"""A scale that is written anew is an alpha in float32."""
+
+
+def interesting(of: Model, rng: np.random.Generator) -> list[str]:
+    """A few weights of every kind a model has."""
+    kinds = [fused_weights(of), fused_weights(of)[::-1], swapped_weights(of), convolutions(of), plain_weights(of)]
+    return list(dict.fromkeys(str(rng.choice(kind[:40])) for kind in kinds if kind))
+
+
+def random_file(of: Model, layout: str, family: str, dtype: str, seed: int) -> Made:
+    """A file with modules of every kind, of unequal ranks and alphas, some members missing."""
+    builder = Builder.start(of, layout, dtype, seed)
+    rng = builder.rng
+    equal = rng.random() < 0.3
+    for weight in interesting(of, rng):
+        kernel = of.shapes[weight][2:]
+        names = modules_of(of, layout, weight)
+        for name in names if family == "dora" else subset(names, rng):
+            rank = 2 if equal else int(rng.integers(1, 5))
+            alpha = float(rng.choice([1.0, 2.0, 0.7, 3.0, rank]))
+            how = {}
+            if kernel and np.prod(kernel) > 1 and rng.random() < 0.5 and family in ("loha", "lokr"):
+                how["tucker"] = True
+            if family == "lokr":
+                how["whole1"] = bool(rng.random() < 0.7)
+                how["whole2"] = bool(rng.random() < 0.3) and not how.get("tucker")
+            own = "lora" if family == "dora" and kernel and layout in ("peft", "diffusers") else family
+            builder.add(name, own, rank=rank, alpha=alpha, **how)
+    if layout == "peft":
+        builder.made.configs[""]["peft_type"] = {"dora": "LORA"}.get(family, family.upper())
+    return builder.made
+
+
+def check(made: Made, target: str, dtype: str, folder: Path, **how: object) -> None:
+    """Convert, and compare what both files say."""
+    output = convert(made, target, folder, **how)
+    before, after = made.meaning(), output.meaning()
+    assert not before.unknown
+    assert not after.unknown, after.unknown
+    report = output.report
+    assert not report.dropped
+    if report.exact:
+        assert_same(before, after, REWRITTEN_ALPHA)
+    else:
+        errors = relative_errors(before, after)
+        assert max(errors.values()) < 4 * ROUNDING[dtype]
+        assert report.losses.total() < 2 * ROUNDING[dtype]
+    assert sum(report.actions().values()) == len(report.changes)
+
+
+@every_model
+@pytest.mark.parametrize("family", ["lora", "dora", "loha", "lokr"])
+def test_equal_deltas(key: str, family: str) -> None:
+    of = model(key)
+
+    @settings(max_examples=8)
+    @given(st.sampled_from(layouts_of(of)), st.sampled_from(layouts_of(of)), st.sampled_from(DTYPES), st.integers(0, 10**6))
+    def run(source: str, target: str, dtype: str, seed: int) -> None:
+        if family not in HOLDS.get(source, {family}):
+            return
+        made = random_file(of, source, family, dtype, seed)
+        with TemporaryDirectory() as folder:
+            try:
+                check(made, target, dtype, Path(folder))
+            except NotRepresentableError as refused:
+                assert may_refuse(family, target), refused
+
+    run()
+
+
+def may_refuse(family: str, target: str) -> bool:
+    """A LoKr may be impossible to fuse or to give to PEFT; other families only have targets that do not hold them."""
+    return family not in HOLDS.get(target, {family}) or family == "lokr"

@@ -23,8 +23,6 @@ from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
 from lorasurgery.surgery.convert import Options, convert
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lorasurgery.adapter import Adapter
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.io.header import RawFile
@@ -113,6 +111,7 @@ def save(
             _save_file(path, adapter, target, emitted, report, options)
     except BrokenModuleError as error:
         raise (blamed(error, Path(report.input)) if report.input else error) from error
+    report.written = not options.dry_run
     report.seconds += time.perf_counter() - started
     return report
 
@@ -179,19 +178,22 @@ def _widen(adapter: Adapter, emitted: Emitted) -> None:
 
 
 def _save_peft(path: Path, adapter: Adapter, emitted: Emitted, options: SaveOptions) -> None:
-    from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, model_names
+    from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, flattened, model_names
 
     adapters = {}
     for component, own in components(emitted.written, adapter.architecture).items():
         prefix = PREFIX if own[0].stem.startswith(PREFIX) else component + "."
-        config = adapter_config(own, model_names(component, adapter.architecture), prefix)
-        tensors: Mapping[str, object] = emitted.tensors
+        root = flattened(component, adapter.architecture)
+        config = adapter_config(own, model_names(component, adapter.architecture, root), prefix, root)
         stems = {one.stem for one in own}
         adapters[component] = (
             config,
-            {PREFIX + key.removeprefix(prefix): tensor for key, tensor in emitted.tensors.items() if _stem_of(key, stems)},
+            {
+                PREFIX + key.removeprefix(prefix).removeprefix(root): tensor
+                for key, tensor in emitted.tensors.items()
+                if _stem_of(key, stems)
+            },
         )
-        del tensors
     if not options.dry_run:
         write_peft_folder(path, adapters)
 

@@ -57,6 +57,8 @@ class Report:
 
     input: str = ""
     output: str = ""
+    written: bool = False
+    """False until the output is in place, and after a dry run."""
     architecture: str = ""
     candidates: tuple[tuple[str, float], ...] = ()
     source_layout: str = ""
@@ -99,6 +101,7 @@ class Report:
             "schema": SCHEMA,
             "input": self.input,
             "output": self.output,
+            "written": self.written,
             "architecture": self.architecture,
             "candidates": [{"architecture": key, "explains": share} for key, share in self.candidates],
             "layout": {"from": self.source_layout, "to": self.target_layout},

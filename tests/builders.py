@@ -172,13 +172,12 @@ class Builder:
         """A DoRA magnitude as the layout spells it."""
         out, inside, *kernel = shape
         ones = [1] * len(kernel)
-        if rule(self.made.layout, self.made.of).dialect == "peft" and self.made.layout != "other":
+        if self.made.layout in ("diffusers", "peft"):
+            assert per_row
             size = (1, out, *ones) if kernel else (out,)
             self.made.tensors[f"{stem}.lora_magnitude_vector"] = self.random(*size)
             return
-        size = (out, 1, *ones) if per_row else (1, inside, *ones)
-        ending = "lora_magnitude_vector" if self.made.layout == "other" and per_row else "dora_scale"
-        self.made.tensors[f"{stem}.{ending}"] = self.random(*((out,) if ending != "dora_scale" else size))
+        self.made.tensors[f"{stem}.dora_scale"] = self.random(*((out, 1, *ones) if per_row else (1, inside, *ones)))
 
     def hadamard(self, shape: tuple[int, ...], rank: int, *, tucker: bool = False) -> Tensors:
         """LyCORIS' four factors, flat or Tucker."""

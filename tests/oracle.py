@@ -153,9 +153,14 @@ def _inverse(forward: Mapping[str, list[list[Any]]]) -> dict[str, Place]:
 
 
 def _through(forward: Mapping[str, list[list[Any]]], names: Mapping[str, Place]) -> dict[str, Place]:
-    """Places in terms of other modules' names, as places in the weights those stand for."""
+    """Places in terms of other modules' names, as places in the weights those stand for.
+
+    The reference of HunyuanImage took one embedder from HunyuanVideo 1.5; what leads to no weight of its own is left out.
+    """
     found = {}
     for name, parts in forward.items():
+        if any(other not in names for other, _, _ in parts):
+            continue
         place: list[Rows] = []
         for other, first, count in parts:
             (inner,) = names[other]
@@ -547,7 +552,8 @@ def _one(result: Meaning, parts: Parts, place: Place, shape: tuple[int, ...], re
         _put(result.biases, weight, shape[0], place, slots["bias"].f64(), 0.0)
     if "lora_magnitude_vector" in slots:
         vector = slots["lora_magnitude_vector"]
-        assert vector.shape in ((sum(r.count for r in place),), (1, sum(r.count for r in place), 1, 1))
+        out = sum(r.count for r in place)
+        assert vector.shape in ((out,), (1, out, *(1 for _ in shape[2:])))
         _put(result.magnitudes, weight, shape[0], place, vector.f64().reshape(-1), np.nan)
     if "dora_scale" in slots:
         vector = slots["dora_scale"]

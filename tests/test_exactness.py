@@ -59,8 +59,7 @@ def random_file(of: Model, layout: str, family: str, dtype: str, seed: int) -> M
             if family == "lokr":
                 how["whole1"] = bool(rng.random() < 0.7)
                 how["whole2"] = bool(rng.random() < 0.3) and not how.get("tucker")
-            own = "lora" if family == "dora" and kernel and layout in ("peft", "diffusers") else family
-            builder.add(name, own, rank=rank, alpha=alpha, **how)
+            builder.add(name, family, rank=rank, alpha=alpha, **how)
     if layout == "peft":
         builder.made.configs[""]["peft_type"] = {"dora": "LORA"}.get(family, family.upper())
     return builder.made

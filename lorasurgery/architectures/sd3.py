@@ -67,6 +67,7 @@ TABLES = tuple(
         name=name,
         source="ComfyUI comfy/ldm/modules/diffusionmodules/mmdit.py (2026-05), Diffusers SD3Transformer2DModel 0.42",
         comfyui_split="transformer.",
+        diffusers_encoders=("text_encoder", "text_encoder_2"),
         encoders=(
             Encoder("clip_l", "lora_te1", "text_encoder", "text_encoders.clip_l.transformer"),
             Encoder("clip_g", "lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"),

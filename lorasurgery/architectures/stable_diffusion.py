@@ -113,6 +113,7 @@ TABLES = (
         source=SOURCE,
         sd_scripts="diffusers",
         denoiser="unet",
+        diffusers_encoders=("text_encoder",),
         encoders=(Encoder("clip_l", "lora_te", "text_encoder", CLIP_L),),
         aliases=PROCESSORS["sd"],
         metadata_names=("sd_v1", "sd_v1_v", "stable-diffusion-v1"),
@@ -125,6 +126,7 @@ TABLES = (
         source=SOURCE,
         sd_scripts="diffusers",
         denoiser="unet",
+        diffusers_encoders=("text_encoder",),
         encoders=(Encoder("clip_h", "lora_te", "text_encoder", "text_encoders.clip_h.transformer"),),
         aliases=PROCESSORS["sd"],
         metadata_names=("sd_v2", "sd_v2_v", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
@@ -136,6 +138,7 @@ TABLES = (
         name="Stable Diffusion XL",
         source=SOURCE,
         denoiser="unet",
+        diffusers_encoders=("text_encoder", "text_encoder_2"),
         encoders=(
             Encoder("clip_l", "lora_te1", "text_encoder", CLIP_L),
             Encoder("clip_g", "lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"),

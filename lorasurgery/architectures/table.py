@@ -157,6 +157,8 @@ class Architecture:
     onetrainer: str = "flat"
     """``flat``: ``lora_transformer_`` + Diffusers names with underscores. ``dotted``: ``transformer.`` + Diffusers names."""
     encoders: tuple[Encoder, ...] = ()
+    diffusers_encoders: tuple[str, ...] = ()
+    """The encoders whose LoRA the Diffusers pipeline loads (``_lora_loadable_modules``); it ignores the others."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Further names in files: (template, name in any naming); ``{i}`` runs over :attr:`alias_range`."""
     alias_range: int = 64

@@ -8,7 +8,7 @@ import os
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -18,16 +18,13 @@ from lorasurgery.cli.render import show_error
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.version import __version__
 
-if TYPE_CHECKING:
-    from click import Context
-
 FAILED, USAGE, STOPPED = 1, 2, 130
 
 
 class _Commands(TyperGroup):
     """Turns the library's errors into one line on stderr and an exit code, for every command."""
 
-    def invoke(self, ctx: Context) -> Any:  # noqa: ANN401  click's signature
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  click's own types, which typer brings along or imports by version
         """Run the command."""
         try:
             return super().invoke(ctx)

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorasurgery.cli.render import data, show_error, show_report
-from lorasurgery.errors import SurgeryError
+from lorasurgery.cli.render import data, error_text, show_error, show_report
+from lorasurgery.errors import RequestError, SurgeryError
+from lorasurgery.io.peft_folder import CONFIG
+from lorasurgery.io.sniff import TORCH_SUFFIXES
+from lorasurgery.report import SCHEMA
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lorasurgery.report import Report
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+SUFFIX = ".safetensors"
+SUFFIXES = (SUFFIX, *sorted(TORCH_SUFFIXES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,35 +47,88 @@ def jobs_for(
             inputs, out = inputs[:-1], inputs[-1]
         if len(inputs) != 1 or out is None:
             raise typer.BadParameter("one input and one output, or several inputs with --out-dir", param_hint="IN OUT")
-        if out.is_dir() and not folder_output:
-            out = out / inputs[0].name
+        if not folder_output:
+            out = _file_name(inputs[0], out)
         return [Job(inputs[0], out)]
     if out is not None:
         raise typer.BadParameter("either --output or --out-dir", param_hint="--output")
     found = [job for path in inputs for job in _expanded(path, out_dir, folder_output=folder_output)]
     if not found:
         raise typer.BadParameter(f"no adapter file among {', '.join(map(str, inputs)) or 'nothing'}", param_hint="IN")
+    _refuse_collisions(found)
     return found
+
+
+def _file_name(source: Path, out: Path) -> Path:
+    """The output file: in an existing folder it gets the input's name; what is written is safetensors."""
+    if out.is_dir():
+        return out / f"{source.stem if source.suffix.lower() in SUFFIXES else source.name}{SUFFIX}"
+    if out.suffix.lower() in TORCH_SUFFIXES:
+        raise RequestError(
+            f"the output {out} would be a safetensors file with a PyTorch suffix", hint=str(out.with_suffix(SUFFIX))
+        )
+    return out
+
+
+def _refuse_collisions(jobs: Sequence[Job]) -> None:
+    """Two inputs with one output, or an output that is another's input, would destroy something."""
+    sources = {job.source.absolute(): job.source for job in jobs}
+    taken: dict[Path, Path] = {}
+    for job in jobs:
+        own = job.target.absolute()
+        first = taken.setdefault(own, job.source)
+        if first is not job.source:
+            raise RequestError(f"{first} and {job.source} would both become {job.target}", hint="two --out-dir, one run each")
+        if own in sources and sources[own] != job.source:
+            raise RequestError(f"{job.target} would replace an input of the same run", hint="another --out-dir")
 
 
 def _expanded(path: Path, out_dir: Path, *, folder_output: bool) -> list[Job]:
     """A file, a PEFT folder, a folder of files (searched through), or a glob the shell left alone."""
 
     def target(relative: Path) -> Path:
-        return out_dir / (relative.with_suffix("") if folder_output else relative.with_suffix(".safetensors"))
+        plain = relative.with_suffix("") if relative.suffix.lower() in SUFFIXES else relative
+        return out_dir / (plain if folder_output else plain.parent / (plain.name + SUFFIX))
 
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        return [Job(p, target(p.relative_to(path))) for p in files]
+    if path.is_dir() and not _is_adapter(path):
+        inputs = sorted(_adapters(path, out_dir.absolute()))
+        return [Job(p, target(p.relative_to(path))) for p in inputs]
     if not path.exists() and glob.has_magic(str(path)):
         return [Job(Path(p), target(Path(Path(p).name))) for p in sorted(glob.glob(str(path), recursive=True))]
     return [Job(path, target(Path(path.name)))]
 
 
+def _is_adapter(folder: Path) -> bool:
+    """A PEFT folder, or one with a folder for each component of a pipeline; not a collection of adapters."""
+    if (folder / CONFIG).is_file():
+        return True
+    parts = [child.name for child in folder.iterdir() if (child / CONFIG).is_file()]
+    return bool(parts) and all(name.startswith(("transformer", "unet", "text_encoder")) for name in parts)
+
+
+def _adapters(folder: Path, out_dir: Path) -> Iterator[Path]:
+    """Adapter files and PEFT folders below ``folder``, hidden ones and earlier results aside."""
+    for child in folder.iterdir():
+        if child.name.startswith(".") or child.absolute() == out_dir:
+            continue
+        if child.is_dir():
+            if _is_adapter(child):
+                yield child
+            elif not child.is_symlink():
+                yield from _adapters(child, out_dir)
+        elif child.suffix.lower() in SUFFIXES:
+            yield child
+
+
 def run_batch(jobs: Sequence[Job], run: Callable[[Job], Any], *, as_json: bool, several: bool) -> None:
     """Run every job; one bad file does not stop the rest. Exit code 3 when some failed, 1 when all did."""
     if not several:
-        _show(run(jobs[0]), as_json=as_json)
+        try:
+            report = run(jobs[0])
+        except SurgeryError as error:
+            error.path = error.path or str(jobs[0].source)
+            raise
+        _show(report, as_json=as_json)
         return
     failed = 0
     for job in jobs:
@@ -81,7 +138,7 @@ def run_batch(jobs: Sequence[Job], run: Callable[[Job], Any], *, as_json: bool, 
             failed += 1
             show_error(error, job.source)
             if as_json:
-                data(json.dumps({"input": str(job.source), "error": str(error)}))
+                data(json.dumps({"schema": SCHEMA, "input": str(job.source), "error": error_text(error, job.source)}))
     if failed:
         raise typer.Exit(1 if failed == len(jobs) else 3)
 

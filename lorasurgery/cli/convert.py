@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from lorasurgery.cli.batch import Job, jobs_for, run_batch
+from lorasurgery.errors import OutputExistsError, RequestError
+
+if TYPE_CHECKING:
+    from lorasurgery.api import SaveOptions
+    from lorasurgery.layouts.targets import Layout
+    from lorasurgery.report import Report
+    from lorasurgery.surgery.convert import Options
 
 HELP = """Convert adapter files between the layouts of trainers and programs, exactly or not at all.
 
@@ -67,6 +74,7 @@ def convert(
 ) -> None:  # fmt: skip
     """Convert adapter files between layouts."""
     from lorasurgery.api import SaveOptions
+    from lorasurgery.layouts.targets import layout
     from lorasurgery.surgery.convert import Options
 
     if as_ not in (None, "lora"):
@@ -78,18 +86,34 @@ def convert(
     writing = SaveOptions(
         alpha=alpha, prefix=diffusers_prefix, lokr_factor=lokr_factor, strict=strict, force=force, dry_run=dry_run
     )
+    _check(layout(target), how, writing, arch)
     files = jobs_for(paths or [], given, out, out_dir, folder_output=target == "peft")
     run_batch(files, lambda job: _one(job, target, how, writing, arch, base), as_json=json_, several=out_dir is not None)
 
 
-def _one(job: Job, target: str, how: object, writing: object, arch: str | None, base: Path | None) -> object:
+def _check(target: Layout, how: Options, writing: SaveOptions, arch: str | None) -> None:
+    """Raises RequestError for options that no file could make right, before any file is opened."""
+    how.check()
+    if writing.alpha is not None and writing.alpha not in target.alphas:
+        raise RequestError(
+            f"{target.reader} cannot take its scale by --alpha {writing.alpha}", hint="--alpha " + " or ".join(target.alphas)
+        )
+    if arch is not None:
+        from lorasurgery.architectures import named
+
+        named(arch)
+
+
+def _one(job: Job, target: str, how: Options, writing: SaveOptions, arch: str | None, base: Path | None) -> Report:
     from lorasurgery.api import load, save
     from lorasurgery.surgery.convert import convert as convert_adapter
 
     started = time.perf_counter()
+    if base is not None and job.target.exists() and base.exists() and job.target.samefile(base):
+        raise OutputExistsError("the output is the base model; it is never overwritten", path=job.target, hint="another name")
     adapter = load(job.source, arch=arch, base=base)
-    result, report = convert_adapter(adapter, target, how)  # type: ignore[arg-type]
-    save(result, job.target, options=writing, report=report)  # type: ignore[arg-type]
+    result, report = convert_adapter(adapter, target, how)
+    save(result, job.target, options=writing, report=report)
     report.seconds = time.perf_counter() - started
     return report
 

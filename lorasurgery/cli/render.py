@@ -39,14 +39,15 @@ def error_text(error: BaseException, path: Path | None = None) -> str:
 
 def plain(text: str) -> str:
     """``text`` on one line, with escapes in place of what a terminal would obey: keys and paths are anybody's."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show_report(report: Report, *, one_line: bool = False) -> None:
     """The outcome of a conversion, as a table or (in a batch) one line."""
     verdict = _verdict(report)
+    written = report.output if report.written else f"{report.output} (not written)"
     if one_line:
-        print(plain(f"{report.input} -> {report.output}: {report.architecture}, {len(report.changes)} modules, {verdict}"))
+        print(plain(f"{report.input} -> {written}: {report.architecture}, {len(report.changes)} modules, {verdict}"))
         for warning in report.warnings:
             print(plain(f"  note: {warning}"))
         return

@@ -63,7 +63,7 @@ class LowRank:
         return replace(
             self,
             up=multiplied(self.up, remainder * power_of_two(exponent - share), record),
-            down=multiplied(self.down, power_of_two(share)),
+            down=multiplied(self.down, power_of_two(share), record),
         )
 
     def cast(self, dtype: str, record: Record | None = None) -> LowRank:

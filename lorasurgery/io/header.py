@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import FileFormatError
-from lorasurgery.io.sniff import explain
+from lorasurgery.io.sniff import a_folder, explain
 from lorasurgery.io.tensors import BITS, FileSource, Region, Tensor
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def read_safetensors(path: str | Path) -> RawFile:
     """
     path = Path(path)
     if path.is_dir():
-        raise FileFormatError(
-            "this is a folder", path=path, hint="the file inside it, or a PEFT folder with adapter_config.json"
-        )
+        raise a_folder(path)
     source = FileSource(path)
     size = source.size()
     header, start = _header(path, source, size)
@@ -133,9 +131,7 @@ def _check_layout(path: Path, tensors: Mapping[str, Tensor], start: int, size: i
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].regions[0].offset, item[1].nbytes)):
         if tensor.regions[0].offset != at:
             kind = "overlaps its neighbour" if tensor.regions[0].offset < at else "leaves a hole before it"
-            raise FileFormatError(
-                f"the data of {name} {kind}: the header's data_offsets are wrong", path=path, hint=_AGAIN
-            )
+            raise FileFormatError(f"the data of {name} {kind}: the header's data_offsets are wrong", path=path, hint=_AGAIN)
         at += tensor.nbytes
     if at > size:
         raise FileFormatError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.errors import FileFormatError
 from lorasurgery.io.header import RawFile, read_safetensors
 from lorasurgery.io.torchfile import read_torch
-from lorasurgery.io.writer import write_safetensors
+from lorasurgery.io.writer import umask, write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+_COMPLETE = "the complete folder as PEFT saved it"
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -52,16 +55,16 @@ def _weights(folder: Path) -> RawFile:
         return read_safetensors(folder / WEIGHTS)
     if (folder / OLD_WEIGHTS).is_file():
         return read_torch(folder / OLD_WEIGHTS)
-    raise FileFormatError(f"{CONFIG} is here, but neither {WEIGHTS} nor {OLD_WEIGHTS}", path=folder)
+    raise FileFormatError(f"{CONFIG} is here, but neither {WEIGHTS} nor {OLD_WEIGHTS}", path=folder, hint=_COMPLETE)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise FileFormatError(f"{CONFIG} is not readable JSON ({error})", path=folder) from error
+        raise FileFormatError(f"{CONFIG} is not readable JSON ({error})", path=folder, hint=_COMPLETE) from error
     if not isinstance(found, dict):
-        raise FileFormatError(f"{CONFIG} is not a JSON object", path=folder)
+        raise FileFormatError(f"{CONFIG} is not a JSON object", path=folder, hint=_COMPLETE)
     return found
 
 
@@ -78,10 +81,15 @@ def write_peft_folder(path: Path, adapters: Mapping[str, tuple[dict[str, Any], M
             folder.mkdir(exist_ok=True)
             write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
             (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        staging.chmod(0o755)
-        staging.rename(path)
+        staging.chmod(0o777 & ~umask())
+        if path.is_dir():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.rename(old / "was")
+            staging.rename(path)
+            shutil.rmtree(old)
+        else:
+            path.unlink(missing_ok=True)
+            staging.rename(path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -57,6 +57,14 @@ def explain(path: Path, head: bytes, size: int) -> FileFormatError | None:
     return None
 
 
+def a_folder(path: Path) -> FileFormatError:
+    """The error for a folder that is no PEFT adapter."""
+    return FileFormatError(
+        "this is a folder", path=path,
+        hint="a file inside it, a PEFT folder with adapter_config.json, or --out-dir for every adapter in it",
+    )  # fmt: skip
+
+
 def explain_torch(path: Path, head: bytes, size: int) -> FileFormatError | None:
     """The error that tells what a file with a PyTorch suffix is, or None when it can be a PyTorch file."""
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":

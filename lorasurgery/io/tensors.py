@@ -261,7 +261,7 @@ def cast_array(array: Array, dtype: str) -> Array:
         return array
     with np.errstate(over="ignore", invalid="ignore"):
         cast: Array = array.astype(wanted)
-    if dtype in FLOATS and not all_finite(dtype, memoryview(np.ascontiguousarray(cast).view(np.uint8).reshape(-1))):
+    if dtype in FLOATS and not all_finite(dtype, np.ascontiguousarray(cast).view(np.uint8).reshape(-1).data):
         lost = ~np.isfinite(cast) & np.isfinite(array)
         if lost.any():
             largest = float(np.abs(array[lost].astype(np.float64)).max())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import FileFormatError
 from lorasurgery.io.header import RawFile
-from lorasurgery.io.sniff import explain_torch
+from lorasurgery.io.sniff import a_folder, explain_torch
 from lorasurgery.io.tensors import Tensor, of_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def read_torch(path: str | Path) -> RawFile:
     Raises FileFormatError when it is no such file or holds anything but plain tensors, numbers and strings.
     """
     path = Path(path)
+    if path.is_dir():
+        raise a_folder(path)
     with path.open("rb") as file:
         head = file.read(512)
     other = explain_torch(path, head, path.stat().st_size)
@@ -60,7 +62,7 @@ def _first_sentence(text: str) -> str:
     return line.split(". ")[0].split(" Please use")[0].rstrip(".")
 
 
-def _state_dict(loaded: Any) -> dict[str, Any]:  # noqa: ANN401  whatever the file holds
+def _state_dict(loaded: Any) -> dict[Any, Any]:  # noqa: ANN401  whatever the file holds
     if not isinstance(loaded, dict):
         return {}
     for name in _CONTAINERS:

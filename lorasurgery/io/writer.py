@@ -22,12 +22,32 @@ MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 
 
 def check_output(path: Path, inputs: Sequence[Path], *, force: bool = False) -> None:
-    """Raises OutputExistsError when ``path`` is one of the inputs, or exists and ``force`` is off."""
-    for given in inputs:
-        if path.exists() and given.exists() and path.samefile(given):
+    """Raises OutputExistsError when ``path`` is (in) one of the inputs, or exists and ``force`` is off.
+
+    ``force`` replaces a file, a PEFT folder, or an empty folder; never a folder with anything else in it.
+    """
+    if not path.exists():
+        return
+    for given in (given for given in inputs if given.exists()):
+        if path.samefile(given) or (given.is_dir() and given.resolve() in path.resolve().parents):
             raise OutputExistsError("the output is the input; it is never overwritten", path=path, hint="another name")
-    if path.exists() and not force:
+    if not force:
         raise OutputExistsError("the output exists already", path=path, hint="--force to replace it")
+    if path.is_dir():
+        strangers = [child.name for child in _files(path) if not child.name.startswith("adapter_")]
+        if strangers:
+            raise OutputExistsError(
+                f"the output is a folder with more than a PEFT adapter in it ({strangers[0]})", path=path, hint="another name"
+            )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and the folders in it; an empty PEFT component folder is none."""
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.is_symlink():
+            yield from child.iterdir()
+        else:
+            yield child
 
 
 def write_safetensors(
@@ -110,7 +130,7 @@ def replacing(path: Path) -> Iterator[int]:
         if path.exists():
             os.fsync(fd)
         os.close(fd)
-        Path(name).chmod(0o666 & ~_umask())
+        Path(name).chmod(0o666 & ~umask())
         Path(name).replace(path)
     except BaseException:
         with suppress(OSError):
@@ -119,7 +139,8 @@ def replacing(path: Path) -> Iterator[int]:
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

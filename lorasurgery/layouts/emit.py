@@ -12,13 +12,15 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
-from lorasurgery.layouts.targets import KOHYA, SUFFIXES, Layout, Speller
+from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from lorasurgery.adapter import Adapter, Magnitude, Module
     from lorasurgery.deltas.base import Delta
+    from lorasurgery.io.tensors import Shape
     from lorasurgery.report import Report
 
 LARGEST_ALPHA = 1e8
@@ -33,6 +35,8 @@ class Written:
     module: Module
     rank: int
     alpha: float
+    shape: Shape
+    """Of the base weight: (out, in[, k...])."""
 
 
 @dataclass(slots=True)
@@ -69,13 +73,16 @@ def emit(
                 path=adapter.path,
                 hint="--drop te to leave the text encoders out, or --drop REGEX",
             )
-        _module(module, stem, target, policy, report, result)
-    if target.words != KOHYA and any(m.bias is not None for m in adapter.modules.values()):
+        shape = expected_shape(adapter.architecture, module.site)
+        _module(module, stem, shape, target, policy, report, result)
+    if target.words == PEFT and any(m.bias is not None for m in adapter.modules.values()):
         _complete_biases(result, target)
     return result
 
 
-def _module(module: Module, stem: str, target: Layout, policy: str, report: Report, result: Emitted) -> None:
+def _module(
+    module: Module, stem: str, shape: Shape, target: Layout, policy: str, report: Report, result: Emitted
+) -> None:
     words = SUFFIXES[target.words]
     tensors = result.tensors
     scale, rank = module.scale.value, 1
@@ -92,12 +99,12 @@ def _module(module: Module, stem: str, target: Layout, policy: str, report: Repo
     if module.bias is not None:
         family = "norm bias" if module.family == "norm" else "bias"
         bias = module.bias
-        if target.words != KOHYA and scale != 1.0:  # PEFT multiplies lora_B's bias by the scale too
+        if target.words == PEFT and scale != 1.0:  # PEFT multiplies lora_B's bias by the scale too
             bias = multiplied(bias, 1.0 / scale)
         tensors[stem + words[family]] = bias
-    if target.words == KOHYA:
+    if target.words != PEFT:
         tensors.update({stem + suffix: tensor for suffix, tensor in module.extras.items()})
-    result.written.append(Written(stem, module, rank, scale * rank))
+    result.written.append(Written(stem, module, rank, scale * rank, shape))
 
 
 def _recorder(report: Report, name: str) -> Callable[[float, float], None]:
@@ -158,7 +165,7 @@ def _magnitude(module: Module, magnitude: Magnitude, target: Layout) -> Tensor:
     size, delta = magnitude.tensor.size, module.delta
     kernel = delta.shape[2:] if delta is not None else ()
     ones = tuple(1 for _ in kernel)
-    if target.words == KOHYA or target.id == "other":
+    if target.words != PEFT:
         return magnitude.tensor.reshape(*((size, 1) if magnitude.axis == "out" else (1, size)), *ones)
     return magnitude.tensor.reshape(*((1, size, *ones) if kernel else (size,)))
 

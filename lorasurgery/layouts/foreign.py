@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.group import Group
 
+_CHECKPOINT = r"^(model\.diffusion_model|cond_stage_model|conditioner|first_stage_model)\."
 _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^lllite_", "a ControlNet-LLLite, not a LoRA", "the LLLite nodes of your program"),
     (r"^(control_model\.|controlnet_|input_hint_block|zero_convs)", "a ControlNet, not a LoRA", "the ControlNet folder"),
     (r"^lora_controlnet$", "a Control-LoRA, which carries whole layers of a ControlNet", "the ControlNet folder"),
     (r"^(string_to_param|emb_params$|clip_[lg]$)", "a textual inversion embedding, not a LoRA", "the embeddings folder"),
-    (r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.|first_stage_model\.)", "a whole checkpoint, not a LoRA", "a LoRA (this can be --base)"),
+    (_CHECKPOINT, "a whole checkpoint, not a LoRA", "a LoRA (this can be --base)"),
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"\.processor\.ip_adapter_|_ip\.weight$", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"^(encoder\.conv_in|decoder\.conv_in|quant_conv)", "a VAE, not a LoRA", "the VAE folder"),

@@ -136,9 +136,7 @@ def _check_factors(own: Group, family: str, path: object) -> None:
             continue
         shape, dtype = entry.tensor.shape, entry.tensor.dtype
         if len(shape) < (3 if slot in _CORES else 2) or 0 in shape:
-            raise _broken(
-                own, path, f"{entry.key} has shape {list(shape)}, a factor has rows and columns", "the original file"
-            )
+            raise _broken(own, path, f"{entry.key} has shape {list(shape)}, a factor has rows and columns", "the original file")
         if dtype not in FLOATS:
             raise _broken(
                 own,

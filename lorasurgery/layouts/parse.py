@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.names import Found
     from lorasurgery.layouts.scales import PeftConfig
 
+ORIGINAL_FILE = "the file as its trainer wrote it, or without this key"
 LARGEST_SCALE = 1e30
 """Nothing that was trained has such a strength, and float32 could not hold alpha = scale * rank."""
 FLAGS = ("use_rslora_flag", "use_dora_flag")
@@ -107,7 +108,10 @@ def _module(own: Group, delta: Delta | None, site: Site, rules: ScaleRules, path
     alpha = own.modifier(ALPHA)
     if alpha is not None and alpha.tensor.size != 1:
         raise BrokenModuleError(
-            f"{alpha.key} has shape {list(alpha.tensor.shape)}, an alpha is one number", key=alpha.key, path=path
+            f"{alpha.key} has shape {list(alpha.tensor.shape)}, an alpha is one number",
+            key=alpha.key,
+            path=path,
+            hint=ORIGINAL_FILE,
         )
     scale = Scale(1.0, "none (1.0)")
     if delta is not None:
@@ -136,8 +140,7 @@ def _module(own: Group, delta: Delta | None, site: Site, rules: ScaleRules, path
 
 def _bias(entry: Entry, scale: Scale) -> Tensor:
     """What is added to the base bias. ``lora_B`` and ``lora_up`` are layers: theirs is scaled like their weight."""
-    of_up = entry.word.slot == "bias" and ".lora_" in entry.key[len(entry.key) - len(".lora_up.bias") - 1 :]
-    return multiplied(entry.tensor, scale.value) if of_up else entry.tensor
+    return multiplied(entry.tensor, scale.value) if entry.key.endswith(".bias") else entry.tensor
 
 
 def _magnitude(own: Group, delta: Delta | None, site: Site, path: Path) -> Magnitude | None:
@@ -161,6 +164,7 @@ def _magnitude(own: Group, delta: Delta | None, site: Site, path: Path) -> Magni
             f"{entry.key} has shape {list(tensor.shape)}, which fits neither {out} rows nor {columns} columns",
             key=entry.key,
             path=path,
+            hint=ORIGINAL_FILE,
         )
     return Magnitude(tensor, axis)
 
@@ -180,6 +184,7 @@ def _check_shape(module: Module, arch: Architecture, own: Group, path: Path) -> 
             f"the bias of {module.name} has {module.bias.size} elements, {arch.name} expects {expected[0]}",
             key=key,
             path=path,
+            hint="--base MODEL if the base was changed, or --arch NAME",
         )
 
 

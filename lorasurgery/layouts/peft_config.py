@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.layouts.emit import Written
 
-PREFIX = "base_model.model."
+PREFIX, TEXT_MODEL = "base_model.model.", "text_model."
 _TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
 
 
@@ -39,14 +39,26 @@ def components(written: Sequence[Written], arch: Architecture) -> dict[str, list
     return found
 
 
-def model_names(component: str, arch: Architecture) -> Collection[str]:
-    """Every module of the Diffusers model behind a component: patterns must not match one that is not meant."""
+def model_names(component: str, arch: Architecture, root: str = "") -> Collection[str]:
+    """Every module of the Diffusers model behind a component, without ``root``: patterns must not match others."""
     encoder = next((e for e in arch.encoders if e.diffusers == component), None)
-    return arch.namings[DIFFUSERS] if encoder is None else TEXT_ENCODERS[encoder.table].shapes
+    names = arch.namings[DIFFUSERS] if encoder is None else TEXT_ENCODERS[encoder.table].shapes
+    return [name.removeprefix(root) for name in names]
 
 
-def adapter_config(written: Sequence[Written], names: Collection[str], prefix: str) -> dict[str, Any]:
-    """The configuration of one component's modules; ``prefix`` is what stands before a module's name in its stem.
+def flattened(component: str, arch: Architecture) -> str:
+    """``text_model.`` for a component whose class lost that name: CLIPTextModel in transformers 5.6.
+
+    CLIPTextModelWithProjection, which is CLIP-G's class, kept it.
+    """
+    encoder = next((e for e in arch.encoders if e.diffusers == component), None)
+    return TEXT_MODEL if encoder is not None and encoder.table in ("clip_l", "clip_h") else ""
+
+
+def adapter_config(written: Sequence[Written], names: Collection[str], prefix: str, root: str = "") -> dict[str, Any]:
+    """The configuration of one component's modules.
+
+    ``prefix`` is what stands before a module's name in its stem, ``root`` what is left out of the name itself.
 
     Raises NotRepresentableError for modules of several PEFT types, and for a LoKr whose factors PEFT would shape
     otherwise.
@@ -59,7 +71,7 @@ def adapter_config(written: Sequence[Written], names: Collection[str], prefix: s
             module=odd.name,
             hint="--as lora",
         )
-    modules = {w.stem.removeprefix(prefix): w for w in written}
+    modules = {w.stem.removeprefix(prefix).removeprefix(root): w for w in written}
     kind = kinds.pop()
     rank = int(common([w.rank for w in written]))
     alpha = common([w.alpha for w in written])
@@ -109,7 +121,13 @@ def _lora(written: Sequence[Written]) -> dict[str, Any]:
 
 
 def _loha(written: Sequence[Written]) -> dict[str, Any]:
-    tucker = any(isinstance(w.module.delta, Hadamard) and w.module.delta.t1 is not None for w in written)
+    kernels = [(w.module, w.module.delta.t1) for w in written if isinstance(w.module.delta, Hadamard) and prod(w.shape[2:]) > 1]
+    tucker = any(core is not None for _, core in kernels)
+    flat = next((module for module, core in kernels if core is None), None)
+    if tucker and flat is not None:
+        raise NotRepresentableError(
+            f"{flat.name}: PEFT gives every convolution of a LoHa a Tucker core or none", module=flat.name, hint="--as lora"
+        )
     return {"rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": tucker, "init_weights": True}
 
 
@@ -117,14 +135,14 @@ def _lokr(written: Sequence[Written]) -> dict[str, Any]:
     """PEFT derives the factors' shapes from the layer's, ``decompose_factor`` and r: find the factor that gives ours."""
     deltas = [(w, w.module.delta) for w in written if isinstance(w.module.delta, Kronecker)]
     both = any(delta.w1 is None for _, delta in deltas)
+    tucker = any(delta.t2 is not None for _, delta in deltas)
     factors = [-1, *sorted({n for _, delta in deltas for n in delta.outer})]
-    best = next((f for f in factors if all(_same_shapes(w, d, f, both=both) for w, d in deltas)), None)
+    best = next((f for f in factors if all(_same_shapes(w, d, f, both=both, tucker=tucker) for w, d in deltas)), None)
     if best is None:
-        odd = next(w.module for w, d in deltas if not _same_shapes(w, d, -1, both=both))
+        odd = next(w.module for w, d in deltas if not _same_shapes(w, d, -1, both=both, tucker=tucker))
         raise NotRepresentableError(
             f"{odd.name}: PEFT would shape the factors of this LoKr otherwise", module=odd.name, hint="--as lora"
         )
-    tucker = any(delta.t2 is not None for _, delta in deltas)
     return {
         "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": tucker, "decompose_both": both,
         "decompose_factor": best, "rank_dropout_scale": False, "init_weights": True,
@@ -157,26 +175,30 @@ def factorization(dimension: int, factor: int) -> tuple[int, int]:
     return (n, m) if m > n else (m, n)
 
 
-def _same_shapes(written: Written, delta: Kronecker, factor: int, *, both: bool) -> bool:
+def _same_shapes(written: Written, delta: Kronecker, factor: int, *, both: bool, tucker: bool) -> bool:
     """Whether PEFT's LoKr layer with this factor and rank has our factors' shapes.
 
-    Source: PEFT ``tuners/lokr/layer.py`` (``create_adapter_parameters``).
+    Source: PEFT ``tuners/lokr/layer.py`` (``update_layer``, ``create_adapter_parameters``).
     """
-    (out_l, in_m), (out_k, in_n, *kernel) = delta.outer, delta.inner
-    if prod(kernel) > 1 or delta.t2 is not None:
-        return False
-    if factorization(out_l * out_k, factor) != (out_l, out_k) or factorization(in_m * in_n, factor) != (in_m, in_n):
-        return False
+    out, inputs, *kernel = written.shape
+    (out_l, out_k), (in_m, in_n) = factorization(out, factor), factorization(inputs, factor)
     rank = written.rank
-    whole1 = not (both and rank < max(out_l, in_m) / 2)
-    whole2 = rank >= max(out_k, in_n) / 2
-    return (delta.w1 is not None) == whole1 and (delta.w2 is not None) == whole2
+    if delta.outer != (out_l, in_m) or (delta.w1 is not None) == (both and rank < max(out_l, in_m) / 2):
+        return False
+    if (delta.w2 is not None) != (rank >= max(out_k, in_n) / 2):
+        return False
+    if delta.w2 is None and prod(kernel) > 1 and tucker != (delta.t2 is not None):
+        return False
+    whole = delta.w2 is not None or delta.t2 is not None
+    return delta.inner == ((out_k, in_n, *kernel) if whole else (out_k, in_n * prod(kernel)))
 
 
 def header_metadata(written: Sequence[Written], arch: Architecture) -> str:
     """``lora_adapter_metadata`` for a Diffusers file: every component's configuration, its keys prefixed."""
     entries: dict[str, Any] = {}
     for component, own in components(written, arch).items():
-        config = adapter_config(own, model_names(component, arch), component + ".")
+        # Names are matched at their end, so without CLIP's "text_model." they fit every release of transformers.
+        root = TEXT_MODEL if component.startswith("text_encoder") else ""
+        config = adapter_config(own, model_names(component, arch, root), f"{component}.", root)
         entries |= {f"{component}.{key}": value for key, value in config.items()}
     return json.dumps(entries, indent=2, sort_keys=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Encoder, Spans
 
 EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3", "sparse"})
-KOHYA, PEFT = "kohya", "peft"
+KOHYA, PEFT, DOTTED = "kohya", "peft", "dotted"
 
 SUFFIXES = MappingProxyType(
     {
@@ -28,6 +28,10 @@ SUFFIXES = MappingProxyType(
         PEFT: {
             "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".lora_magnitude_vector",
             "bias": ".lora_B.bias", "norm bias": ".b_norm",
+        },
+        DOTTED: {  # lora_A and lora_B as in Diffusers, all else as ComfyUI reads it
+            "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".dora_scale", "bias": ".diff_b",
+            "norm bias": ".b_norm",
         },
     }
 )  # fmt: skip
@@ -85,7 +89,7 @@ LAYOUTS = MappingProxyType(
                 "comfyui", "ComfyUI", Naming("diffusion_model.", False, ORIGINAL), KOHYA, ("keep", "fold"),
                 split_names=True,
             ),
-            Layout("other", "musubi-tuner's `other`", Naming("{prefix}.", False, SD_SCRIPTS), PEFT, ("fold", "keep")),
+            Layout("other", "musubi-tuner's `other`", Naming("{prefix}.", False, SD_SCRIPTS), DOTTED, ("fold", "keep")),
             Layout(
                 "peft", "PEFT", Naming("base_model.model.", False, DIFFUSERS), PEFT, ("header", "fold"),
                 holds=frozenset({"lora", "dora", "loha", "lokr"}), carries_unknown=False, in_axis_dora=False,
@@ -164,7 +168,8 @@ class Speller:
     def _encoder(self, encoder: Encoder, weight: str) -> str | None:
         kind = self._target.encoders
         if kind == "diffusers":
-            return None if encoder.diffusers is None else f"{encoder.diffusers}.{weight}"
+            loaded = self._target.id != "diffusers" or encoder.diffusers in self._arch.diffusers_encoders
+            return f"{encoder.diffusers}.{weight}" if loaded and encoder.diffusers is not None else None
         if kind == "comfyui":
             return f"{encoder.comfyui}.{weight}"
         prefix = encoder.onetrainer if kind == "onetrainer" and encoder.onetrainer else encoder.sd_scripts

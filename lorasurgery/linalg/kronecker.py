@@ -84,14 +84,10 @@ def stacked_kronecker_svd(
     found = _eigenpairs(stack, rank, energy, seed)
     kept = _kept(found.values, total, rank, energy)
     values, vectors = found.values[:kept], found.vectors[:, :kept]
-    root = values**0.25
-    if stack.inner <= stack.width:
-        up, down = stack.lift(vectors * root), stack.core_t(vectors / root)
-    else:
-        up, down = stack.lift(stack.core(vectors / root)), vectors * root
+    up, down = _balanced(stack, EigenPairs(values, vectors), np.result_type(dtype, np.float32))
     missing = max(total - float(np.sum(values)), float(np.sum(found.values[kept:])), 0.0)
     error = float(np.sqrt(missing / total))
-    return Factors(up.astype(dtype), down.T.astype(dtype), np.sqrt(values), error)
+    return Factors(up.astype(dtype, copy=False), down.astype(dtype, copy=False), np.sqrt(values), error)
 
 
 def _pair(left: AnyArray, right: AnyArray | None) -> tuple[Array, Array]:
@@ -125,6 +121,15 @@ def _eigenpairs(stack: KroneckerStack, rank: int | None, energy: float | None, s
     if found is None:
         found = exact_eigenpairs(stack.row_gram() if by_rows else stack.column_gram())
     return found
+
+
+def _balanced(stack: KroneckerStack, pairs: EigenPairs, dtype: DTypeLike) -> tuple[AnyArray, AnyArray]:
+    """``U sqrt(S)`` and ``sqrt(S) V^T`` from the eigenpairs of the smaller Gram matrix; large products in ``dtype``."""
+    root = pairs.values**0.25
+    grown, shrunk = pairs.vectors * root, pairs.vectors / root
+    if stack.inner <= stack.width:
+        return stack.lift(grown.astype(dtype)), stack.core_t(shrunk.astype(dtype)).T
+    return stack.lift(stack.core(shrunk).astype(dtype)), grown.T
 
 
 def _kept(values: Array, total: float, rank: int | None, energy: float | None) -> int:

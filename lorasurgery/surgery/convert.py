@@ -10,6 +10,8 @@ import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from lorasurgery.deltas.kronecker import Kronecker, stack_kronecker
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError, UnknownArchitectureError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, stack, widest, zeros
-from lorasurgery.layouts.targets import Layout, layout, namings
+from lorasurgery.layouts.targets import KOHYA, Layout, layout, namings
 from lorasurgery.report import Change, Report
 from lorasurgery.surgery.pieces import Piece, Target, plan, targets_of
 from lorasurgery.surgery.reduce import Budget, to_lora
@@ -126,6 +128,12 @@ class _Job:
         )
 
     def run(self) -> Adapter:
+        if self.target.id == "comfyui" and not self.arch.has_comfyui:
+            raise self._refuse(
+                next(iter(self.adapter.modules.values())),
+                f"ComfyUI has no model with the names of {self.arch.name}",
+                "--arch of the model it was made from (hunyuan-video for FramePack, which is the same network)",
+            )
         modules = [m for m in self.adapter.modules.values() if not self._dropped(m)]
         if not modules:
             raise RequestError(
@@ -187,7 +195,7 @@ class _Job:
             return None
         if module.magnitude is not None and module.magnitude.axis == "in" and not self.target.in_axis_dora:
             return self._without_magnitude(module, f"{self.target.reader} only knows DoRA magnitudes per output row")
-        if isinstance(module.delta, LowRank) and module.delta.mid is not None and self.target.words == "peft":
+        if isinstance(module.delta, LowRank) and module.delta.mid is not None and self.target.words != KOHYA:
             flat = module.delta.to_low_rank().cast(module.delta.down.dtype, self._record(module))
             module = module.with_delta(flat)
             self._actions[module.site] = "Tucker core folded"
@@ -258,7 +266,7 @@ class _Job:
                 hint="--drop REGEX to leave one of them out",
             ) from twice  # fmt: skip
         self._all_placed(modules, targets)
-        if self.options.qkv == SPLIT and len(self.namings) > 1:
+        if self.options.qkv == SPLIT:
             targets = self._split_names(targets)
         return [module for target in targets for module in self._built(component, target)]
 
@@ -281,7 +289,13 @@ class _Job:
         found: list[Target] = []
         for target in targets:
             weights = {span.weight for span in target.spans}
-            fused = any(len(by_weight[weight]) > 1 for weight in weights)
+            fused = any(len(by_weight[weight]) > sum(weight in {s.weight for s in t.spans} for t in targets) for weight in weights)
+            if fused and len(self.namings) == 1:
+                raise RequestError(
+                    f"{self.target.reader} has no split names for {self.arch.name}",
+                    path=self.adapter.path,
+                    hint="--qkv auto, or --target diffusers, whose names are split",
+                )
             found += plan(target.sources, by_weight) if fused else [target]
         return found
 
@@ -347,7 +361,8 @@ class _Job:
             action = "permuted" if piece.rows == head.out else "split"
             return self._done(take_rows(replace(head, site=site), piece.ranges, head.out), action, head)
         parts = [(None if p.source is None else take_rows(p.source, p.ranges, p.source.out), p.rows) for p in target.pieces]
-        return self._done(stack_modules(site, parts, self._record(head)), "fused", head)
+        fold = self.target.alphas[0] == "fold"
+        return self._done(stack_modules(site, parts, self._record(head), fold=fold), "fused", head)
 
     # bookkeeping ------------------------------------------------------------------------------------------------------
 
@@ -390,11 +405,13 @@ def take_rows(module: Module, ranges: Sequence[tuple[int, int]], rows: int) -> M
     return taken if delta is None else taken.with_delta(delta)
 
 
-def stack_modules(site: Site, parts: Sequence[tuple[Module | None, int]], record: Record | None = None) -> Module:
+def stack_modules(
+    site: Site, parts: Sequence[tuple[Module | None, int]], record: Record | None = None, *, fold: bool = False
+) -> Module:
     """Modules one below the other; None is rows of nothing. Raises CannotError where the family cannot do that.
 
-    Where the scales differ, each member is multiplied by its ratio to the most frequent one; ``record`` gets what that
-    costs in the file's dtype, which is nothing for a power of two.
+    Where the scales differ, each member is multiplied by its ratio to the most frequent one, or by its whole scale when
+    it will be folded anyway (``fold``); ``record`` gets what that costs in the file's dtype, nothing for a power of two.
     """
     present = [module for module, _ in parts if module is not None]
     head = present[0]
@@ -406,12 +423,13 @@ def stack_modules(site: Site, parts: Sequence[tuple[Module | None, int]], record
     bias = _stack_bias([Piece(m, ((0, rows),)) for m, rows in parts])
     if not deltas:
         return replace(head, site=site, bias=bias, magnitude=magnitude)
-    value, common = _common_scale(present)
+    value, common = _common_scale(present, fold=fold)
+    recorded = _shares(present, value, record)
     members = []
     for module, rows in parts:
         delta = None if module is None else module.delta
         if module is not None and delta is not None and module.scale.value != value:
-            delta = delta.scaled(module.scale.value / value, record)
+            delta = delta.scaled(module.scale.value / value, recorded(module))
         members.append((delta, rows))
     stacked = _stack_deltas(members)
     same = common and stacked.rank == deltas[0].rank
@@ -422,11 +440,34 @@ def stack_modules(site: Site, parts: Sequence[tuple[Module | None, int]], record
     )  # fmt: skip
 
 
-def _common_scale(modules: Sequence[Module]) -> tuple[float, bool]:
-    """The scale most modules with a delta have (not 0 if there is another), and whether all have it."""
+def _common_scale(modules: Sequence[Module], *, fold: bool) -> tuple[float, bool]:
+    """The scale a stack of these modules gets, and whether all have it: the usual one that is not 0, or 1 to ``fold``."""
     values = Counter(module.scale.value for module in modules if module.delta is not None)
-    usual = max(values, key=lambda value: (value != 0.0, values[value]))
+    usual = 1.0 if fold and len(values) > 1 else max(values, key=lambda value: (value != 0.0, values[value]))
     return usual, len(values) == 1
+
+
+def _shares(modules: Sequence[Module], value: float, record: Record | None) -> Callable[[Module], Record | None]:
+    """What the members of a stack give their rounding errors to: weighted by their shares of the stack's squared norm."""
+    scaled = [m for m in modules if m.delta is not None and m.scale.value != value]
+
+    @cache
+    def norms() -> dict[str, float]:
+        return {m.name: m.scale.value**2 * _squared_norm(m.delta) for m in modules if m.delta is not None}
+
+    def of(module: Module) -> Record | None:
+        def own(error: float, norm: float) -> None:
+            if record is not None and norm > 0.0:
+                record(error / norm * norms()[module.name], sum(norms().values()) / len(scaled))
+
+        return own
+
+    return of
+
+
+def _squared_norm(delta: Delta) -> float:
+    """About the squared norm of a factored delta: exact for a full or Kronecker one, expected for a product of rank r."""
+    return prod(float((tensor.f64() ** 2).sum()) for tensor in delta.tensors.values()) / (delta.rank or 1)
 
 
 def _stack_deltas(members: Sequence[tuple[Delta | None, int]]) -> Delta:

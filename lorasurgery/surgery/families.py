@@ -1,0 +1,101 @@
+"""A module in a family the target holds: as it is, as a LoRA where that was asked for, or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import Scale
+from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.full import Opaque
+from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.errors import BrokenModuleError, ValueRangeError
+from lorasurgery.io.tensors import widest
+from lorasurgery.layouts.targets import KOHYA
+from lorasurgery.surgery.reduce import to_lora
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasurgery.adapter import Module
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.surgery.job import Job
+
+
+def held(job: Job, module: Module) -> Module | None:
+    """The module in a family the target holds; None when ``--lossy`` leaves it out."""
+    if module.delta is not None and (job.options.as_lora or not _holds(job, module)):
+        lora = _as_lora(job, module)
+        if lora is None:
+            return None
+        module = lora
+    if module.delta is None and "bias" not in job.target.holds:
+        _leave_out(job, module, "a bias without factors")
+        return None
+    if module.magnitude is not None and module.magnitude.axis == "in" and not job.target.in_axis_dora:
+        return without_magnitude(job, module, f"{job.target.reader} only knows DoRA magnitudes per output row")
+    if isinstance(module.delta, LowRank) and module.delta.mid is not None and job.target.words != KOHYA:
+        flat = module.delta.to_low_rank().cast(module.delta.down.dtype, job.recorder(module))
+        module = module.with_delta(flat)
+        job.actions[module.site] = "Tucker core folded"
+    return module
+
+
+def _holds(job: Job, module: Module) -> bool:
+    if module.family not in job.target.holds:
+        return False
+    return module.magnitude is None or module.family == "dora" or job.target.id != "peft"
+
+
+def _as_lora(job: Job, module: Module) -> Module | None:
+    delta = module.delta
+    if delta is None or isinstance(delta, LowRank):
+        return module
+    if isinstance(delta, Opaque) or delta.family == "norm":
+        if job.options.as_lora and _holds(job, module):
+            return module
+        _leave_out(job, module, f"{delta.family.upper()} modules")
+        return None
+    if not job.options.as_lora:
+        raise job.refusal(
+            module,
+            f"{job.target.reader} does not load {_name(delta.family)} modules",
+            "--as lora (exact), with --lokr-rank N or --energy 0.9999 for a smaller file",
+        )
+    return reduced(job, module, [(delta, module.scale.value, module.out)], "to LoRA")
+
+
+def reduced(job: Job, module: Module, members: Sequence[tuple[Delta | None, float, int]], action: str) -> Module:
+    """``module`` with the LoRA of ``members``; its error goes into the report."""
+    dtype = widest([t.dtype for d, _, _ in members if d is not None for t in d.tensors.values()])
+    try:
+        reduced = to_lora(members, job.options.budget, dtype, job.recorder(module))
+    except CannotError as reason:
+        raise job.refusal(module, reason.message, "a target that holds it") from reason
+    except (BrokenModuleError, ValueRangeError) as broken:
+        raise BrokenModuleError(
+            f"{module.name}: {broken.message}", key=module.name, path=job.adapter.path,
+            hint=broken.hint or "--drop REGEX to leave the module out",
+        ) from broken  # fmt: skip
+    job.actions[module.site] = action
+    job.report.losses.record(module.name, reduced.error, reduced.norm)
+    return replace(module, delta=reduced.delta, scale=Scale(1.0, module.scale.source))
+
+
+def _leave_out(job: Job, module: Module, what: str) -> None:
+    """Drop a module under ``--lossy``, or refuse."""
+    if not job.options.lossy:
+        raise job.refusal(module, f"{job.target.reader} does not load {what}", "--lossy to leave it out")
+    job.report.dropped.append((module.name, f"{job.target.reader} does not load {what}"))
+
+
+def without_magnitude(job: Job, module: Module, reason: str) -> Module:
+    """The module as a plain LoRA under ``--lossy``, or a refusal."""
+    if not job.options.lossy:
+        raise job.refusal(module, reason, "--lossy to drop the magnitude (the result is a plain LoRA)")
+    job.report.dropped.append((f"{module.name}.dora_scale", reason))
+    return replace(module, magnitude=None)
+
+
+def _name(family: str) -> str:
+    return {"loha": "LoHa", "lokr": "LoKr", "full": "full-difference", "set": "replacement"}.get(family, family)

@@ -1,0 +1,60 @@
+"""One conversion while it runs: the adapter, the target, and the report that fills up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from lorasurgery.errors import NotRepresentableError
+from lorasurgery.layouts.targets import namings
+from lorasurgery.report import Change, Report
+
+if TYPE_CHECKING:
+    from lorasurgery.adapter import Adapter, Module, Site
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.layouts.targets import Layout
+    from lorasurgery.surgery.options import Options
+
+
+class Job:
+    """What every step of a conversion needs, and where it writes down what it did."""
+
+    def __init__(self, adapter: Adapter, target: Layout, options: Options) -> None:
+        self.adapter, self.target, self.options = adapter, target, options
+        self.arch = adapter.architecture
+        self.namings = namings(target, self.arch, options.prefix)
+        self.actions: dict[Site, str] = {}
+        """What was done to a module before its rows were looked at."""
+        self.kept_split: list[tuple[str, str]] = []
+        """(module, reason) of fused weights that keep their split names."""
+        self.report = Report(
+            input=str(adapter.path or ""),
+            architecture=self.arch.key,
+            candidates=adapter.candidates,
+            source_layout=adapter.layout,
+            target_layout=target.id,
+            modules=len(adapter),
+            warnings=list(adapter.warnings),
+            scale_sources=Counter(m.scale.source for m in adapter.modules.values()),
+        )
+
+    def done(self, module: Module, action: str, was: Module) -> Module:
+        """Note what became of ``was`` and return the result."""
+        rank = None if module.delta is None else module.delta.rank
+        original = self.adapter.modules.get(was.site, was)
+        if action == "renamed":
+            action = self.actions.get(was.site, action)
+        self.report.changes.append(Change(module.name, action, module.family, original.family, rank))
+        return module
+
+    def recorder(self, module: Module) -> Record:
+        """Where the rounding errors of a module go."""
+
+        def record(error: float, norm: float) -> None:
+            self.report.losses.record(module.name, error, norm)
+
+        return record
+
+    def refusal(self, module: Module, reason: str, hint: str) -> NotRepresentableError:
+        """The error that says why this module cannot be written, and which options would do it."""
+        return NotRepresentableError(f"{module.name}: {reason}", module=module.name, path=self.adapter.path, hint=hint)

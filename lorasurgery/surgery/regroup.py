@@ -1,0 +1,138 @@
+"""The modules of one component at the target's granularity: fused, split and permuted as its names ask."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
+from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.deltas.base import CannotError
+from lorasurgery.errors import BrokenModuleError, RequestError
+from lorasurgery.surgery.families import reduced, without_magnitude
+from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows
+from lorasurgery.surgery.options import AUTO, FUSE, SPLIT
+from lorasurgery.surgery.pieces import Target, plan, targets_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasurgery.adapter import Module
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.surgery.job import Job
+
+
+def regroup(job: Job, component: str, modules: list[Module]) -> list[Module]:
+    """The modules of one component at the target's granularity."""
+    if component not in (DENOISER, SECOND_DENOISER):
+        return [job.done(module, "renamed", module) for module in modules]
+    names = job.arch.namings[job.namings[0].naming]
+    try:
+        targets = plan(modules, targets_of(names))
+    except ValueError as twice:
+        raise BrokenModuleError(
+            f"{twice}; programs add them up or pick one", key=modules[0].name, path=job.adapter.path,
+            hint="--drop REGEX to leave one of them out",
+        ) from twice  # fmt: skip
+    _all_placed(job, modules, targets)
+    if job.options.qkv == SPLIT:
+        targets = _split_names(job, targets)
+    return [module for target in targets for module in _built(job, component, target)]
+
+
+def _all_placed(job: Job, modules: Sequence[Module], targets: Sequence[Target]) -> None:
+    """Every row of every module must have a name in the target."""
+    placed: Counter[int] = Counter()
+    for target in targets:
+        for piece in target.pieces:
+            if piece.source is not None:
+                placed[id(piece.source)] += piece.rows
+    for module in modules:
+        if placed[id(module)] != module.out:
+            raise job.refusal(module, f"{job.target.reader} has no name for this module of {job.arch.name}", "--drop REGEX")
+
+
+def _split_names(job: Job, targets: Sequence[Target]) -> list[Target]:
+    """Diffusers' names for every weight that is fused in the target's own naming."""
+    by_weight = targets_of(job.arch.namings[DIFFUSERS])
+    found: list[Target] = []
+    for target in targets:
+        weights = {span.weight for span in target.spans}
+        fused = any(len(by_weight[weight]) > sum(weight in {s.weight for s in t.spans} for t in targets) for weight in weights)
+        if fused and len(job.namings) == 1:
+            raise RequestError(
+                f"{job.target.reader} has no split names for {job.arch.name}",
+                path=job.adapter.path,
+                hint="--qkv auto, or --target diffusers, whose names are split",
+            )
+        found += plan(target.sources, by_weight) if fused else [target]
+    return found
+
+
+def _built(job: Job, component: str, target: Target) -> list[Module]:
+    """The target module, or, where its family cannot be fused exactly, what stands for it."""
+    try:
+        return [_build(job, Site(component, target.spans), target)]
+    except CannotError as reason:
+        return _otherwise(job, component, target, reason)
+
+
+def _otherwise(job: Job, component: str, target: Target, reason: CannotError) -> list[Module]:
+    module = target.sources[0]
+    if job.options.qkv == AUTO and job.options.budget.exact and len(job.namings) > 1:
+        by_weight = targets_of(job.arch.namings[DIFFUSERS])
+        split = plan(target.sources, by_weight)
+        if all(part.is_rename for part in split):
+            job.kept_split.append((module.name, reason.message))
+            return [_build(job, Site(component, part.spans), part) for part in split]
+    if any(source.magnitude is not None for source in target.sources):
+        if not job.options.lossy:
+            raise job.refusal(module, reason.message, _hint(job, magnitude=True)) from reason
+        bare = {id(s): without_magnitude(job, s, reason.message) for s in target.sources}
+        pieces = tuple(p._replace(source=bare[id(p.source)] if p.source else None) for p in target.pieces)
+        return _built(job, component, Target(target.spans, pieces))
+    if job.options.qkv != FUSE and job.options.budget.exact and not job.options.as_lora:
+        raise job.refusal(module, reason.message, _hint(job, magnitude=False)) from reason
+    return [_fused_to_lora(job, Site(component, target.spans), target)]
+
+
+def _hint(job: Job, *, magnitude: bool) -> str:
+    keep = (
+        "--target comfyui (which reads the split names), or " if job.arch.comfyui_split and job.target.id != "comfyui" else ""
+    )
+    if magnitude:
+        return f"{keep}--lossy to drop the magnitude"
+    return f"{keep}--qkv fuse for an exact LoRA of these modules, --lokr-rank N or --energy 0.9999 for a smaller one"
+
+
+def _fused_to_lora(job: Job, site: Site, target: Target) -> Module:
+    members: list[tuple[Delta | None, float, int]] = []
+    for piece in target.pieces:
+        source = piece.source
+        if source is None or source.delta is None:
+            members.append((None, 1.0, piece.rows))
+            continue
+        delta = source.delta
+        try:
+            part: Delta = delta.rows(piece.ranges)
+        except CannotError:
+            part = delta.to_low_rank().rows(piece.ranges)
+        members.append((part, source.scale.value, piece.rows))
+    head = target.sources[0]
+    module = reduced(job, replace(head, site=site), members, "fused to LoRA")
+    return job.done(replace(module, bias=stack_bias(target.pieces)), "fused to LoRA", head)
+
+
+def _build(job: Job, site: Site, target: Target) -> Module:
+    """The target module, exactly; raises CannotError."""
+    head = target.sources[0]
+    if target.is_rename:
+        return job.done(replace(head, site=site), "renamed", head)
+    if len(target.pieces) == 1:
+        piece = target.pieces[0]
+        action = "permuted" if piece.rows == head.out else "split"
+        return job.done(take_rows(replace(head, site=site), piece.ranges, head.out), action, head)
+    parts = [(None if p.source is None else take_rows(p.source, p.ranges, p.source.out), p.rows) for p in target.pieces]
+    fold = job.target.alphas[0] == "fold"
+    return job.done(stack_modules(site, parts, job.recorder(head), fold=fold), "fused", head)

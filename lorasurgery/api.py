@@ -100,6 +100,13 @@ def save(
     if not options.dry_run:
         check_output(path, [Path(report.input)] if report.input else [], force=options.force)
     emitted = emit(adapter, target, report, alpha=options.alpha, prefix=options.prefix)
+    if not emitted.written:
+        raise DroppedKeysError(
+            f"nothing would be left: {report.dropped[0][1] if report.dropped else 'the file has no modules'}",
+            keys=[key for key, _ in report.dropped],
+            path=report.input or None,
+            hint="a target that holds these modules, such as comfyui",
+        )
     _leftovers(adapter, target, emitted, report)
     if options.strict:
         _refuse_dropped(report)

@@ -80,6 +80,15 @@ def _arguments(text: str, *, plain: bool) -> str | None:
     return json.dumps({k: v for k, v in args.items() if k not in ("algo", "factor", "decompose_both", "full_matrix")})
 
 
+def _neutral_alphas(tensors: dict[str, Tensor]) -> None:
+    """Beside the buffer the musubi-tuner fork gives a LoKr with two whole factors alpha / max(w2.shape): make that 1."""
+    for key in [key for key in tensors if key.endswith(".lokr_w2")]:
+        stem, size = key.removesuffix(".lokr_w2"), max(tensors[key].shape)
+        alpha = tensors.get(f"{stem}.alpha")
+        if alpha is not None and f"{stem}.lokr_w1" in tensors and alpha.item() != size:
+            tensors[f"{stem}.alpha"] = scalar(size)
+
+
 def with_lokr_factor(
     adapter: Adapter, metadata: dict[str, str], tensors: dict[str, Tensor], *, explicit: int | None, buffer: bool
 ) -> list[str]:
@@ -101,6 +110,8 @@ def with_lokr_factor(
     elif any(isinstance(module.delta, Kronecker) for module in adapter.modules.values()) or stored is not None:
         metadata.pop(FACTOR_DTYPE, None)
         tensors[FACTOR] = stored if stored is not None and factor == known else scalar(factor, dtype)
+        if stored is None:
+            _neutral_alphas(tensors)
     if explicit is not None and known is not None and explicit != known:
         return [f"the file says its LoKr factor is {known}; {explicit} was written, as asked"]
     return []

@@ -432,6 +432,8 @@ def lycoris_values(network: Any, dtype: torch.dtype) -> Truth:  # noqa: ANN401  
             if getattr(module, "wd", False):
                 truth[f"{module.lora_name}|magnitude"] = module.dora_scale.flatten().clone()
             bias = getattr(module, "b_norm", None)
+            if getattr(module, "org_bias", None) is not None:
+                bias = module.bias - module.org_bias[0].double()
             if bias is not None:
                 truth[f"{module.lora_name}|bias"] = bias.clone()
             module.to(rounded)

@@ -61,7 +61,10 @@ BYTES = {
     "not UTF-8": (with_header(b'{"\xff\xfe": 1}'), ["the header is not JSON"]),
     "a JSON list": (with_header([1, 2]), ["not a JSON object"]),
     "nested too deep": (with_header(b"[" * 100_000), ["the header is not JSON"]),
-    "a lone surrogate": (with_header(b'{"\\ud800.alpha":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"\0" * 4), ["not JSON"]),
+    "a lone surrogate": (
+        with_header(b'{"\\ud800.alpha":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"\0" * 4),
+        ["not JSON"],
+    ),
     "a key twice": (
         with_header(b'{"a.alpha":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a.alpha":{}}', b"\0" * 4),
         ["the key a.alpha stands twice"],
@@ -70,8 +73,14 @@ BYTES = {
     "an entry without shape": (with_header({"a.alpha": {"dtype": "F32"}}), ["a.alpha", "shape and data_offsets"]),
     "a negative side": (with_header({"a.alpha": entry([-1, 2], 0, 4)}, b"\0" * 4), ["a.alpha", "shape"]),
     "a side that is true": (with_header({"a.alpha": entry([True], 0, 2)}, b"\0" * 2), ["a.alpha", "shape"]),
-    "an unknown dtype": (with_header({"a.alpha": entry([1], 0, 4, "F128")}, b"\0" * 4), ["a.alpha has dtype F128", "F32, F16, BF16"]),
-    "offsets and shape": (with_header({"a.alpha": entry([3], 0, 4)}, b"\0" * 4), ["a.alpha", "needs 6 bytes, data_offsets give 4"]),
+    "an unknown dtype": (
+        with_header({"a.alpha": entry([1], 0, 4, "F128")}, b"\0" * 4),
+        ["a.alpha has dtype F128", "F32, F16, BF16"],
+    ),
+    "offsets and shape": (
+        with_header({"a.alpha": entry([3], 0, 4)}, b"\0" * 4),
+        ["a.alpha", "needs 6 bytes, data_offsets give 4"],
+    ),
     "overlap": (with_header({"a.x": entry([2], 0, 4), "a.y": entry([2], 2, 6)}, b"\0" * 6), ["a.y overlaps its neighbour"]),
     "a hole": (with_header({"a.x": entry([2], 0, 4), "a.y": entry([2], 6, 10)}, b"\0" * 10), ["a.y leaves a hole before it"]),
     "trailing bytes": (GOOD + b"\0" * 8, ["8 bytes follow the last tensor"]),
@@ -87,7 +96,7 @@ BYTES = {
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 40, ["GGUF"]),
     "gzip": (b"\x1f\x8b\x08\0" + b"\0" * 40, ["gzip", "unpack"]),
     "image": (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, ["PNG image"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BYTES)
@@ -274,13 +283,19 @@ MODULES: dict[str, tuple[Arrays, list[str]]] = {
     "a number": (changed(DOWN, ()), [DOWN, "shape []"]),
     "rank 0": (lora(rank=0), [DOWN, "shape [0, 3840]"]),
     "integers": (changed(UP, (DIM, 2), "i1"), [UP, "dtype I8", "floating-point"]),
-    "wrong input": ({**lora(), **lora("lora_unet_layers_1_attention_to_q"), DOWN: np.ones((2, 3072), "f2")}, [TO_Q, "[3840, 3072]", "Z-Image", "[3840, 3840]"]),
+    "wrong input": (
+        {**lora(), **lora("lora_unet_layers_1_attention_to_q"), DOWN: np.ones((2, 3072), "f2")},
+        [TO_Q, "[3840, 3072]", "Z-Image", "[3840, 3840]"],
+    ),
     "two numbers for alpha": (changed(ALPHA, (2,), "f4"), [ALPHA, "shape [2]", "one number"]),
     "alpha NaN": (changed(ALPHA, (), "f4") | {ALPHA: np.array(np.nan, "f4")}, [ALPHA, "alpha of nan"]),
     "alpha infinite": ({**lora(), ALPHA: np.array(np.inf, "f2")}, [ALPHA, "alpha of inf"]),
     "alpha beyond reason": ({**lora(), ALPHA: np.array(1e300, "f8")}, [ALPHA, "1e+300"]),
     "alpha NaN of a difference": ({f"{TO_Q}.diff": np.zeros((DIM, DIM), "f2"), ALPHA: np.array(np.nan, "f4")}, [ALPHA, "nan"]),
-    "a magnitude that fits nothing": ({**lora(), f"{TO_Q}.dora_scale": np.ones((7, 1), "f2")}, ["dora_scale", "[7, 1]", "3840 rows"]),
+    "a magnitude that fits nothing": (
+        {**lora(), f"{TO_Q}.dora_scale": np.ones((7, 1), "f2")},
+        ["dora_scale", "[7, 1]", "3840 rows"],
+    ),
     "an empty magnitude": ({**lora(), f"{TO_Q}.dora_scale": np.ones((0, 1), "f2")}, ["dora_scale", "[0, 1]"]),
     "a bias that fits nothing": ({**lora(), f"{TO_Q}.diff_b": np.ones(7, "f2")}, [TO_Q, "bias", "7", "3840"]),
     "two families": ({**lora(), **lokr()}, [TO_Q, "two families (lora and lokr)"]),
@@ -288,12 +303,15 @@ MODULES: dict[str, tuple[Arrays, list[str]]] = {
         {f"base_model.model.layers.0.attention.to_q.lora_A.{name}.weight": W for name in ("default", "other")},
         ["lora_A.default.weight", "lora_A.other.weight", "two adapters"],
     ),
-    "one weight spelled twice": ({**lora(), **dotted(lora())}, [TO_Q, "diffusion_model.layers.0.attention.to_q", "same weight"]),
+    "one weight spelled twice": (
+        {**lora(), **dotted(lora())},
+        [TO_Q, "diffusion_model.layers.0.attention.to_q", "same weight"],
+    ),
     "whole and part": (
         {**lora(), **lora("diffusion_model.layers.0.attention.qkv", 3 * DIM)},
         [TO_Q, "diffusion_model.layers.0.attention.qkv", "both hold rows of layers.0.attention.qkv"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -421,6 +439,11 @@ DORA_IN = {**lora(), f"{TO_Q}.dora_scale": np.ones((1, DIM), "f2")}
 def test_family_the_target_cannot_hold(tensors: Arrays, target: str, texts: list[str], tmp_path: Path) -> None:
     path = save(tmp_path / "family.safetensors", tensors)
     refused(tmp_path, convert(path, target=target), "family.safetensors", "lora_unet_layers_", "Try: ", *texts)
+
+
+def test_nothing_left(tmp_path: Path) -> None:
+    path = save(tmp_path / "norms.safetensors", {"lora_unet_layers_0_attention_norm1.w_norm": np.zeros(DIM, "f2")})
+    refused(tmp_path, convert(path, "--lossy", target="diffusers"), "norms.safetensors", "nothing would be left", "Try: ")
 
 
 def test_what_cannot_be_fused(tmp_path: Path) -> None:

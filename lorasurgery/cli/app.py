@@ -28,6 +28,8 @@ class _Commands(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `| head` has seen enough
+            raise
         except RequestError as error:
             show_error(error)
             raise typer.Exit(USAGE) from error

@@ -118,4 +118,4 @@ def _one(job: Job, target: str, how: Options, writing: SaveOptions, arch: str | 
     return report
 
 
-convert.__doc__ = HELP
+convert.__doc__ = "\n\n".join(p if p.startswith("  ") else " ".join(p.split()) for p in HELP.split("\n\n"))

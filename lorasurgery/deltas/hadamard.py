@@ -78,12 +78,34 @@ class Hadamard:
 
     def to_low_rank(self) -> LowRank:
         """Exact rank1 * rank2 factors (Khatri-Rao): up[:, ij] = w1_a[:, i] w2_a[:, j], down[ij] = w1_b[i] w2_b[j]."""
-        if self.t1 is not None:
-            raise CannotError("a Tucker LoHa has no small low-rank form")
+        if self.t1 is not None and self.t2 is not None:
+            return self._tucker_to_low_rank(self.t1, self.t2)
         first, second = self.w1_b.shape[0], self.w2_b.shape[0]
         up = computed("F64", (self.w1_a.shape[0], first * second), lambda: _columnwise(self.w1_a.f64(), self.w2_a.f64()))
         down = computed("F64", (first * second, *self.w1_b.shape[1:]), lambda: _rowwise(self.w1_b.f64(), self.w2_b.f64()))
         return LowRank(up, down)
+
+
+    def _tucker_to_low_rank(self, t1: Tensor, t2: Tensor) -> LowRank:
+        """The same with each core multiplied into its w*_b; w*_a are (rank, out)."""
+        rank, kernel = t1.shape[0] * t2.shape[0], t1.shape[2:]
+        up = computed(
+            "F64",
+            (self.w1_a.shape[1], rank, *(1 for _ in kernel)),
+            lambda: _columnwise(self.w1_a.f64().T, self.w2_a.f64().T),
+        )
+        down = computed(
+            "F64", (rank, self.w1_b.shape[1], *kernel), lambda: _rowwise(_cored(t1, self.w1_b), _cored(t2, self.w2_b))
+        )
+        return LowRank(up, down)
+
+
+def _cored(core: Tensor, b: Tensor) -> Float64:
+    """core (i, j, k...) and b (j, in) -> (i, in, k...)."""
+    import numpy as np
+
+    product: Float64 = np.einsum("ij...,jr->ir...", core.f64(), b.f64())
+    return product
 
 
 def _arm(a: Tensor, b: Tensor, core: Tensor | None) -> Float64:

@@ -98,9 +98,9 @@ class FileSource:
         """Bytes in the file."""
         return os.fstat(self._fd).st_size
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # a default: ``os`` may be gone at exit
         if (fd := getattr(self, "_fd", None)) is not None:
-            os.close(fd)
+            close(fd)
 
 
 @dataclass(frozen=True, slots=True)

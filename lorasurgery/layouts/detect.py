@@ -101,7 +101,7 @@ def _is_whole(architecture: Architecture, stems: Mapping[str, Shape | None]) -> 
     """Whether the file reaches every block of each stack of blocks it touches: evidence that the depth is this one."""
     names = index(architecture)
     touched = {span.weight for stem in stems if (place := names.find(stem)) is not None for span in place.site.spans}
-    blocks = _blocks(touched)
+    blocks = _blocks(touched & architecture.shapes.keys())
     return bool(blocks) and all(_blocks(architecture.shapes)[stack] == own for stack, own in blocks.items())
 
 

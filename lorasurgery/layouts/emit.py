@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import multiplied
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.layouts.scales import LARGEST_ALPHA
 from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
 
 if TYPE_CHECKING:
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.tensors import Shape
     from lorasurgery.report import Report
-
-LARGEST_ALPHA = 1e8
-"""Above this an alpha is ai-toolkit's stand-in for infinity (1e10), which half precision turns into inf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ def _module(
         record = _recorder(report, module.name)
         delta, alpha, scale = _scaled(module, module.delta, policy, target, record)
         for slot, tensor in delta.tensors.items():
-            tensors[stem + _suffix(delta, slot, words)] = tensor
+            fitted = target.any_shape or not isinstance(delta, LowRank)
+            tensors[stem + _suffix(delta, slot, words)] = tensor if fitted else _fitted(delta, slot, tensor, shape)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = alpha
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)
@@ -105,6 +106,20 @@ def _module(
     if target.words != PEFT:
         tensors.update({stem + suffix: tensor for suffix, tensor in module.extras.items()})
     result.written.append(Written(stem, module, rank, scale * rank, shape))
+
+
+def _fitted(delta: LowRank, slot: str, tensor: Tensor, shape: Shape) -> Tensor:
+    """A factor with as many axes as the layer it becomes: LyCORIS writes (out, rank) for convolutions in DyLoRA, LoKr
+    and LoHa are flat there, and some files have 1x1 convolutions for linear layers.
+    """
+    kernel = shape[2:]
+    ones = tuple(1 for _ in kernel)
+    wanted = tensor.shape
+    if slot == "up":
+        wanted = (tensor.shape[0], tensor.shape[1], *ones)
+    elif slot == "down":
+        wanted = (tensor.shape[0], *shape[1:2], *(kernel if delta.mid is None else ones))
+    return tensor.reshape(*wanted) if prod(wanted) == tensor.size else tensor
 
 
 def _recorder(report: Report, name: str) -> Callable[[float, float], None]:
@@ -152,7 +167,7 @@ def _whole_kronecker(
 
 def _suffix(delta: Delta, slot: str, words: Mapping[str, str]) -> str:
     if isinstance(delta, Opaque):
-        return slot
+        return ".set_weight" if delta.family == "set" else slot  # BFL's own word, `.scale`, is understood in its files only
     if isinstance(delta, Hadamard):
         return f".hada_{slot}"
     if isinstance(delta, Kronecker):

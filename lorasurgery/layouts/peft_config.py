@@ -35,7 +35,8 @@ def components(written: Sequence[Written], arch: Architecture) -> dict[str, list
     names |= {encoder.table: encoder.diffusers or encoder.table for encoder in arch.encoders}
     found: dict[str, list[Written]] = {}
     for one in written:
-        found.setdefault(names[one.module.site.component], []).append(one)
+        own = next((c for _, c in arch.diffusers_roots if one.stem.startswith(c + ".")), None)
+        found.setdefault(own or names[one.module.site.component], []).append(one)
     return found
 
 
@@ -43,6 +44,9 @@ def model_names(component: str, arch: Architecture, root: str = "") -> Collectio
     """Every module of the Diffusers model behind a component, without ``root``: patterns must not match others."""
     encoder = next((e for e in arch.encoders if e.diffusers == component), None)
     names = arch.namings[DIFFUSERS] if encoder is None else TEXT_ENCODERS[encoder.table].shapes
+    own = next((text for text, other in arch.diffusers_roots if other == component), None)
+    if own is not None:
+        return [name.removeprefix(own) for name in names if name.startswith(own)]
     return [name.removeprefix(root) for name in names]
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from functools import lru_cache
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Scale
@@ -18,13 +19,15 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import FileFormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.tensors import Tensor
 
 HEADER_KEY = "lora_adapter_metadata"
 """Where Diffusers keeps the LoraConfig of each component in a file's header."""
+LARGEST_ALPHA = 1e8
+"""Above this an alpha is ai-toolkit's stand-in for infinity (1e10), which half precision turns into inf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,34 @@ class PeftConfig:
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:  # noqa: ANN401  int or float
     """PEFT's ``get_pattern_key``: the first pattern that matches the end of the name at a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    found = _finder(tuple(patterns))(module)
+    return default if found is None else patterns[found]
+
+
+@lru_cache(maxsize=32)
+def _finder(patterns: tuple[str, ...]) -> Callable[[str], str | None]:
+    """From a module's name to the first pattern that matches it.
+
+    A file has a pattern for each of a thousand modules, nearly all plain names: those are looked up, not matched.
+    """
+    ends: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    others: list[tuple[int, re.Pattern[str]]] = []
+    for i, pattern in enumerate(patterns):
+        text = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
+        if pattern.removeprefix("^") == re.escape(text):
+            (whole if pattern.startswith("^") else ends).setdefault(text, i)
+        else:
+            others.append((i, re.compile(rf"(.*\.)?({pattern})$")))
+
+    def find(module: str) -> str | None:
+        parts = module.split(".")
+        hits = [ends[end] for n in range(len(parts)) if (end := ".".join(parts[n:])) in ends]
+        first = min([*hits, whole.get(module, len(patterns))])
+        match = next((i for i, other in others if i < first and other.match(module)), first)
+        return patterns[match] if match < len(patterns) else None
+
+    return find
 
 
 def header_configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
@@ -118,7 +145,7 @@ class ScaleRules:
     def _of_alpha(self, delta: Delta, alpha: Tensor, *, whole: bool) -> Scale:
         value = alpha.item()
         if isinstance(delta, Kronecker) and whole:
-            if self.whole_lokr_by_shape and isfinite(value):
+            if self.whole_lokr_by_shape and abs(value) < LARGEST_ALPHA:
                 return Scale(value / max(delta.inner), "alpha tensor (whole LoKr: alpha / max(w2.shape))", alpha)
             return Scale(1.0, "whole LoKr (alpha unused)", alpha)
         rank = delta.rank

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, flat
 from lorasurgery.errors import RequestError
 
@@ -64,12 +64,13 @@ class Layout:
     """Whether :attr:`Architecture.comfyui_split` names may be used beside its own."""
     carries_unknown: bool = True
     """False when the reader refuses a file with keys it does not know."""
+    any_shape: bool = False
+    """True when the reader flattens a convolution's factors itself, whatever axes they have."""
     always_alpha: bool = False
     """True when the reader needs an alpha tensor even for scale 1."""
     in_axis_dora: bool = True
     encoders: str = "comfyui"
     """Which of an encoder's prefixes is written: ``sd_scripts``, ``diffusers``, ``comfyui`` or ``onetrainer``."""
-    second_denoiser: str | None = None
 
 
 LAYOUTS = MappingProxyType(
@@ -83,13 +84,15 @@ LAYOUTS = MappingProxyType(
             Layout(
                 "diffusers", "Diffusers", Naming("{denoiser}.", False, DIFFUSERS), PEFT, ("fold", "header"),
                 holds=frozenset({"lora", "dora"}), carries_unknown=False, in_axis_dora=False, encoders="diffusers",
-                second_denoiser="transformer_2.",
             ),
             Layout(
                 "comfyui", "ComfyUI", Naming("diffusion_model.", False, ORIGINAL), KOHYA, ("keep", "fold"),
-                split_names=True,
+                split_names=True, any_shape=True,
             ),
-            Layout("other", "musubi-tuner's `other`", Naming("{prefix}.", False, SD_SCRIPTS), DOTTED, ("fold", "keep")),
+            Layout(
+                "other", "musubi-tuner's `other`", Naming("{prefix}.", False, SD_SCRIPTS), DOTTED, ("fold", "keep"),
+                any_shape=True,
+            ),
             Layout(
                 "peft", "PEFT", Naming("base_model.model.", False, DIFFUSERS), PEFT, ("header", "fold"),
                 holds=frozenset({"lora", "dora", "loha", "lokr"}), carries_unknown=False, in_axis_dora=False,
@@ -143,7 +146,7 @@ class Speller:
 
     def stem(self, site: Site) -> str | None:
         """The key without its suffix, or None when the layout has no name for the site."""
-        if site.component in (DENOISER, SECOND_DENOISER):
+        if site.component == DENOISER:
             return self._denoiser(site)
         encoder = self._encoders.get(site.component)
         return None if encoder is None else self._encoder(encoder, site.spans[0].weight)
@@ -153,16 +156,11 @@ class Speller:
             name = names.get(site.spans)
             if name is None:
                 continue
-            prefix = own.prefix
-            if site.component == SECOND_DENOISER:
-                if self._target.second_denoiser is None:
-                    return None
-                prefix = self._target.second_denoiser
             if own.naming == DIFFUSERS and self._target.id == "diffusers":
                 for root, component in self._arch.diffusers_roots:
                     if name.startswith(root):
                         return f"{component}.{name[len(root) :]}"
-            return prefix + (flat(name) if own.flat else name)
+            return own.prefix + (flat(name) if own.flat else name)
         return None
 
     def _encoder(self, encoder: Encoder, weight: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Magnitude, Module, Site
 from lorasurgery.errors import RequestError, UnknownArchitectureError
 from lorasurgery.layouts.targets import layout
-from lorasurgery.surgery.families import held
+from lorasurgery.surgery.families import held, uniform
 from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
 from lorasurgery.surgery.regroup import regroup
@@ -68,7 +68,7 @@ def _run(job: Job) -> Adapter:
     groups: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
         groups[module.site.component].append(module)
-    result = [new for component, own in groups.items() for new in regroup(job, component, own)]
+    result = [new for component, own in groups.items() for new in regroup(job, component, uniform(job, own))]
     if job.kept_split:
         name, reason = job.kept_split[0]
         job.report.warnings.append(

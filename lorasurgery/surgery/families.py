@@ -11,7 +11,7 @@ from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
 from lorasurgery.io.tensors import widest
-from lorasurgery.layouts.targets import KOHYA
+from lorasurgery.layouts.targets import KOHYA, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def held(job: Job, module: Module) -> Module | None:
     if module.delta is None and "bias" not in job.target.holds:
         _leave_out(job, module, "a bias without factors")
         return None
+    if module.bias is not None and job.target.words == PEFT and not isinstance(module.delta, LowRank):
+        _leave_out(job, module, f"a bias beside {_name(module.family)} factors")
+        module = replace(module, bias=None)
     if module.magnitude is not None and module.magnitude.axis == "in" and not job.target.in_axis_dora:
         return without_magnitude(job, module, f"{job.target.reader} only knows DoRA magnitudes per output row")
     if isinstance(module.delta, LowRank) and module.delta.mid is not None and job.target.words != KOHYA:
@@ -39,6 +42,22 @@ def held(job: Job, module: Module) -> Module | None:
         module = module.with_delta(flat)
         job.actions[module.site] = "Tucker core folded"
     return module
+
+
+def uniform(job: Job, modules: list[Module]) -> list[Module]:
+    """The modules of one component, with magnitudes on all or none where the reader has one switch for them.
+
+    Source: PEFT ``LoraConfig.use_dora``: a layer without a stored magnitude gets its base weight's norms, which is no LoRA.
+    """
+    plain = next((m for m in modules if m.magnitude is None and m.delta is not None), None)
+    if job.target.words != PEFT or plain is None or all(m.magnitude is None for m in modules):
+        return modules
+    reason = f"{job.target.reader} makes DoRA of every module or of none"
+    if not job.options.lossy:
+        raise job.refusal(
+            plain, f"{reason}, and this one has no magnitude", "--lossy to drop the others' (the result is a plain LoRA)"
+        )
+    return [m if m.magnitude is None else without_magnitude(job, m, reason) for m in modules]
 
 
 def _holds(job: Job, module: Module) -> bool:

@@ -1,0 +1,171 @@
+"""One module's row: from a parsed module, or from its bare tensors when no table knows it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from math import isfinite, prod
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapter import DENOISER
+from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.inspection.description import ModuleInfo
+from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.layouts.names import PREFIXES
+from lorasurgery.layouts.words import ALPHA, EXTRA, MAGNITUDE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from lorasurgery.adapter import Module, Site
+    from lorasurgery.architectures.table import Architecture, Spans
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.layouts.group import Group
+    from lorasurgery.layouts.scales import PeftConfig, ScaleRules
+
+_BLOCK = re.compile(r"^(.*?\d+)[._](.*)$")
+_CORES = frozenset({"mid", "t1", "t2"})
+_ENCODER = re.compile(r"^(lora_te\d?_|text_encoders?[._]|te\d?[._]|base_model\.model\.text_encoder)")
+
+
+def module_info(module: Module, own: Group, arch: Architecture, configs: Mapping[str, PeftConfig]) -> ModuleInfo:
+    """The row of a parsed module; ``own`` are its tensors."""
+    site, delta = module.site, module.delta
+    weight = site.spans[0].weight
+    expected = expected_shape(arch, site)
+    block, kind = block_and_kind(_label(site, arch))
+    shape = expected if delta is None else delta.shape or expected
+    return ModuleInfo(
+        name=module.name,
+        component=site.component,
+        weight=weight,
+        block=block,
+        kind=kind,
+        family=module.family,
+        rank=None if delta is None else delta.rank,
+        alpha=_alpha(own, module.scale.source, configs),
+        scale=module.scale.value if delta is not None else None,
+        scale_source=module.scale.source if delta is not None else "",
+        shape=shape,
+        kernel=expected[2:] if prod(expected[2:]) > 1 else (),
+        tucker=delta is not None and not _CORES.isdisjoint(delta.tensors),
+        dora=None if module.magnitude is None else module.magnitude.axis,
+        outer=delta.outer if isinstance(delta, Kronecker) else None,
+        fused=_fused(site, arch),
+        **_sizes(own),
+    )
+
+
+def unknown_module(own: Group, delta: Delta | None, rules: ScaleRules, problem: str | None = None) -> ModuleInfo:
+    """The row of a module whose base weight is not known."""
+    body = next((own.stem[len(p.text) :] for p in PREFIXES if own.stem.startswith(p.text)), own.stem)
+    block, kind = block_and_kind(body)
+    entry = own.modifier(ALPHA)
+    families = own.families()
+    family = delta.family if delta is not None else families[0] if families else "bias"
+    magnitude = own.modifier(MAGNITUDE)
+    scale = None
+    if delta is not None and (entry is None or entry.tensor.size == 1):
+        scale = rules.resolve(own.stem, delta, None if entry is None else entry.tensor)
+    shape = () if delta is None else delta.shape
+    return ModuleInfo(
+        name=own.stem,
+        component="text_encoder" if _ENCODER.match(own.stem) else "unknown",
+        weight=None,
+        block=block,
+        kind=kind,
+        family="dora" if family == "lora" and magnitude is not None else family,
+        rank=None if delta is None else delta.rank,
+        alpha=_alpha(own, scale.source if scale else "", rules.configs),
+        scale=scale.value if scale is not None and isfinite(scale.value) else None,
+        scale_source="" if scale is None else scale.source,
+        shape=shape,
+        kernel=shape[2:] if prod(shape[2:]) > 1 else (),
+        tucker=delta is not None and not _CORES.isdisjoint(delta.tensors),
+        dora=None if magnitude is None else _axis(magnitude.tensor.shape, shape),
+        outer=delta.outer if isinstance(delta, Kronecker) else None,
+        problem=problem,
+        **_sizes(own),
+    )
+
+
+def block_and_kind(name: str) -> tuple[str, str]:
+    """A weight's name cut after its first number.
+
+    >>> block_and_kind("double_blocks.3.img_attn.qkv"), block_and_kind("img_in")
+    (('double_blocks.3', 'img_attn.qkv'), ('', 'img_in'))
+    """
+    match = _BLOCK.match(name)
+    return (match[1], match[2]) if match else ("", name)
+
+
+def unknown_layout(groups: Iterable[Group]) -> str:
+    """The layout by prefix alone, when no table knows the names."""
+    votes: Counter[str] = Counter()
+    for own in groups:
+        dialects = {entry.word.dialect for entry in own.entries.values()}
+        layout = next(p.layout for p in PREFIXES if own.stem.startswith(p.text))
+        if own.stem.startswith("lora_te"):
+            layout = "sd-scripts"
+        elif own.stem.startswith("text_encoder"):
+            layout = "diffusers"
+        elif layout == "bare" and dialects & {"xlabs", "bfl"}:
+            layout = "xlabs" if "xlabs" in dialects else "bfl"
+        elif layout == "diffusers" and "kohya" in dialects:
+            layout = "onetrainer"
+        votes[layout] += 1
+    best = votes.most_common(1)[0][0] if votes else "unknown"
+    return "unknown" if best == "bare" else best
+
+
+def _alpha(own: Group, source: str, configs: Mapping[str, PeftConfig]) -> float | None:
+    """The alpha tensor's value, or what a PEFT configuration says where the scale comes from one (``source``)."""
+    entry = own.modifier(ALPHA)
+    if entry is not None:
+        value = entry.tensor.item() if entry.tensor.size == 1 else float("nan")
+        return value if isfinite(value) else None
+    for component, config in configs.items():
+        if source == config.source and own.stem.startswith(component + "." if component else ""):
+            return config.alpha_of(own.stem.removeprefix("base_model.model." if not component else component + "."))
+    return None
+
+
+def _sizes(own: Group) -> dict[str, Any]:
+    """dtype of the weights (joined with + when mixed), parameters and bytes."""
+    weights = [e.tensor for (family, _), e in own.entries.items() if family not in (ALPHA, EXTRA)]
+    return {
+        "dtype": "+".join(sorted({t.dtype for t in weights})),
+        "parameters": sum(t.size for t in weights),
+        "bytes": sum(e.tensor.nbytes for e in own.entries.values()),
+    }
+
+
+def _axis(magnitude: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    if len(magnitude) > 1:
+        return "in" if magnitude[0] == 1 and magnitude[1:2] != shape[:1] else "out"
+    return "out" if not shape or magnitude[:1] == shape[:1] else "in"
+
+
+@cache
+def _parts(arch: Architecture) -> tuple[Mapping[Spans, str], frozenset[str]]:
+    """Diffusers' name of every span, and the weights it has as several modules."""
+    names = {spans: name for name, spans in arch.namings[DIFFUSERS].items()}
+    count = Counter(spans[0].weight for spans in names if len(spans) == 1)
+    return names, frozenset(weight for weight, times in count.items() if times > 1)
+
+
+def _fused(site: Site, arch: Architecture) -> bool | None:
+    weight = site.spans[0].weight
+    if site.component != DENOISER or weight not in _parts(arch)[1]:
+        return None
+    return sum(span.stop - span.start for span in site.spans) == arch.shapes[weight][0]
+
+
+def _label(site: Site, arch: Architecture) -> str:
+    """The original weight's name, or Diffusers' when the module is a part of a fused one."""
+    weight = site.spans[0].weight
+    if _fused(site, arch) is False:
+        return _parts(arch)[0].get(site.spans, weight)
+    return weight

@@ -1,0 +1,238 @@
+"""What a file's keys say: modules, architecture and layout, as far as each can be understood.
+
+:func:`lorasurgery.layouts.parse.parse` understands a whole file or refuses it. Here a broken module is described as one,
+and a file for an unknown model still has modules, families and ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.errors import BrokenModuleError, SurgeryError, UnknownArchitectureError
+from lorasurgery.inspection.description import Finding
+from lorasurgery.inspection.modules import module_info, unknown_layout, unknown_module
+from lorasurgery.io.header import RawFile
+from lorasurgery.layouts.detect import detect, same_results
+from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.group import build, group
+from lorasurgery.layouts.names import index
+from lorasurgery.layouts.parse import FLAGS, parse
+from lorasurgery.layouts.scales import ScaleRules, header_configs
+from lorasurgery.layouts.words import split_key
+from lorasurgery.metadata import FACTOR
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from lorasurgery.adapter import Module
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.inspection.description import ModuleInfo
+    from lorasurgery.io.tensors import Tensor
+    from lorasurgery.layouts.detect import Match
+    from lorasurgery.layouts.group import Group
+    from lorasurgery.layouts.names import Found
+    from lorasurgery.layouts.scales import PeftConfig
+
+TOP_LEVEL = (FACTOR, *FLAGS)
+"""Tensors that belong to no module and are understood."""
+EMBEDDINGS = ("bundle_emb.", "emb_params", "<")
+"""Beginnings of keys of learned tokens: OneTrainer, ai-toolkit, cloneofsimo/lora."""
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The modules of an adapter file."""
+
+    architecture: Architecture | None
+    candidates: tuple[tuple[str, float], ...]
+    undecided: tuple[str, ...]
+    coverage: float
+    layout: str
+    modules: tuple[ModuleInfo, ...]
+    embeddings: tuple[str, ...]
+    unexplained: tuple[tuple[str, str], ...]
+    findings: tuple[Finding, ...]
+    sources: tuple[Module, ...] = ()
+    """The modules that could be read, with their tensors."""
+
+
+def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None) -> Structure:
+    """Understand the keys of ``raw``; ``configs`` are a PEFT folder's. Raises NotAnAdapterError."""
+    raw = named_modules(raw)
+    findings: list[Finding] = []
+    groups, others = _grouped(raw, findings)
+    refuse_other_models(raw, groups)
+    configs = _configs(raw, findings) if configs is None else configs
+    deltas, broken = _built(groups, raw, findings)
+    shapes = {stem: None if (delta := deltas.get(stem)) is None else delta.shape for stem in groups}
+    embeddings = tuple(key for key in others if key.startswith(EMBEDDINGS))
+    lost = [(k, "not part of any module") for k in others if k not in TOP_LEVEL and k not in embeddings]
+    try:
+        best, ties = detect(shapes, raw.metadata, path=raw.path)
+    except UnknownArchitectureError as error:
+        findings.append(Finding("unknown-architecture", error.message))
+        rules = _rules(raw, configs)
+        modules = [unknown_module(own, deltas.get(stem), rules, broken.get(stem)) for stem, own in groups.items()]
+        layout = unknown_layout(groups.values())
+        return Structure(
+            None, error.candidates, (), 0.0, layout, tuple(modules), embeddings, tuple(lost), tuple(findings)
+        )
+    return _explained(raw, _Parts(groups, deltas, broken, configs), (best, ties), embeddings, lost, findings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A file's groups and what became of them."""
+
+    groups: Mapping[str, Group]
+    deltas: Mapping[str, Delta | None]
+    broken: Mapping[str, str]
+    configs: Mapping[str, PeftConfig]
+
+
+def _explained(  # noqa: PLR0917  the parts of a result
+    raw: RawFile,
+    parts: _Parts,
+    matches: tuple[Match, list[Match]],
+    embeddings: tuple[str, ...],
+    lost: list[tuple[str, str]],
+    findings: list[Finding],
+) -> Structure:
+    """The structure of a file whose architecture is known."""
+    best, ties = matches
+    arch = best.architecture
+    names = index(arch)
+    found = {stem: names.find(stem) for stem in parts.groups}
+    whole = {stem: own for stem, own in parts.groups.items() if found[stem] is not None and stem not in parts.broken}
+    read, layout = _parsed(raw, whole, arch, parts.configs, findings)
+    broken = {**parts.broken, **{stem: reason for stem, reason in read.items() if isinstance(reason, str)}}
+    infos = []
+    rules = _rules(raw, parts.configs)
+    for stem, own in parts.groups.items():
+        module = read.get(stem)
+        if module is not None and not isinstance(module, str):
+            infos.append(module_info(module, own, arch, parts.configs))
+        else:
+            infos.append(_odd(own, parts.deltas.get(stem), rules, arch, found[stem], broken.get(stem)))
+    lost += [
+        (entry.key, f"{arch.name} has no such module")
+        for stem, place in found.items() if place is None for entry in parts.groups[stem].entries.values()
+    ]  # fmt: skip
+    findings += _two_spellings({stem: found[stem] for stem, own in parts.groups.items() if own.families()})
+    kin = {other.architecture.id: other.architecture for other in ties if other.architecture.id != arch.id}
+    return Structure(
+        arch,
+        tuple((match.architecture.key, match.share) for match in (best, *ties)),
+        tuple(other.key for other in kin.values() if not same_results(arch, other, parts.groups)),
+        best.share,
+        layout,
+        tuple(infos),
+        embeddings,
+        tuple(lost),
+        tuple(findings),
+        tuple(module for module in read.values() if not isinstance(module, str)),
+    )
+
+
+def _odd(
+    own: Group, delta: Delta | None, rules: ScaleRules, arch: Architecture, place: Found | None, problem: str | None
+) -> ModuleInfo:
+    """A module that is broken, or that the architecture does not have."""
+    info = unknown_module(own, delta, rules, problem or f"{arch.name} has no such module")
+    if place is None:
+        return info
+    return replace(info, component=place.site.component, weight=place.site.spans[0].weight)
+
+
+def _grouped(raw: RawFile, findings: list[Finding]) -> tuple[dict[str, Group], dict[str, Tensor]]:
+    """Modules and the rest; of two keys for one place the first counts."""
+    try:
+        return group(raw)
+    except BrokenModuleError as error:
+        findings.append(Finding("duplicate", error.message))
+    seen: set[tuple[str, str, str]] = set()
+    kept = {}
+    for key, tensor in raw.tensors.items():
+        split = split_key(key)
+        place = (key, "", "") if split is None else (split.stem, split.word.family, split.word.slot)
+        if place not in seen:
+            kept[key] = tensor
+        seen.add(place)
+    return group(replace(raw, tensors=kept))
+
+
+def _configs(raw: RawFile, findings: list[Finding]) -> Mapping[str, PeftConfig]:
+    try:
+        return header_configs(raw.metadata)
+    except SurgeryError as error:
+        findings.append(Finding("bad-config", error.message))
+        return {}
+
+
+def _built(
+    groups: Mapping[str, Group], raw: RawFile, findings: list[Finding]
+) -> tuple[dict[str, Delta | None], dict[str, str]]:
+    """Module -> delta, and module -> what is wrong with it."""
+    deltas: dict[str, Delta | None] = {}
+    broken: dict[str, str] = {}
+    for stem, own in groups.items():
+        try:
+            deltas[stem] = build(own, raw.path)
+        except BrokenModuleError as error:
+            broken[stem] = error.message
+            findings.append(Finding("broken-module", error.message))
+    return deltas, broken
+
+
+def _rules(raw: RawFile, configs: Mapping[str, PeftConfig]) -> ScaleRules:
+    flag = raw.tensors.get(FLAGS[0])
+    return ScaleRules(
+        configs, rslora_flag=flag is not None and bool(flag.item()), whole_lokr_by_shape=FACTOR in raw.tensors
+    )
+
+
+def _parsed(
+    raw: RawFile, groups: Mapping[str, Group], arch: Architecture, configs: Mapping[str, PeftConfig], findings: list[Finding]
+) -> tuple[dict[str, Module | str], str]:
+    """Module name -> the module, or what is wrong with it; and the layout. All at once, or one by one if that fails."""
+    try:
+        adapter = parse(_part(raw, groups.values()), among=(arch,), configs=configs)
+    except SurgeryError:
+        pass
+    else:
+        findings += [Finding("parse", warning) for warning in adapter.warnings]
+        read: dict[str, Module | str] = {module.name: module for module in adapter.modules.values()}
+        if len(read) == len(groups):
+            return read, adapter.layout
+    read = {}
+    layouts: Counter[str] = Counter()
+    for stem, own in groups.items():
+        try:
+            adapter = parse(_part(raw, [own]), among=(arch,), configs=configs)
+            read[stem] = next(iter(adapter.modules.values()))
+            layouts[adapter.layout] += 1
+        except SurgeryError as error:
+            read[stem] = error.message
+            findings.append(Finding("broken-module", error.message))
+    return read, layouts.most_common(1)[0][0] if layouts else "unknown"
+
+
+def _part(raw: RawFile, groups: Iterable[Group]) -> RawFile:
+    """The file with these modules only, and its top-level tensors."""
+    tensors = {entry.key: entry.tensor for own in groups for entry in own.entries.values()}
+    return RawFile(raw.path, tensors | {k: raw.tensors[k] for k in TOP_LEVEL if k in raw.tensors}, raw.metadata)
+
+
+def _two_spellings(found: Mapping[str, Found | None]) -> list[Finding]:
+    """Two names for one weight: programs disagree on which one counts."""
+    first: dict[object, str] = {}
+    pairs = []
+    for stem, place in found.items():
+        if place is not None and first.setdefault(place.site, stem) != stem:
+            pairs.append((first[place.site], stem))
+    if not pairs:
+        return []
+    return [Finding("two-spellings", f"{len(pairs)} weights are spelled twice, first as {pairs[0][0]} and {pairs[0][1]}")]

@@ -110,7 +110,11 @@ LINEAR = (
 CONV_1X1, CONV_3X3 = f"{ATTENTION}.proj_in", "down_blocks.0.resnets.0.conv1"
 NORMS = (f"{ATTENTION}.transformer_blocks.0.norm1", "down_blocks.0.resnets.0.norm1")
 CONVS = (*LINEAR, CONV_1X1, CONV_3X3)
-CLIP_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.11.mlp.fc1")
+CLIP_LAYERS = (
+    "encoder.layers.0.self_attn.q_proj",
+    "encoder.layers.0.self_attn.out_proj",  # by which Diffusers recognises what a converted text encoder's keys are
+    "encoder.layers.11.mlp.fc1",
+)
 
 # PEFT ------------------------------------------------------------------------------------------------------------------
 
@@ -264,7 +268,12 @@ FLUX = (
 
 
 def adapted(
-    name: str, targets: Sequence[str], *, lora: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16, **config: Any
+    name: str,
+    targets: Sequence[str],
+    *,
+    lora: Mapping[str, Any],
+    dtype: torch.dtype = torch.bfloat16,
+    **config: Any,  # noqa: ANN401  as on_meta
 ) -> torch.nn.Module:
     """A model with random LoRA on ``targets``, through its own ``add_adapter``."""
     from peft import LoraConfig

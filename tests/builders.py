@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from tests.oracle import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from lorasurgery.report import Report
 
@@ -112,7 +112,7 @@ class Builder:
         """The key of a denoiser module without its suffix."""
         return stem_of(self.made.of, self.made.layout, name)
 
-    def add(self, name: str, family: str, *, rank: int = 4, alpha: float | None = None, **how: Any) -> str:  # noqa: ANN401
+    def add(self, name: str, family: str, *, rank: int = 4, alpha: float | None = None, **how: Any) -> str:
         """A denoiser module by its name in the layout's naming; returns its stem."""
         place = self.made.of.names(rule(self.made.layout, self.made.of).naming)[name]
         stem = self.stem(name)
@@ -126,7 +126,14 @@ class Builder:
         return stem
 
     def put(
-        self, stem: str, shape: tuple[int, ...], family: str, *, rank: int, alpha: float | None, **how: Any  # noqa: ANN401
+        self,
+        stem: str,
+        shape: tuple[int, ...],
+        family: str,
+        *,
+        rank: int,
+        alpha: float | None,
+        **how: Any,
     ) -> None:
         """The tensors of one module."""
         words = PEFT_SUFFIXES if rule(self.made.layout, self.made.of).dialect == "peft" else KOHYA_SUFFIXES
@@ -238,9 +245,10 @@ def convolutions(of: Model) -> list[str]:
 
 
 def plain_weights(of: Model) -> list[str]:
-    """Matrices that are one module everywhere, the narrowest first."""
+    """Matrices that are one module in every naming the model has, the narrowest first."""
     odd = {*fused_weights(of), *swapped_weights(of)}
-    found = [w for w, shape in of.shapes.items() if len(shape) == 2 and w not in odd]
+    known = granularity(of, "diffusers") or of.shapes
+    found = [w for w, shape in of.shapes.items() if len(shape) == 2 and w not in odd and w in known]
     return sorted(found, key=lambda w: math.prod(of.shapes[w]))
 
 
@@ -307,7 +315,7 @@ def read_output(path: Path) -> tuple[Tensors, dict[str, str], dict[str, dict[str
 SAVING = ("alpha", "lokr_factor", "strict")
 
 
-def convert_path(source: Path, of: Model, target: str, out: Path, **how: Any) -> Output:  # noqa: ANN401
+def convert_path(source: Path, of: Model, target: str, out: Path, **how: Any) -> Output:
     """Convert a file; ``how`` are options of convert and save."""
     saving = lorasurgery.SaveOptions(**{k: v for k, v in how.items() if k in SAVING})
     options = lorasurgery.Options(**{k: v for k, v in how.items() if k not in SAVING})
@@ -317,7 +325,7 @@ def convert_path(source: Path, of: Model, target: str, out: Path, **how: Any) ->
     return Output(out, of, target, *read_output(out), report)
 
 
-def convert(made: Made, target: str, folder: Path, **how: Any) -> Output:  # noqa: ANN401
+def convert(made: Made, target: str, folder: Path, **how: Any) -> Output:
     """Write a made file and convert it."""
     home = folder / f"{len(list(folder.iterdir()))}"
     home.mkdir()

@@ -558,8 +558,9 @@ def _one(result: Meaning, parts: Parts, place: Place, shape: tuple[int, ...], re
     if "dora_scale" in slots:
         vector = slots["dora_scale"]
         if vector.shape[0] == 1:
-            rows = sorted((r.start, r.count) for r in place)
-            result.magnitudes[f"{weight} [in] {rows}"] = vector.f64().reshape(-1)
+            rows = sorted(i for r in place for i in (r.start, r.start + r.count))
+            edges = [i for i in rows if rows.count(i) == 1]  # two halves that touch are one range
+            result.magnitudes[f"{weight} [in] {edges}"] = vector.f64().reshape(-1)
         else:
             _put(result.magnitudes, weight, shape[0], place, vector.f64().reshape(-1), np.nan)
 

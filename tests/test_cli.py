@@ -79,7 +79,9 @@ def test_version_and_module() -> None:
 
 def imported(*args: object) -> set[str]:
     """Modules loaded by a run of the command line in a process of its own."""
-    code = "import sys\nfrom lorasurgery.cli.app import app\ntry:\n    app()\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    code = (
+        "import sys\nfrom lorasurgery.cli.app import app\ntry:\n    app()\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True)
     return set(done.stderr.split())
 
@@ -215,11 +217,18 @@ def without_free_keys(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_json_is_as_documented(tmp_path: Path) -> None:
-    tensors = {**lora(alpha=0.7), "lora_unet_layers_0_attention_norm1.w_norm": np.zeros(DIM, "f2"), "bundle_emb.x": np.zeros(4, "f4")}
+    tensors = {
+        **lora(alpha=0.7),
+        "lora_unet_layers_0_attention_norm1.w_norm": np.zeros(DIM, "f2"),
+        "bundle_emb.x": np.zeros(4, "f4"),
+    }
     source = save(tmp_path / "in.safetensors", tensors)
     report = convert(source, "diffusers", "--lossy", "--dtype", "bf16")
     carried = convert(source, "comfyui")["carried"]
-    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", (DOCS / "json.md").read_text(encoding="utf-8"), re.S)]
+    examples = [
+        json.loads(block)
+        for block in re.findall(r"```json\n(.*?)```", (DOCS / "json.md").read_text(encoding="utf-8"), re.DOTALL)
+    ]
     documented = examples[0]
     assert list(report) == list(documented)
     report["carried"] = carried
@@ -241,7 +250,14 @@ def test_report_for_people(tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", lora(alpha=0.7))
     text = run("convert", source, tmp_path / "out.safetensors", "-t", "comfyui").out
     assert text.startswith(f"in.safetensors -> {tmp_path / 'out.safetensors'}\n")
-    for line in ("z-image", "sd-scripts -> comfyui", "1 fused", "1 lora", "1 alpha tensor; written: keep", "every module exact"):
+    for line in (
+        "z-image",
+        "sd-scripts -> comfyui",
+        "1 fused",
+        "1 lora",
+        "1 alpha tensor; written: keep",
+        "every module exact",
+    ):
         assert line in text
     folded = run("convert", source, tmp_path / "folded.safetensors", "-t", "other").out
     assert re.search(r"relative error \d\.\d\de-04 over 1 modules, worst", folded)
@@ -278,7 +294,10 @@ def test_arch_and_base(tmp_path: Path) -> None:
 
 def test_qkv(tmp_path: Path) -> None:
     blocks = (48, 64, 32)
-    source = save(tmp_path / "in.safetensors", {k: t for n, b in zip(FLUX, blocks, strict=True) for k, t in lokr(n, 3072, 3072, block=b).items()})
+    source = save(
+        tmp_path / "in.safetensors",
+        {k: t for n, b in zip(FLUX, blocks, strict=True) for k, t in lokr(n, 3072, 3072, block=b).items()},
+    )
     kept = convert(source, "comfyui", "--arch", "flux1", "--qkv", "auto")
     assert kept["families"] == {"lokr": 3}
     assert "--qkv fuse" in kept["warnings"][-1]

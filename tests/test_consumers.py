@@ -81,6 +81,11 @@ def truth(name: str) -> dict[str, np.ndarray]:
     return found
 
 
+def first_layer() -> dict[str, np.ndarray]:
+    """The sample's first layer; whole matrices of all 21 modules would take a minute."""
+    return {name: value for name, value in truth("z_image_lokr").items() if name.startswith("layers_0_")}
+
+
 def layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -89,16 +94,25 @@ def layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix("base_model.model."), layer
 
 
-def loaded_deltas(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """What every PEFT layer of a model adds, in float64, by flat name."""
+def weight_probes(layer: Any, adapter: str) -> np.ndarray:
+    """Of what a PEFT layer adds to its weight; from the two factors where the whole would be large."""
+    up = getattr(layer, "lora_B", {})
+    if adapter in up and up[adapter].weight.dim() == 2:
+        b, a = up[adapter].weight.detach().numpy(), layer.lora_A[adapter].weight.detach().numpy()
+        return layer.scaling[adapter] * (probes(len(b), 0).T @ b) @ (a @ probes(a.shape[1], 1))
+    return bilinear(layer.get_delta_weight(adapter).detach().numpy())
+
+
+def loaded_deltas(model: torch.nn.Module, matching: str = "") -> dict[str, np.ndarray]:
+    """What every PEFT layer of a model (or those whose flat name begins so) adds, in float64, by flat name."""
     found: dict[str, np.ndarray] = {}
     for parameter in peft_parameters(model).values():
         parameter.data = parameter.data.double()
     for name, layer in layers(model):
+        if not flat(name).startswith(matching):
+            continue
         (adapter,) = layer.active_adapters
-        weight = layer.get_delta_weight(adapter) if hasattr(layer, "get_delta_weight") else None
-        assert weight is not None
-        found[flat(name)] = bilinear(weight.detach().numpy())
+        found[flat(name)] = weight_probes(layer, adapter)
         up = getattr(layer, "lora_B", {})
         if adapter in up and up[adapter].bias is not None:
             found[f"{flat(name)}|bias"] = bilinear(up[adapter].bias.detach().numpy() * layer.scaling[adapter])
@@ -160,23 +174,27 @@ def with_memory(model: torch.nn.Module, stems: set[str]) -> None:
 
 def loaded(kind: str, path: Path) -> dict[str, torch.nn.Module]:
     """The models of a pipeline after its own ``load_lora_weights(path)``; every key of the file is in one of them."""
+    tensors = load_file(path)
+    models = through_pipeline(kind, path, {flat(re.sub(r"\.lora_\w+(\.weight|\.bias)?$", "", key)) for key in tensors})
+    assert sum(len(peft_parameters(model)) for model in models.values()) == len(tensors)
+    return models
+
+
+def through_pipeline(kind: str, path: Path, stems: set[str]) -> dict[str, torch.nn.Module]:
+    """The models of a pipeline after its own ``load_lora_weights(path)``; ``stems``: the modules that get memory."""
     import diffusers
 
     name, parts = PIPELINES[kind]
-    tensors = load_file(path)
-    stems = {re.sub(r"\.lora_(A|B|magnitude_vector)(\.weight|\.bias)?$", "", key) for key in tensors}
     models = {component: MODELS[model]() for component, model in parts.items()}
     for component, model in models.items():
         if component.startswith("text_encoder"):  # Diffusers moves the whole model to where its first weight is
             model.to_empty(device="cpu")
-        with_memory(model, {flat(stem) for stem in stems if stem.startswith(component + ".")})
+        with_memory(model, stems)
     pipeline_class = getattr(diffusers, name)
     signature = inspect.signature(pipeline_class.__init__).parameters
     empty = {n: None if p.default is p.empty else p.default for n, p in signature.items() if n != "self"}
     pipeline = pipeline_class(**{**empty, **models})
     pipeline.load_lora_weights(str(path))
-    in_models = sum(len(peft_parameters(model)) for model in models.values())
-    assert in_models == len(tensors)
     return models
 
 
@@ -213,6 +231,42 @@ def test_diffusers(kind, name, alpha, tmp_path, complaints):
     assert not complaints
 
 
+def beside_zeros(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``found`` without the modules that do nothing: a fuse fills missing members up with zeros."""
+    assert all(np.abs(value).max() == 0 for name, value in found.items() if name not in expected)
+    return {name: value for name, value in found.items() if name in expected}
+
+
+ROUND_ABOUT = [(kind, name) for kind, name in DIFFUSERS if name.startswith("diffusers_") and name != "diffusers_adapter"]
+
+
+@pytest.mark.parametrize("between", ["sd-scripts", "comfyui"])
+@pytest.mark.parametrize(("kind", "name"), ROUND_ABOUT)
+def test_diffusers_by_way_of_another_layout(kind, name, between, tmp_path, complaints):
+    """Other names, fused weights and swapped halves on the way."""
+    there = saved(fixture(name), tmp_path / "there.safetensors", between)
+    arch = lorasurgery.load(fixture(name)).architecture.key
+    path = saved(there, tmp_path / "out.safetensors", "diffusers", arch=arch)
+    assert_close(beside_zeros(all_deltas(loaded(kind, path)), truth(name)), truth(name), 2e-2)
+    assert not complaints
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("sd15", "diffusers_sd15"), ("sd15", "lycoris_locon"), ("sdxl", "diffusers_sdxl"), ("flux", "diffusers_flux"),
+     ("z_image", "diffusers_z_image"), ("qwen", "diffusers_qwen")],
+)  # fmt: skip
+def test_diffusers_own_converters_read_sd_scripts(kind, name, tmp_path, complaints):
+    """Independent code for sd-scripts' names, alphas and fused weights comes to the same deltas."""
+    path = saved(fixture(name), tmp_path / "out.safetensors", "sd-scripts")
+    # FLUX' converter forgets the prefix of what is outside the blocks, and its loader then skips it.
+    expected = {n: v for n, v in truth(name).items() if kind != "flux" or n not in ("norm_out_linear", "proj_out")}
+    filled_up = {flat(n) for n, _ in MODELS[kind]().named_modules() if re.search(r"blocks\.0\.(attn\.\w+|proj_mlp)$", n)}
+    found = all_deltas(through_pipeline(kind, path, set(expected) | (filled_up if kind == "flux" else set())))
+    assert_close(beside_zeros(found, expected), expected, 2e-2)
+    assert not complaints
+
+
 @pytest.mark.parametrize("name", ["lycoris_lokr", "lycoris_loha", "lycoris_lokr_tucker", "lycoris_lokr_dora", "peft_loha"])
 def test_diffusers_takes_other_families_as_lora(name, tmp_path, complaints):
     path = saved(fixture(name), tmp_path / "out.safetensors", "diffusers", as_lora=True)
@@ -239,8 +293,9 @@ def test_diffusers_takes_the_samples_lokr_itself(tmp_path, complaints):
     model = MODELS["z_image"]()
     with_memory(model, {flat(key.rpartition(".")[0]) for key in state})
     model.load_lora_adapter(state, prefix="transformer")  # type: ignore[operator]
+    assert len(list(layers(model))) == 21
     # Diffusers bakes the alpha into the file's own dtype.
-    assert_close(loaded_deltas(model), truth("z_image_lokr"), 2e-2)
+    assert_close(loaded_deltas(model, "layers_0_"), first_layer(), 2e-2)
     assert not complaints
 
 
@@ -298,16 +353,37 @@ def test_a_fused_kohya_flux_file(alpha, tmp_path, complaints):
     assert not complaints
 
 
-def test_diffusers_never_loads_t5(tmp_path):
-    """Its FLUX pipeline reads ``text_encoder.`` alone and would skip T5's keys without a word: refused."""
+@pytest.mark.parametrize(("arch", "encoder"), [("flux1-dev", "lora_te3"), ("chroma", "lora_te1")])
+def test_diffusers_never_loads_t5(arch, encoder, tmp_path):
+    """FLUX' pipeline would skip its keys without a word, Chroma's cannot make out what they are: refused."""
     torch.manual_seed(2)
     modules = {
         "lora_unet_double_blocks_0_img_attn_proj": low_rank(3072, 3072, 2, 1, torch.float32),
-        "lora_te3_encoder_block_0_layer_0_SelfAttention_q": low_rank(4096, 4096, 2, 1, torch.float32),
+        f"{encoder}_encoder_block_0_layer_0_SelfAttention_q": low_rank(4096, 4096, 2, 1, torch.float32),
     }
     save_file({f"{m}.{k}": v for m, parts in modules.items() for k, v in parts.items()}, tmp_path / "in.safetensors")
     with pytest.raises(NotRepresentableError, match="SelfAttention_q"):
-        saved(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers", arch="flux1-dev")
+        saved(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers", arch=arch)
+
+
+@pytest.mark.parametrize("alpha", ["fold", "header"])
+def test_magnitudes_of_a_text_encoder(alpha, tmp_path, complaints):
+    torch.manual_seed(3)
+    modules = {
+        "lora_te1_text_model_encoder_layers_3_self_attn_k_proj": low_rank(768, 768, 2, 1, torch.float32),
+        "lora_te2_text_model_encoder_layers_3_self_attn_k_proj": low_rank(1280, 1280, 3, 2, torch.float32),
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": low_rank(640, 640, 2, 3, torch.float32),
+    }
+    for parts in modules.values():
+        parts["dora_scale"] = 1 + torch.rand(len(parts["lora_up.weight"]), 1)
+    save_file({f"{m}.{k}": v for m, parts in modules.items() for k, v in parts.items()}, tmp_path / "in.safetensors")
+    models = loaded("sdxl", saved(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers", alpha))
+    for model, parts in zip(map(models.get, ("text_encoder", "text_encoder_2", "unet")), modules.values(), strict=True):
+        assert model is not None
+        (weight, magnitude) = loaded_deltas(model).values()
+        np.testing.assert_allclose(weight, rows_probe(parts, 0, len(parts["dora_scale"])), rtol=1e-4)
+        np.testing.assert_allclose(magnitude, bilinear(parts["dora_scale"].numpy().ravel()))
+    assert not complaints
 
 
 def test_wans_second_expert(tmp_path, complaints):
@@ -401,7 +477,7 @@ def test_peft_takes_the_sample(tmp_path):
     folder = saved(SAMPLE, tmp_path / "out", "peft")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["decompose_factor"]) == ("LOKR", -1)
-    assert_close(loaded_deltas(peft_loaded(MODELS["z_image"](), folder)), truth("z_image_lokr"), EXACT)
+    assert_close(loaded_deltas(peft_loaded(MODELS["z_image"](), folder), "layers_0_"), first_layer(), EXACT)
 
 
 def test_peft_folders_of_a_pipeline(tmp_path):

@@ -22,7 +22,7 @@ from lorasurgery.layouts.targets import LAYOUTS
 from tests.probes import bilinear, probes
 
 if TYPE_CHECKING:
-    from lorasurgery.adapter import Adapter, Module
+    from lorasurgery.adapter import Adapter, Module, Site
 
 HERE = Path(__file__).parent / "fixtures"
 PRODUCERS = HERE / "producers"
@@ -90,13 +90,13 @@ def measured(module: Module) -> np.ndarray:
     return bilinear(module.dense())
 
 
-def weights(own: Adapter) -> dict[object, np.ndarray]:
+def weights(own: Adapter) -> dict[Site, np.ndarray]:
     """The probes of every module that adds to a weight."""
     return {site: measured(module) for site, module in own if module.delta is not None and module.family != "ia3"}
 
 
 @cache
-def source_weights(name: str) -> dict[object, np.ndarray]:
+def source_weights(name: str) -> dict[Site, np.ndarray]:
     return weights(adapter(name))
 
 

@@ -1,4 +1,4 @@
-"""The documents are true: every command of the README runs, its tables and examples say what happens, the reference is current."""
+"""The documents are true: the README's commands run, its tables and examples say what happens, the reference is current."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lorasurgery.layouts.targets import ALIASES, LAYOUTS
+
 from tests.edges import DIM, lokr, loha, lora, run, save  # isort: skip
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ OUT = "lora_unet_layers_0_attention_out"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture
@@ -89,7 +90,11 @@ FAMILIES: dict[str, list[dict[str, np.ndarray]]] = {
     "LoKr": [lokr(OUT)],
     "full difference": [{f"{OUT}.diff": noise(DIM, DIM)}],
     "bias beside a LoRA": [{**lora(OUT), f"{OUT}.diff_b": noise(DIM)}],
-    "bias alone, norm, replacement": [{f"{OUT}.diff_b": noise(DIM)}, {f"{NORM}.w_norm": noise(DIM)}, {f"{NORM}.set_weight": noise(DIM)}],
+    "bias alone, norm, replacement": [
+        {f"{OUT}.diff_b": noise(DIM)},
+        {f"{NORM}.w_norm": noise(DIM)},
+        {f"{NORM}.set_weight": noise(DIM)},
+    ],
     "OFT, BOFT, GLoRA, (IA)^3": [
         {f"{OUT}.oft_blocks": noise(4, 8, 8)},
         {f"{OUT}.oft_blocks": noise(2, 4, 8, 8)},
@@ -111,8 +116,8 @@ def test_family_table_names_every_family_and_target() -> None:
 def test_family_table_says_what_happens(row: list[str], tmp_path: Path) -> None:
     targets = table("Families and targets")[0][1:]
     for i, tensors in enumerate(FAMILIES[row[0]]):
-        mixed = {**BESIDE, **tensors} if not any("hada" in key or "lokr" in key for key in tensors) else tensors
-        source = save(tmp_path / f"{i}.safetensors", mixed)
+        alone = any(word in key for key in tensors for word in (".hada", ".lokr", ".lora"))
+        source = save(tmp_path / f"{i}.safetensors", tensors if alone else {**BESIDE, **tensors})
         for target, cell in zip(targets, row[1:], strict=True):
             args = ("convert", source, tmp_path / "out", "-t", target, "--arch", "z-image", "--dry-run")
             plain = run(*args)
@@ -136,7 +141,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_cli_reference_is_current() -> None:
-    done = subprocess.run([sys.executable, "scripts/make_docs.py", "--check"], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "scripts/make_docs.py", "--check"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

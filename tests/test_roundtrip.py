@@ -172,7 +172,7 @@ def test_default_and_other_are_inverse(key: str, family: str, tmp_path: Path) ->
     else:  # their keys and alphas are kept
         assert convert(other.as_made(), "default", tmp_path, alpha="keep").tensors == made.tensors
     back = convert(other.as_made(), "default", tmp_path)
-    assert {k for k in back.tensors} == set(made.tensors)
+    assert set(back.tensors) == set(made.tensors)
     assert_same(other.meaning(), meaning_as(back.as_made(), "sd-scripts"))
 
 
@@ -269,9 +269,7 @@ def test_every_module_of_every_table_goes_everywhere(key: str) -> None:
             kept = {s: m for s, m in current if m.family == "lora" and (s.component == DENOISER or speller.stem(s))}
             current = Adapter(arch, kept, {}, current.layout)
             encoders = {s for s in kept if s.component != DENOISER}
-            start = {
-                s: v for s, v in start.items() if s in encoders or len(arch.shapes.get(s.spans[0].weight, ())) > 1
-            }
+            start = {s: v for s, v in start.items() if s in encoders or len(arch.shapes.get(s.spans[0].weight, ())) > 1}
         current = reread(current, target)
     same = sites(reread(current, "comfyui" if arch.has_comfyui else "sd-scripts")) == start
     assert same

@@ -129,7 +129,9 @@ COMPLETE = {
     "invoke_flux_lora_aitoolkit_format": Known("flux1-dev", "comfyui", {"lora": 228}, own="other"),
     "invoke_flux_lora_diffusers_base_model_format": Known("flux1-dev", "peft", {"lora": 381}, own="peft"),
     "invoke_flux_lora_diffusers_format": Known("flux1-dev", "diffusers", {"lora": 494}, own="diffusers"),
-    "invoke_flux_lora_diffusers_no_proj_mlp_format": Known("flux1-dev", "diffusers", {"lora": 342}, own="diffusers", added=("proj_mlp",)),
+    "invoke_flux_lora_diffusers_no_proj_mlp_format": Known(
+        "flux1-dev", "diffusers", {"lora": 342}, own="diffusers", added=("proj_mlp",)
+    ),
     "invoke_flux_lora_kohya_format": Known("flux1-dev", "sd-scripts", {"lora": 304}, own="sd-scripts"),
     "invoke_flux_lora_kohya_with_te1_format": Known("flux1-dev", "sd-scripts", {"lora": 376}, own="sd-scripts"),
     "sdscripts_doc_flux_aitoolkit_diffusers": Known("flux1-dev", "diffusers", {"lora": 494}, own="diffusers"),

@@ -13,7 +13,6 @@ TABLES = (
         name="Chroma",
         source="ComfyUI comfy/ldm/chroma/model.py (2026-05), Diffusers ChromaTransformer2DModel 0.42",
         comfyui_split="transformer.",
-        diffusers_encoders=("text_encoder",),
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
         metadata_names=("chroma",),
         rows=(

@@ -79,8 +79,8 @@ def _route(*names: Spelling, t5: tuple[str, ...] = (), when: tuple[Has, ...] = (
 
 BECAUSE = (
     Note(r"^lora_te_layers_", "ComfyUI 2026-05 has no such name for this text encoder (later versions do)"),
-    Note(r"^unet\..*\.attn[12]\.to_", "of SD and SDXL's Diffusers names it knows the attention only as `.processor.to_q`"),
-    Note(r"^base_model\.model\.", "the prefix base_model.model. is known for SD3 and PixArt only"),
+    Note(r"^unet\..*\.attn[12]\.to_", "ComfyUI knows SD's and SDXL's attention in Diffusers' names only as attn1.processor.to_q"),
+    Note(r"^base_model\.model\.", "ComfyUI knows the prefix base_model.model. for SD3 and PixArt only"),
     Note(r"^transformer_2\.", "the second expert of Wan 2.2 is a file of its own"),
     Note(r"\.processor\.", "XLabs files are converted only when they hold the last double and the last single block"),
 )

@@ -63,6 +63,8 @@ class EncoderSpelling(NamedTuple):
     """Encoders this is for; empty: all."""
     flat: bool = False
     only: str = ANYTHING
+    optional: str = ""
+    """A beginning of the name that may be left out."""
 
 
 class Has(NamedTuple):
@@ -94,6 +96,8 @@ class Route:
     """Keys of modules without a known name that are passed over; any other makes the loader refuse the file."""
     ignores_words: str = ANYTHING
     """The same for suffixes it does not read."""
+    refuses: str = NOTHING
+    """One such key makes it refuse the file, whatever its name and suffix."""
     needs_alpha: bool = False
     """A module without alpha makes it refuse the file."""
     complete: tuple[str, ...] = ()

@@ -13,7 +13,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from lorasurgery.cli.check import check
 from lorasurgery.cli.convert import convert
+from lorasurgery.cli.inspect import inspect
+from lorasurgery.cli.meta import meta
 from lorasurgery.cli.render import show_error
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.version import __version__
@@ -52,6 +55,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 refused or failed, 2 usage, 3 some files of a batch failed.",
 )
 app.command()(convert)
+app.command()(inspect)
+app.command()(check)
+app.add_typer(meta)
 
 
 def _version(asked: bool) -> None:

@@ -85,7 +85,6 @@ class Hadamard:
         down = computed("F64", (first * second, *self.w1_b.shape[1:]), lambda: _rowwise(self.w1_b.f64(), self.w2_b.f64()))
         return LowRank(up, down)
 
-
     def _tucker_to_low_rank(self, t1: Tensor, t2: Tensor) -> LowRank:
         """The same with each core multiplied into its w*_b; w*_a are (rank, out)."""
         rank, kernel = t1.shape[0] * t2.shape[0], t1.shape[2:]

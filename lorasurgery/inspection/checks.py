@@ -13,10 +13,10 @@ from lorasurgery.io.tensors import FLOATS
 from lorasurgery.layouts.words import split_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.inspection.description import LokrFactor, ModuleInfo
+    from lorasurgery.inspection.description import LokrFactor
     from lorasurgery.inspection.structure import Structure
     from lorasurgery.io.header import RawFile
 
@@ -86,22 +86,22 @@ def _dim_and_alpha(raw: RawFile, found: Structure) -> Iterator[Finding]:
             yield Finding(key.replace("ss_", "").replace("_", "-"), f"{key} says {said:g}, the tensors have {label} {real}")
 
 
-def _alphas(raw: RawFile, found: Structure) -> Iterator[Finding]:  # noqa: ARG001  the checks' signature
-    """Infinite or zero alphas. Of a LoKr with both factors whole no program reads it."""
+def _alphas(raw: RawFile, found: Structure) -> Iterator[Finding]:
+    """Infinite or zero alphas of modules that are divided by their rank."""
     odd: dict[str, list[str]] = {"infinite-alpha": [], "zero-alpha": []}
     for key, tensor in raw.tensors.items():
         if key.endswith(".alpha") and tensor.size == 1:
             value = tensor.item()
             if not isfinite(value):
                 odd["infinite-alpha"].append(key)
-            elif value == 0.0 and "oft" not in {m.family for m in found.modules[:1]}:
+            elif value == 0.0:
                 odd["zero-alpha"].append(key)
-    whole = {f"{m.name}.alpha" for m in found.modules if m.family == "lokr" and m.rank is None}
+    whole = {f"{m.name}.alpha" for m in found.modules if m.rank is None}  # OFT's is a constraint, a whole LoKr's unused
     for code, keys in odd.items():
         read = [key for key in keys if key not in whole]
         if read:
             word = "no finite number" if code == "infinite-alpha" else "zero, so the module does nothing"
-            yield Finding(code, f"{len(read)} alphas are {word}, first {read[0]}")
+            yield Finding(code, f"{len(read)} alphas are {word}; first {read[0]}")
 
 
 def _dtypes(raw: RawFile, found: Structure) -> Iterator[Finding]:  # noqa: ARG001  the checks' signature

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lorasurgery.api import read_any
 from lorasurgery.errors import NotAnAdapterError
 from lorasurgery.inspection.checks import findings
-from lorasurgery.inspection.description import Description, Key, Numbers
+from lorasurgery.inspection.description import NONE, Description, Finding, Key, Numbers
 from lorasurgery.inspection.gguf import describe_gguf, is_gguf
 from lorasurgery.inspection.lokr import lokr_factor
 from lorasurgery.inspection.models import identify
 from lorasurgery.inspection.structure import Structure, read_structure
 from lorasurgery.inspection.trainers import trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
-from lorasurgery.io.header import RawFile
 from lorasurgery.io.peft_folder import CONFIG, is_peft_folder, read_peft_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.tensors import FileSource, of_bytes
@@ -26,6 +25,8 @@ from lorasurgery.layouts.scales import PeftConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from lorasurgery.io.header import RawFile
 
 SMALL = 8
 """Bytes of the largest scalar."""
@@ -183,10 +184,11 @@ def _no_adapter(opened: Opened, error: NotAnAdapterError, *, tags: bool) -> Desc
     """The description of a readable file that is no adapter."""
     common = _common(opened, tags=tags)
     if "mangled" in error.message:
-        return Description(kind="mangled-adapter", summary=error.message, warnings=_mangled(error), **common)
+        return Description(
+            kind="mangled-adapter", summary=error.message, warnings=(Finding("mangled", error.message),), **common
+        )
     model = identify(opened.raw.tensors)
     arch = model.architecture
-    named = {} if arch is None else {"architecture": arch.id, "variant": arch.variant, "architecture_name": arch.name}
     return Description(
         kind=model.kind,
         summary=model.title,
@@ -194,15 +196,11 @@ def _no_adapter(opened: Opened, error: NotAnAdapterError, *, tags: bool) -> Desc
         layout=model.layout,
         components=dict(model.components),
         candidates=() if arch is None else ((arch.key, model.coverage),),
-        **named,
+        architecture="unknown" if arch is None else arch.id,
+        variant="" if arch is None else arch.variant,
+        architecture_name="" if arch is None else arch.name,
         **common,
     )
-
-
-def _mangled(error: NotAnAdapterError) -> tuple[Any, ...]:
-    from lorasurgery.inspection.description import Finding
-
-    return (Finding("mangled", error.message),)
 
 
 def _dylora(metadata: Mapping[str, str]) -> bool:
@@ -218,7 +216,7 @@ def _count(values: Iterable[Any]) -> dict[str, int]:
 def _numbers(values: Iterable[float | None]) -> Numbers:
     counts = Counter(value for value in values if value is not None)
     if not counts:
-        return Numbers(None, None, {})
+        return NONE
     return Numbers(min(counts), max(counts), {f"{value:.9g}": count for value, count in sorted(counts.items())})
 
 

@@ -83,6 +83,9 @@ class Numbers(NamedTuple):
     histogram: Mapping[str, int]
 
 
+NONE = Numbers(None, None, {})
+
+
 @dataclass(frozen=True, slots=True)
 class LokrFactor:
     """The LoKr factor as the file says it, and as the shapes of its modules allow it."""
@@ -123,9 +126,9 @@ class Description:
     trainer: Trainer | None = None
     families: Mapping[str, int] = field(default_factory=dict)
     components: Mapping[str, int] = field(default_factory=dict)
-    rank: Numbers = Numbers(None, None, {})
-    alpha: Numbers = Numbers(None, None, {})
-    scale: Numbers = Numbers(None, None, {})
+    rank: Numbers = NONE
+    alpha: Numbers = NONE
+    scale: Numbers = NONE
     scale_sources: Mapping[str, int] = field(default_factory=dict)
     dtype: Mapping[str, int] = field(default_factory=dict)
     """dtype -> number of parameters."""

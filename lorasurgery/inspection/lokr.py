@@ -63,5 +63,3 @@ def _gives(factor: int, shape: tuple[int, ...], kernel: tuple[int, ...], outer: 
         return False
     rows, across = factorization(out, factor), factorization(columns, factor)
     return outer[0] in rows and outer[1] == across[0]
-
-

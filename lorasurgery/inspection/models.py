@@ -56,7 +56,7 @@ COMPONENTS = (
     ("vae", ("first_stage_model.", "vae.")),
     ("text encoders", ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "text_encoder_2.", "te.")),
 )
-_VAE = re.compile(r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in|conv1|conv_out|mid|mid_block|up_blocks|downsamples)\b")
+_VAE = re.compile(r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in|conv1|conv_out|mid|mid_block|up_blocks)\b")
 _ENCODER_ROOTS = ("", "text_model.", "model.", "transformer.", "transformer.text_model.", "text_encoders.clip_l.transformer.")
 ENOUGH = 0.5
 
@@ -73,11 +73,20 @@ def identify(tensors: Mapping[str, Tensor]) -> Model:
     match = _denoiser(shapes)
     if match is not None:
         return _model(*match, components)
+    return _part(tensors, shapes) or _unknown(tensors, shapes, components)
+
+
+def _part(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Model | None:
+    """A VAE or a text encoder alone."""
     if sum(bool(_VAE.match(key)) for key in tensors) > 1:
         return Model("vae", "a VAE", components=(("vae", len(tensors)),))
     encoder = _encoder(shapes)
-    if encoder is not None:
-        return Model("text-encoder", f"a text encoder ({encoder})", components=((encoder, len(tensors)),))
+    if encoder is None:
+        return None
+    return Model("text-encoder", f"a text encoder ({encoder})", components=((encoder, len(tensors)),))
+
+
+def _unknown(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], components: tuple[tuple[str, int], ...]) -> Model:
     if len(components) > 1:
         return Model("checkpoint", "a whole checkpoint of a model no table knows", components=components)
     if len(shapes) * 2 >= len(tensors):

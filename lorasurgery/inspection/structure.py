@@ -14,7 +14,7 @@ from lorasurgery.errors import BrokenModuleError, SurgeryError, UnknownArchitect
 from lorasurgery.inspection.description import Finding
 from lorasurgery.inspection.modules import module_info, unknown_layout, unknown_module
 from lorasurgery.io.header import RawFile
-from lorasurgery.layouts.detect import detect, same_results
+from lorasurgery.layouts.detect import detect, expected_shape, fits, same_results
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.names import index
@@ -66,20 +66,18 @@ def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None
     groups, others = _grouped(raw, findings)
     refuse_other_models(raw, groups)
     configs = _configs(raw, findings) if configs is None else configs
-    deltas, broken = _built(groups, raw, findings)
+    deltas, broken = _built(groups, raw)
     shapes = {stem: None if (delta := deltas.get(stem)) is None else delta.shape for stem in groups}
     embeddings = tuple(key for key in others if key.startswith(EMBEDDINGS))
     lost = [(k, "not part of any module") for k in others if k not in TOP_LEVEL and k not in embeddings]
     try:
         best, ties = detect(shapes, raw.metadata, path=raw.path)
     except UnknownArchitectureError as error:
-        findings.append(Finding("unknown-architecture", error.message))
+        findings += [*_broken(broken), Finding("unknown-architecture", error.message)]
         rules = _rules(raw, configs)
         modules = [unknown_module(own, deltas.get(stem), rules, broken.get(stem)) for stem, own in groups.items()]
         layout = unknown_layout(groups.values())
-        return Structure(
-            None, error.candidates, (), 0.0, layout, tuple(modules), embeddings, tuple(lost), tuple(findings)
-        )
+        return Structure(None, error.candidates, (), 0.0, layout, tuple(modules), embeddings, tuple(lost), tuple(findings))
     return _explained(raw, _Parts(groups, deltas, broken, configs), (best, ties), embeddings, lost, findings)
 
 
@@ -93,7 +91,7 @@ class _Parts:
     configs: Mapping[str, PeftConfig]
 
 
-def _explained(  # noqa: PLR0917  the parts of a result
+def _explained(
     raw: RawFile,
     parts: _Parts,
     matches: tuple[Match, list[Match]],
@@ -109,6 +107,7 @@ def _explained(  # noqa: PLR0917  the parts of a result
     whole = {stem: own for stem, own in parts.groups.items() if found[stem] is not None and stem not in parts.broken}
     read, layout = _parsed(raw, whole, arch, parts.configs, findings)
     broken = {**parts.broken, **{stem: reason for stem, reason in read.items() if isinstance(reason, str)}}
+    findings += _broken(broken)
     infos = []
     rules = _rules(raw, parts.configs)
     for stem, own in parts.groups.items():
@@ -172,26 +171,30 @@ def _configs(raw: RawFile, findings: list[Finding]) -> Mapping[str, PeftConfig]:
         return {}
 
 
-def _built(
-    groups: Mapping[str, Group], raw: RawFile, findings: list[Finding]
-) -> tuple[dict[str, Delta | None], dict[str, str]]:
+def _built(groups: Mapping[str, Group], raw: RawFile) -> tuple[dict[str, Delta | None], dict[str, str]]:
     """Module -> delta, and module -> what is wrong with it."""
     deltas: dict[str, Delta | None] = {}
     broken: dict[str, str] = {}
     for stem, own in groups.items():
-        try:
-            deltas[stem] = build(own, raw.path)
-        except BrokenModuleError as error:
-            broken[stem] = error.message
-            findings.append(Finding("broken-module", error.message))
+        delta = _build(own, raw)
+        if isinstance(delta, str):
+            broken[stem] = delta
+        else:
+            deltas[stem] = delta
     return deltas, broken
+
+
+def _build(own: Group, raw: RawFile) -> Delta | str | None:
+    """The delta, or what is wrong."""
+    try:
+        return build(own, raw.path)
+    except BrokenModuleError as error:
+        return error.message
 
 
 def _rules(raw: RawFile, configs: Mapping[str, PeftConfig]) -> ScaleRules:
     flag = raw.tensors.get(FLAGS[0])
-    return ScaleRules(
-        configs, rslora_flag=flag is not None and bool(flag.item()), whole_lokr_by_shape=FACTOR in raw.tensors
-    )
+    return ScaleRules(configs, rslora_flag=flag is not None and bool(flag.item()), whole_lokr_by_shape=FACTOR in raw.tensors)
 
 
 def _parsed(
@@ -210,14 +213,34 @@ def _parsed(
     read = {}
     layouts: Counter[str] = Counter()
     for stem, own in groups.items():
-        try:
-            adapter = parse(_part(raw, [own]), among=(arch,), configs=configs)
-            read[stem] = next(iter(adapter.modules.values()))
-            layouts[adapter.layout] += 1
-        except SurgeryError as error:
-            read[stem] = error.message
-            findings.append(Finding("broken-module", error.message))
+        read[stem], layout = _parsed_alone(raw, own, arch, configs)
+        layouts[layout] += 1
+    layouts.pop("", None)
     return read, layouts.most_common(1)[0][0] if layouts else "unknown"
+
+
+def _parsed_alone(raw: RawFile, own: Group, arch: Architecture, configs: Mapping[str, PeftConfig]) -> tuple[Module | str, str]:
+    """One module, or what is wrong with it; and its layout."""
+    try:
+        adapter = parse(_part(raw, [own]), among=(arch,), configs=configs)
+    except SurgeryError as error:
+        return _misfit(own, arch, raw) or error.message, ""
+    return next(iter(adapter.modules.values())), adapter.layout
+
+
+def _misfit(own: Group, arch: Architecture, raw: RawFile) -> str | None:
+    """The sentence for a module whose shape is not its base weight's."""
+    delta, place = build(own, raw.path), index(arch).find(own.stem)
+    if delta is None or place is None or fits(delta.shape, expected := expected_shape(arch, place.site)):
+        return None
+    return f"{own.stem} is {list(delta.shape)}, {arch.name} expects {list(expected)}"
+
+
+def _broken(problems: Mapping[str, str]) -> list[Finding]:
+    if not problems:
+        return []
+    count = "1 module is" if len(problems) == 1 else f"{len(problems)} modules are"
+    return [Finding("broken-module", f"{count} broken, first: {next(iter(problems.values()))}")]
 
 
 def _part(raw: RawFile, groups: Iterable[Group]) -> RawFile:

@@ -24,7 +24,8 @@ MAX_HEADER = 100_000_000
 _AGAIN = "download it again, or save it again with the program that made it"
 
 DTYPE_ORDER = (
-    "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8",
+    "U8", "BOOL",
 )  # fmt: skip
 """The serialiser writes tensors by dtype in this order, then by name (observed with safetensors 0.8.0)."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
+from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.deltas.base import multiplied
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
@@ -80,9 +81,7 @@ def emit(
     return result
 
 
-def _module(
-    module: Module, stem: str, shape: Shape, target: Layout, policy: str, report: Report, result: Emitted
-) -> None:
+def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str, report: Report, result: Emitted) -> None:
     words = SUFFIXES[target.words]
     tensors = result.tensors
     scale, rank = module.scale.value, 1
@@ -96,7 +95,9 @@ def _module(
             tensors[f"{stem}.alpha"] = alpha
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)
     if module.magnitude is not None:
-        tensors[stem + words["magnitude"]] = _magnitude(module, module.magnitude, target)
+        # transformers 5 loads text encoders' adapters itself and, unlike PEFT, wants the parameter's whole name.
+        whole = ".weight" if target.id == "diffusers" and module.site.component in TEXT_ENCODERS else ""
+        tensors[stem + words["magnitude"] + whole] = _magnitude(module, module.magnitude, target)
     if module.bias is not None:
         family = "norm bias" if module.family == "norm" else "bias"
         bias = module.bias
@@ -109,8 +110,10 @@ def _module(
 
 
 def _fitted(delta: LowRank, slot: str, tensor: Tensor, shape: Shape) -> Tensor:
-    """A factor with as many axes as the layer it becomes: LyCORIS writes (out, rank) for convolutions in DyLoRA, LoKr
-    and LoHa are flat there, and some files have 1x1 convolutions for linear layers.
+    """A factor with as many axes as the layer it becomes, for readers that copy it into one.
+
+    LyCORIS writes (out, rank) for convolutions in DyLoRA, LoKr and LoHa are flat there, and some files have 1x1
+    convolutions for linear layers.
     """
     kernel = shape[2:]
     ones = tuple(1 for _ in kernel)

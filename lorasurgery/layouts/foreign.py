@@ -80,6 +80,11 @@ def _refuse_mangled(raw: RawFile, known: int) -> None:
     )
 
 
+def unmangled(stem: str) -> str:
+    """A module's name without a prefix that was put before it twice (``lora_unet_unet_``)."""
+    return _TWICE.sub(r"\1", stem)
+
+
 def expected_key(key: str) -> str:
     """What a mangled key should have been: its module's name, a dot, and the suffix word as trainers write it.
 
@@ -89,7 +94,7 @@ def expected_key(key: str) -> str:
     match = _TOKENS.search(key)
     if match is None:
         return "MODULE.lora_down.weight"
-    stem = _TWICE.sub(r"\1", key[: match.start()])
+    stem = unmangled(key[: match.start()])
     if match[1].startswith(("hada", "lokr")):
         return f"{stem}.{match[1]}"
     return f"{stem}.lora_{re.split('[._]', match[1])[-1]}.weight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.deltas.full import Full, Opaque
@@ -205,19 +206,41 @@ def _check_fit(own: Group, delta: Delta, path: object) -> None:
         )
         if core is not None:
             pairs.append(("mid", core.shape[1], "down", delta.rank))
+            for slot, factor in (("up", delta.up), ("down", delta.down)):
+                if prod(factor.shape[2:]) != 1:
+                    text = f"{own.stem}: {slot} has shape {list(factor.shape)}, beside a mid it has no kernel of its own"
+                    raise _broken(own, path, text, "the original file")
     elif isinstance(delta, Hadamard):
-        axis = 1 if delta.t1 is None else 0
-        pairs += [("hada_w1_a", delta.w1_a.shape[axis], "hada_w1_b", delta.w1_b.shape[0])]
-        pairs += [("hada_w2_a", delta.w2_a.shape[axis], "hada_w2_b", delta.w2_b.shape[0])]
+        pairs += _arm_ranks("hada_w1", "hada_t1", delta.w1_a, delta.w1_b, delta.t1)
+        pairs += _arm_ranks("hada_w2", "hada_t2", delta.w2_a, delta.w2_b, delta.t2)
     elif isinstance(delta, Kronecker):
         if delta.w1 is None and delta.w1_a is not None and delta.w1_b is not None:
             pairs.append(("lokr_w1_a", delta.w1_a.shape[1], "lokr_w1_b", delta.w1_b.shape[0]))
         if delta.w2 is None and delta.w2_a is not None and delta.w2_b is not None:
-            axis = 1 if delta.t2 is None else 0
-            pairs.append(("lokr_w2_a", delta.w2_a.shape[axis], "lokr_w2_b", delta.w2_b.shape[0]))
+            pairs += _arm_ranks("lokr_w2", "lokr_t2", delta.w2_a, delta.w2_b, delta.t2)
+    if isinstance(delta, Hadamard):
+        _check_arms(own, delta, path)
     for first, has, second, other in pairs:
         if has != other:
             raise _broken(own, path, f"{own.stem}: {first} has rank {has} but {second} has {other}", "the original file")
+
+
+def _arm_ranks(name: str, core_name: str, a: Tensor, b: Tensor, core: Tensor | None) -> list[tuple[str, int, str, int]]:
+    """The inner dimensions of a @ b that must be equal, or of a, b and the Tucker core between them."""
+    if core is None:
+        return [(f"{name}_a", a.shape[1], f"{name}_b", b.shape[0])]
+    return [(f"{name}_a", a.shape[0], core_name, core.shape[0]), (core_name, core.shape[1], f"{name}_b", b.shape[0])]
+
+
+def _check_arms(own: Group, delta: Hadamard, path: object) -> None:
+    """Both arms of a LoHa have one shape."""
+    if (delta.t1 is None) != (delta.t2 is None):
+        raise _broken(own, path, f"{own.stem} has only one of hada_t1 and hada_t2", "the complete file")
+    axis = 0 if delta.t1 is None else 1
+    kernels = [None if core is None else core.shape[2:] for core in (delta.t1, delta.t2)]
+    one, two = ([a.shape[axis], *b.shape[1:]] for a, b in ((delta.w1_a, delta.w1_b), (delta.w2_a, delta.w2_b)))
+    if one != two or kernels[0] != kernels[1]:
+        raise _broken(own, path, f"{own.stem}: the first arm of this LoHa is {one}, the second {two}", "the original file")
 
 
 def _broken(own: Group, path: object, message: str, hint: str) -> BrokenModuleError:

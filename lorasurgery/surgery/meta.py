@@ -1,5 +1,7 @@
-"""Edits of a file's metadata: set, unset, strip, copy. The tensors are not touched, and the hashes that hang on the
-metadata stay true."""
+"""Edits of a file's metadata: set, unset, strip, copy.
+
+The tensors are not touched, and the hash that hangs on the metadata stays true.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@
 - AutoV3: sha256 of the data region, 12 digits (webui's ``addnet_hash_safetensors`` for LoRAs, CivitAI).
 - ``modelspec.hash_sha256``: ``0x`` and sha256 of all tensor content (SAI Model Spec). Writers differ in the order: the data
   as it lies in the file (SwarmUI) or the tensors by name (OneTrainer ``BaseModelSaver``).
+
+LyCORIS writes yet another ``sshs_model_hash``, with ``0x`` before it: ``precalculate_safetensors_hashes`` in lycoris/utils.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ _RANDOM = (
     "nobody can compute this hash again"
 )
 _ON_DISK = "of the data as it lies in the file; sd-scripts, which puts the tensors in order first, would write another"
+_LYCORIS = (
+    "LyCORIS's own hash: 0x and the sha256 of the tensors in the order the trainer held them, which no file keeps; "
+    "fix --all writes sd-scripts' hash, which is the one that programs compute"
+)
 _BY_NAME = "of the tensors in the order of their names, as OneTrainer computes it"
 
 
@@ -79,13 +85,18 @@ class Verified:
 
     @property
     def verdict(self) -> str:
-        """``stale`` if one is, else ``right`` if one is, else ``cannot be checked``, else ``absent``."""
+        """The first of ``stale``, ``cannot be checked``, ``right`` and ``absent`` that is said of any hash."""
         found = {one.verdict for one in self.stored}
-        return next(verdict for verdict in (STALE, RIGHT, UNKNOWN, ABSENT) if verdict in found)
+        return next(verdict for verdict in (STALE, UNKNOWN, RIGHT, ABSENT) if verdict in found)
 
-    def corrections(self, *, add: bool = False) -> dict[str, str]:
-        """The values that mend the stale ones, and with ``add`` fill in sd-scripts' two where they are absent."""
-        wrong = [one for one in self.stored if one.verdict == STALE or (add and one.verdict == ABSENT and one.key != SPEC_HASH)]
+    def corrections(self, *, add: bool = False, unknown: bool = False) -> dict[str, str]:
+        """The values that mend the stale hashes.
+
+        ``add`` fills in sd-scripts' two where they are absent, ``unknown`` replaces what cannot be checked, where the
+        right value can be computed.
+        """
+        verdicts = {STALE, *([ABSENT] if add else []), *([UNKNOWN] if unknown else [])}
+        wrong = [one for one in self.stored if one.verdict in verdicts and (one.verdict != ABSENT or one.key != SPEC_HASH)]
         return {one.key: one.expected for one in wrong if one.expected is not None}
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +122,7 @@ def verify(raw: RawFile) -> Verified:
     data = data_region(raw)
     whole = Region(data.source, 0, data.offset + data.length)
     ordered = _merged(_regions(raw.tensors, serialiser_order(raw.tensors)))
-    in_order = ordered == _merged([data])
+    in_order = [(region.offset, region.length) for region in ordered] == [(data.offset, data.length)] * bool(data.length)
     with ThreadPoolExecutor(3) as pool:
         file_hash, data_hash = pool.submit(sha256_of, [whole]), pool.submit(sha256_of, [data])
         model_hash = data_hash if in_order else pool.submit(sha256_of, ordered)
@@ -166,6 +177,8 @@ def _model(raw: RawFile, ordered: str, on_disk: str) -> Stored:
         return Stored(MODEL_HASH, value, RIGHT, ordered)
     if value.lower() == on_disk:
         return Stored(MODEL_HASH, value, RIGHT, ordered, _ON_DISK)
+    if value.startswith("0x"):
+        return Stored(MODEL_HASH, value, RIGHT if value[2:] == ordered else UNKNOWN, ordered, _LYCORIS)
     return Stored(MODEL_HASH, value, STALE, ordered, _NOTHING if value.lower() == NOTHING else "")
 
 

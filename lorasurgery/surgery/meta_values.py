@@ -33,6 +33,9 @@ OPTION_KEYS = {
 LARGE_THUMBNAIL = 200_000
 """Bytes from which a thumbnail is worth a remark: the specification wants it very small, 256x256."""
 
+DEEPEST = 100
+"""Levels of nested JSON that are unfolded."""
+
 _IMAGES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"GIF8", "image/gif"))
 _TEXT_KEYS = re.compile(r".*(_name|_hash|_comment|_version|_module|_sha256)")
 _INT, _FLOAT = re.compile(r"[+-]?\d{1,300}"), re.compile(r"[+-]?(\d+\.\d*|\.?\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -78,9 +81,16 @@ def _scalar(text: str) -> Value:
 
 def _nested(text: str) -> Value:
     try:
-        return Value("json", json.loads(text, parse_constant=str, parse_float=_finite))
+        value = json.loads(text, parse_constant=str, parse_float=_finite)
+        return Value("json", value) if _shallow(value, DEEPEST) else Value("text", text)
     except (ValueError, RecursionError):
         return Value("text", text)
+
+
+def _shallow(value: object, levels: int) -> bool:
+    """Whether nothing is nested deeper than ``levels``; what is deeper could not be printed again."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_shallow(one, levels - 1) for one in inner)
 
 
 def _finite(text: str) -> float | str:

@@ -50,15 +50,16 @@ _PUBLISHED = "modelspec."
 
 _LONGEST_PATH = 4096
 
-_HOME = re.compile(r"(?:file://)?(?<![\w.])(?:/home|/Users|[A-Za-z]:[\\/]+Users)[\\/]+[^\\/\s\"',;:]+(?=$|[\s\"',;])", re.MULTILINE)
 _INSIDE = re.compile(
-    r"(?:file://)?(?<![\w.:/\\~-])(?:"
+    r"(?:file://|(?<![\w.:/\\~-]))(?P<folders>"
     r"(?:[A-Za-z]:[\\/]|\\\\)(?:[^\\/:*?\"<>|\r\n,;=]+[\\/]+)+"  # a Windows drive or share: spaces belong to names
-    r"|/(?:home|Users|root|mnt|media|Volumes)/(?:[^/\r\n\"'<>|:;,=()]+/+)*"  # where people's folders are: likewise
+    r"|/(?:home|Users|root|mnt|media|Volumes)/+(?:[^/\r\n\"'<>|:;,=()]+/+)*"  # where people's folders are: likewise
     r"|~?/(?:[^\s\\/\"'<>|:;,=()\[\]{}]+/+)+"  # any other absolute path
-    r")"
+    r")(?P<last>[^\\/\s\"'<>|:;,=()\[\]{}]*)"
 )
-_WHOLE = re.compile(r"(?:file://)?(?:[A-Za-z]:[\\/]|\\\\|~?/)[^\\/\r\n][^\r\n]*[\\/][^\r\n]*")
+_WHOLE = re.compile(r"(?P<folders>(?:file://)?(?:[A-Za-z]:[\\/]|\\\\|~?/)[^\\/][^\r\n]*?[\\/]+)(?P<last>[^\\/\r\n]+)[\\/]*")
+_LISTED = re.compile(r"[,;]\s|\n|\s(?:[A-Za-z]:[\\/]|\\\\|~?/)")
+_HOMES = re.compile(r"(?:file://)?(?:/home|/Users|[A-Za-z]:[\\/]+Users)[\\/]+")
 
 
 def private_keys(metadata: Mapping[str, str]) -> list[str]:
@@ -74,9 +75,9 @@ def without_paths(key: str, text: str) -> str:
         try:
             value = json.loads(text)
             shorter = _walk(value)
+            return text if shorter == value else json.dumps(shorter)
         except (ValueError, RecursionError):
             return _shorten(text, whole=False)
-        return text if shorter == value else json.dumps(shorter)
     return _shorten(text, whole=not key.startswith(_PUBLISHED))
 
 
@@ -98,7 +99,13 @@ def _walk(value: Any) -> Any:  # noqa: ANN401  JSON is anything
 
 
 def _shorten(text: str, *, whole: bool) -> str:
-    text = _HOME.sub("", text)
-    if whole and len(text) <= _LONGEST_PATH and _WHOLE.fullmatch(text):
-        return re.split(r"[\\/]+", text.rstrip("\\/"))[-1]
-    return _INSIDE.sub("", text)
+    if whole and len(text) <= _LONGEST_PATH and not _LISTED.search(text):
+        path = _WHOLE.fullmatch(text)
+        if path is not None:
+            return _last(path)
+    return _INSIDE.sub(_last, text)
+
+
+def _last(path: re.Match[str]) -> str:
+    """The last part of a path; nothing for a home folder, whose last part is a person."""
+    return "" if _HOMES.fullmatch(path["folders"]) else path["last"]

@@ -1,0 +1,112 @@
+"""Diffusers' FLUX.1 (Chroma) and FLUX.2 pipelines: ``FluxLoraLoaderMixin`` and ``Flux2LoraLoaderMixin`` of 0.42."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN
+from lorasurgery.checking.rules import (
+    AB,
+    ALPHA,
+    ANYTHING,
+    DIFFUSERS,
+    KOHYA,
+    LOKR,
+    NOTHING,
+    XLABS,
+    EncoderSpelling,
+    Has,
+    Note,
+    Route,
+    Spelling,
+)
+
+DOWN = Has(r"\.lora_down\.weight")
+LAYERS = r"\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])$"
+BLOCKS = r"^(double|single)_blocks\."
+EMBEDDERS = Note(
+    r"^(lora_unet_|diffusion_model\.)(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)",
+    "the converter forgets the prefix of embedders and the final layer, so they are dropped",
+)
+OTHERS = r"^(?!lora_unet_|diffusion_model\.)|position_embedding|text_projection|\.diff_b$"
+"""What its kohya converter filters out; anything else it cannot name is refused."""
+FINAL = r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
+
+DOTTED_KOHYA = Route(
+    (Spelling("transformer.", DIFFUSERS),), KOHYA | AB, (DOWN, Has(r"^transformer\.")), deletes=DORA,
+    because=(Note(r"^(?!transformer\.)", "beside keys with transformer. all others are dropped"),),
+)  # fmt: skip
+MIXTURE = Route(
+    (
+        Spelling("lora_transformer_", DIFFUSERS, flat=True, only=r"\.attn\.(to|add)_"),
+        Spelling("lora_transformer_", DIFFUSERS, flat=True, only=r"^(context_embedder|norm_out|proj_out|x_embedder|time_text_embed)"),
+    ),
+    KOHYA | ALPHA,
+    (DOWN, Has(r"^lora_transformer_.*(lora_down|lora_up|alpha)")),
+    (EncoderSpelling("lora_te1_", ("clip_l",), flat=True, only=LAYERS),),
+    deletes=DORA,
+    ignores_names=r"^(lora_transformer_|lora_te1_|lora_unet_)",
+    ignores_words=NOTHING,
+    needs_alpha=True,
+    because=(Note(r"^lora_transformer_", "the converter knows attention and embedders only; feed-forward, norm and proj_out of a block overwrite each other"),),
+    error="AssertionError or KeyError",
+)  # fmt: skip
+KOHYA_FILE = Route(
+    tuple(Spelling(p, flat=f, only=BLOCKS) for p, f in (("lora_unet_", True), ("diffusion_model.", False))),
+    KOHYA | ALPHA,
+    (DOWN,),
+    (
+        EncoderSpelling("lora_te_", ("clip_l",), flat=True, only=LAYERS),
+        EncoderSpelling("lora_te1_", ("clip_l",), flat=True, only=LAYERS),
+        EncoderSpelling("text_encoders.clip_l.transformer.", ("clip_l",), only=LAYERS),
+    ),
+    deletes=DORA,
+    ignores_names=f"{OTHERS}|^(lora_unet_|diffusion_model\\.){FINAL}.*(lora_down|lora_up|alpha)",
+    ignores_words=f"{OTHERS}|norm.*\\.diff$",
+    because=(EMBEDDERS,),
+)
+XLABS_FILE = Route(
+    tuple(Spelling(p, "alias") for p in ("", "diffusion_model.")), XLABS, (Has("processor"),), deletes=DORA,
+)  # fmt: skip
+CONTROL = Route(
+    (Spelling(""),), AB | {".lora_B.bias", ".scale"}, (Has(r"query_norm\.scale"),), deletes=DORA, ignores_words=ANYTHING,
+    complete=tuple(
+        f"{s}_blocks.{{i}}.{n}"
+        for s, names in (("double", ("img_attn.qkv", "txt_attn.qkv", "img_mlp.0", "img_mod.lin")), ("single", ("linear1", "linear2")))
+        for n in names
+    ),
+    every_block=True,
+    wrong=(Note(r"^final_layer\.adaLN_modulation", "the converter exchanges the halves of lora_A too, which mixes up the rank"),),
+    error="KeyError",
+)  # fmt: skip
+FAL = Route(
+    (Spelling("base_model.model.", without=r"adaLN|norm\."),), AB | {".lora_B.bias"}, (Has("base_model"),), deletes=DORA,
+    ignores_names=NOTHING, ignores_words=NOTHING, complete=tuple(f"base_model.model.{c}" for c in CONTROL.complete), every_block=True,
+)  # fmt: skip
+FLUX1_PLAIN = replace(PLAIN, reads=PLAIN.reads | ALPHA, ignores_names=ANYTHING, ignores_words=ANYTHING)
+FLUX1 = (DOTTED_KOHYA, MIXTURE, KOHYA_FILE, XLABS_FILE, CONTROL, FAL, FLUX1_PLAIN)
+
+SWAP = Note(r"final_layer[._]adaLN_modulation", "the converter does not exchange the halves of the final layer's scale and shift")
+FLUX2_KOHYA = Route(
+    (Spelling("lora_unet_", flat=True, only=BLOCKS), Spelling("lora_unet_", flat=True, only=r"^(img_in|txt_in|time_in\.|final_layer\.linear)")),
+    KOHYA | ALPHA,
+    (DOWN,),
+    deletes=DORA,
+    because=(Note(r"^(?!lora_unet_)", "a file with lora_down is read under lora_unet_ only"),),
+)  # fmt: skip
+BFL = tuple(Spelling(p) for p in ("diffusion_model.", "base_model.model."))
+EXPANDED = tuple(Spelling(p, DIFFUSERS, only=r"transformer_blocks\.") for p in ("diffusion_model.", "base_model.model."))
+LYCORIS = Route(
+    (Spelling("lycoris_", DIFFUSERS, flat=True, only=r"transformer_blocks\.\d+\.(attn\.(to|add)_|ff)"),), LOKR | ALPHA,
+    (Has(r"\.lokr_"), Has("^lycoris_")), deletes=DORA, ignores_names=NOTHING, ignores_words=NOTHING,
+)  # fmt: skip
+FLUX2 = (
+    FLUX2_KOHYA,
+    LYCORIS,
+    Route(BFL, LOKR | ALPHA, (Has(r"\.lokr_"), Has(r"^(diffusion_model|base_model\.model)\.")), deletes=DORA, ignores_names=NOTHING, ignores_words=NOTHING, wrong=(SWAP,)),
+    Route((Spelling("", DIFFUSERS),), LOKR | ALPHA, (Has(r"\.lokr_"), Has(r"^transformer\.", "none")), deletes=DORA, ignores_words=NOTHING),
+    Route((Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_names="lora|lokr", ignores_words="lora|lokr"),
+    Route((*BFL, *EXPANDED), AB, (Has(r"^(diffusion_model|base_model\.model)\."),), deletes=DORA, ignores_names=NOTHING, ignores_words=NOTHING, wrong=(SWAP,)),
+    PLAIN,
+)  # fmt: skip
+__all__ = ["ENCODERS", "FLUX1", "FLUX2", "NEEDS_LORA"]

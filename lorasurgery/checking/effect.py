@@ -1,0 +1,108 @@
+"""Whether a module that is found also has the effect its file gives it."""
+
+from __future__ import annotations
+
+import re
+from math import isclose, isfinite
+from typing import TYPE_CHECKING
+
+from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, Finding
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE, SET
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasurgery.adapter import Site
+    from lorasurgery.checking.rules import Consumer, Route
+    from lorasurgery.checking.subject import Item
+    from lorasurgery.layouts.group import Entry
+
+LARGEST_ALPHA = 1e8
+"""Above this an alpha is ai-toolkit's stand-in for infinity (1e10), meant for readers that do not use it."""
+ADDITIVE = ("lora", "loha", "lokr", "full", "norm")
+SCALED = ("lora", "loha", "lokr")
+
+
+def effect(item: Item, site: Site | None, consumer: Consumer, route: Route, unread: Sequence[Entry]) -> Finding:
+    """The verdict of a module whose name is read; ``unread`` are those of its tensors whose suffix is not."""
+    families = {e.word.family for e in unread}
+    core = [e for e in unread if e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE)]
+    if core:
+        suffix = core[0].key[len(item.stem) :]
+        return Finding(item.stem, IGNORED, "suffix", f"{consumer.name} does not read {suffix}")
+    if item.delta is None and BIAS in families:
+        return Finding(item.stem, IGNORED, "suffix", f"{consumer.name} does not read these biases")
+    for note in route.wrong:
+        if re.search(note.pattern, item.stem):
+            return Finding(item.stem, CHANGED, "effect", note.text)
+    return (
+        _strength(item, consumer, route)
+        or _dora(item, consumer, route)
+        or _bias(item, site, consumer, families)
+        or _swapped(item, site, consumer)
+        or Finding(item.stem, LOADS)
+    )
+
+
+def _strength(item: Item, consumer: Consumer, route: Route) -> Finding | None:
+    """Another number than the file's own in front of the product."""
+    if item.delta is None or item.delta.family not in SCALED:
+        return None
+    alpha = item.alpha
+    if alpha is not None and alpha.size != 1:
+        return Finding(item.stem, IGNORED, "strength", f"an alpha of shape {list(alpha.shape)} is no number")
+    reads = ".alpha" in route.reads
+    used = item.strength if alpha is not None and reads else item.scale if consumer.header and alpha is None else 1.0
+    if alpha is not None and reads and not item.whole_kronecker and not abs(alpha.item()) < LARGEST_ALPHA:
+        return Finding(item.stem, CHANGED, "strength", f"alpha {alpha.item():g} is read as a number")
+    if isclose(used, item.scale, rel_tol=1e-3) or not isfinite(item.scale):
+        return None
+    ratio = used / item.scale if item.scale else 0.0
+    why = "alpha tensors are not read" if alpha is not None and not reads else _source(item)
+    return Finding(item.stem, CHANGED, "strength", f"{ratio:.4g} times as strong: {why}")
+
+
+def _source(item: Item) -> str:
+    if item.alpha is None:
+        return "the alpha in the header or configuration is not read"
+    if item.whole_kronecker:
+        return "both LoKr factors are whole, and alpha is not used then"
+    return "the rsLoRA flag is not read"
+
+
+def _dora(item: Item, consumer: Consumer, route: Route) -> Finding | None:
+    entry = item.group.modifier(MAGNITUDE)
+    if entry is None or (entry.key[len(item.stem) :] in route.reads and not re.search(route.deletes, entry.key)):
+        return None
+    suffix = entry.key[len(item.stem) :]
+    return Finding(item.stem, CHANGED, "dora", f"the DoRA magnitude is lost: {consumer.name} does not read {suffix}")
+
+
+def _bias(item: Item, site: Site | None, consumer: Consumer, unread: set[str]) -> Finding | None:
+    if item.group.modifier(BIAS) is None:
+        return None
+    if BIAS in unread:
+        return Finding(item.stem, CHANGED, "bias", f"the bias is lost: {consumer.name} does not read it")
+    if not consumer.slices_bias and site is not None and _is_part(item, site):
+        return Finding(item.stem, CHANGED, "bias", f"the bias is lost: {consumer.name} cannot address a part of a fused weight's")
+    return None
+
+
+def _is_part(item: Item, site: Site) -> bool:
+    """Whether a site is less than its whole weight, or has its halves exchanged."""
+    if site.component in TEXT_ENCODERS:
+        return False
+    return len(site.spans) > 1 or site.spans[0].start > 0 or (item.site is not None and item.site != site)
+
+
+def _swapped(item: Item, site: Site | None, consumer: Consumer) -> Finding | None:
+    """ComfyUI exchanges the halves of the finished difference only."""
+    if consumer.swaps or site is None or len(site.spans) < 2:
+        return None
+    dora = item.group.modifier(MAGNITUDE) is not None
+    family = SET if item.delta is None else item.delta.family
+    if dora or family not in ADDITIVE:
+        what = "a DoRA magnitude" if dora else family
+        return Finding(item.stem, CHANGED, "effect", f"{consumer.name} exchanges the halves wrongly for {what}")
+    return None

@@ -1,0 +1,139 @@
+"""A file as the checks see it: its modules as they are spelled, each with what it means; tensors stay on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import Scale
+from lorasurgery.architectures import named
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.errors import BrokenModuleError
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder
+from lorasurgery.layouts.detect import detect, expected_shape, fits
+from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.group import build, group
+from lorasurgery.layouts.names import index
+from lorasurgery.layouts.scales import PeftConfig, ScaleRules, header_configs
+from lorasurgery.layouts.words import ALPHA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from lorasurgery.adapter import Site
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.io.header import RawFile
+    from lorasurgery.io.tensors import Tensor
+    from lorasurgery.layouts.group import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One module as the file spells it."""
+
+    stem: str
+    group: Group
+    delta: Delta | None
+    problem: str
+    """Why its tensors make no module; empty when they do."""
+    site: Site | None
+    """What it changes, by any spelling known here; None when no table knows the name."""
+    scale: float
+    """What its delta is multiplied by, according to everything the file says."""
+    misfit: str = ""
+    """Why its shape cannot be added to that weight; empty when it can."""
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """Its alpha tensor."""
+        entry = self.group.modifier(ALPHA)
+        return None if entry is None else entry.tensor
+
+    @property
+    def whole_kronecker(self) -> bool:
+        """A LoKr with both factors whole."""
+        return isinstance(self.delta, Kronecker) and self.delta.rank is None
+
+    @property
+    def strength(self) -> float:
+        """Alpha / rank as ComfyUI, sd-scripts and LyCORIS compute it; 1 without alpha, and for a whole LoKr."""
+        rank = None if self.delta is None else self.delta.rank
+        return 1.0 if self.alpha is None or rank is None or self.alpha.size != 1 else self.alpha.item() / rank
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A file taken apart."""
+
+    path: Path
+    architecture: Architecture
+    candidates: tuple[str, ...]
+    """Other architectures the same keys fit."""
+    layout_folder: bool
+    """A PEFT folder."""
+    items: tuple[Item, ...]
+    others: tuple[str, ...]
+    """Keys that end in no known suffix."""
+    metadata: Mapping[str, str]
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key."""
+        return [entry.key for item in self.items for entry in item.group.entries.values()] + list(self.others)
+
+
+def read_subject(path: str | Path, *, arch: str | None = None, base: Architecture | None = None) -> Subject:
+    """Read a file's header (alphas are the only tensors read). ``base``: the table of a real checkpoint.
+
+    Raises what reading an adapter raises: FileFormatError, NotAnAdapterError, UnknownArchitectureError.
+    """
+    from lorasurgery.api import read_any
+
+    path = Path(path)
+    among = (base,) if base is not None else None if arch is None else named(arch)
+    if path.is_dir() and is_peft_folder(path):
+        raw, fields = read_peft_folder(path)
+        configs = {component: PeftConfig.from_dict(own, "adapter_config.json") for component, own in fields.items()}
+        return subject_of(raw, among=among, configs=configs)
+    return subject_of(read_any(path), among=among)
+
+
+def subject_of(
+    raw: RawFile, *, among: Iterable[Architecture] | None = None, configs: Mapping[str, PeftConfig] | None = None
+) -> Subject:
+    """Take a file apart; a module that is broken is kept with its problem."""
+    named_raw = named_modules(raw)
+    groups, others = group(named_raw)
+    refuse_other_models(named_raw, groups)
+    built = {stem: _built(own, raw.path) for stem, own in groups.items()}
+    shapes = {stem: None if delta is None else delta.shape for stem, (delta, _) in built.items()}
+    best, ties = detect(shapes, raw.metadata, among=among, path=raw.path)
+    flag = raw.tensors.get("use_rslora_flag")
+    rules = ScaleRules(
+        configs=header_configs(raw.metadata) if configs is None else configs,
+        rslora_flag=flag is not None and bool(flag.item()),
+        whole_lokr_by_shape="lokr_factor" in raw.tensors,
+    )
+    items = tuple(_item(own, *built[stem], best.architecture, rules) for stem, own in groups.items())
+    kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
+    return Subject(raw.path, best.architecture, tuple(kin), configs is not None, items, tuple(others), raw.metadata)
+
+
+def _built(own: Group, path: Path) -> tuple[Delta | None, str]:
+    try:
+        return build(own, path), ""
+    except BrokenModuleError as error:
+        return None, error.message
+
+
+def _item(own: Group, delta: Delta | None, problem: str, arch: Architecture, rules: ScaleRules) -> Item:
+    found = index(arch).find(own.stem)
+    alpha = own.modifier(ALPHA)
+    tensor = None if alpha is None or alpha.tensor.size != 1 else alpha.tensor
+    scale = Scale(1.0, "") if delta is None else rules.resolve(own.stem, delta, tensor)
+    misfit = ""
+    if found is not None and delta is not None and not fits(delta.shape, expected_shape(arch, found.site)):
+        misfit = f"its shape is {list(delta.shape)}, {arch.name} has {list(expected_shape(arch, found.site))}"
+    return Item(own.stem, own, delta, problem, None if found is None else found.site, scale.value, misfit)

@@ -1,0 +1,94 @@
+"""ComfyUI's verdicts equal the names ComfyUI really accepts (its own key maps, read from the running program)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasurgery.architectures import architectures
+from lorasurgery.architectures.table import NAMINGS, flat
+from lorasurgery.checking.comfyui import COMFYUI
+from lorasurgery.checking.engine import Known, names_of
+from lorasurgery.checking.rules import Route
+from tests.oracle import REFERENCES
+
+MAPS = Path(__file__).parent / "fixtures" / "reference" / "comfyui_key_maps.json.gz"
+PREFIXES = (
+    "lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_", "oft_unet_", "lora_prior_unet_", "diffusion_model.",
+    "model.diffusion_model.", "transformer.", "transformer_2.", "unet.", "unet.base_model.model.", "base_model.model.",
+    "base_model.model.transformer.", "net.", "",
+)  # fmt: skip
+NO_WEIGHT_HERE = {
+    "flux1": r"(to_qkv_mlp_proj|single_transformer_blocks[._]\d+[._]attn[._]to_out|linear1_qkv|controlnet_x_embedder"
+    r"|guidance_embedder[._]linear_\d|single_transformer_blocks[._]\d+[._]attn_to_out)$",
+    "flux2": r"linear1_qkv$|norm1|[._]net[._]|to_[qkv]$|proj_mlp$|norm[._]linear$|blocks[._]\d+[._]proj_out$|time_text_embed|controlnet",
+    "chroma": r"linear1_qkv$|norm1|linear_(in|out)$|norm[._]linear$|attn[._]to_out$|to_qkv_mlp|time_text_embed|norm_out|controlnet",
+    **dict.fromkeys(("sd1", "sd2", "sdxl"), r"(class|add)_embedding[._]linear_\d$|conv_shortcut$|(down|up)samplers[._]\d[._]conv$"),
+    "sd3": r"attn2[._]|norm_|last|to_add_out|ff_context|pos_embed$|norm1_context", "z-image": r"context_refiner[._]\d[._]adaLN",
+    "lumina2": r"attention[._](to_|norm_)|adaLN_modulation[._]0|all_|attention[._]to_out|adaLN_modulation_0|2-1",
+    "auraflow": r"positional_encoding$|register_tokens$",
+}  # fmt: skip
+"""Aliases whose weight the model does not have (ComfyUI lists them for the whole family), or that no trainer writes."""
+
+
+@cache
+def maps() -> dict[str, dict[str, list[Any]]]:
+    found: dict[str, dict[str, list[Any]]] = json.loads(gzip.decompress(MAPS.read_bytes()))
+    return found
+
+
+MODELS = [key for key, reference in REFERENCES.items() if reference in maps()]
+
+
+def usual(key: str) -> tuple[Route, Known]:
+    arch = architectures()[key]
+    route = COMFYUI.models.get(arch.id, COMFYUI.default)[-1]
+    return route, names_of(arch, route)
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_every_name_of_the_tables_is_judged_as_comfyui_does(key: str) -> None:
+    accepted, (route, known) = maps()[REFERENCES[key]], usual(key)
+    arch = architectures()[key]
+    names = {name for naming in NAMINGS for name in arch.namings[naming]} | set(arch.alias_names)
+    stems = {prefix + form for name in names for prefix in PREFIXES for form in (name, flat(name))}
+    judged = {stem for stem in stems if stem in known.sites or re.search(route.also, stem)}
+    assert judged == stems & set(accepted)
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_every_key_comfyui_accepts_is_accepted(key: str) -> None:
+    accepted, (route, known) = maps()[REFERENCES[key]], usual(key)
+    arch = architectures()[key]
+    without = NO_WEIGHT_HERE.get(arch.id, r"(?!)")
+    unknown = {
+        stem
+        for stem in accepted
+        if stem not in known.sites and not re.search(route.also, stem) and not stem.endswith(".bias")
+        and not re.search(without, stem)
+    }  # fmt: skip
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_rows_are_comfyuis(key: str) -> None:
+    """A name stands for the rows that ComfyUI adds it to."""
+    accepted, (_, known) = maps()[REFERENCES[key]], usual(key)
+    shapes = architectures()[key].shapes
+    for stem, site in known.sites.items():
+        if stem not in accepted:
+            continue
+        target, offset, function = [*accepted[stem], None, None][:3]
+        weight = site.spans[0].weight
+        assert target == f"diffusion_model.{weight}.weight", stem
+        start, count = (0, shapes[weight][0]) if offset is None else offset[1:]
+        if key != "lumina2":
+            assert sum(s.stop - s.start for s in site.spans) == count, stem
+            assert (len(site.spans) > 1) == (function is not None), stem
+            assert min(s.start for s in site.spans) == start, stem

@@ -6,38 +6,30 @@ and a file for an unknown model still has modules, families and ranks.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.errors import BrokenModuleError, SurgeryError, UnknownArchitectureError
+from lorasurgery.errors import UnknownArchitectureError
 from lorasurgery.inspection.description import Finding
 from lorasurgery.inspection.modules import module_info, unknown_layout, unknown_module
-from lorasurgery.io.header import RawFile
-from lorasurgery.layouts.detect import detect, expected_shape, fits, same_results
+from lorasurgery.inspection.tolerant import TOP_LEVEL, built, grouped, header_rules, parsed, scale_rules
+from lorasurgery.layouts.detect import detect, same_results
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
-from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.parse import FLAGS, parse
-from lorasurgery.layouts.scales import ScaleRules, header_configs
-from lorasurgery.layouts.words import split_key
-from lorasurgery.metadata import FACTOR
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.deltas.base import Delta
     from lorasurgery.inspection.description import ModuleInfo
-    from lorasurgery.io.tensors import Tensor
+    from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.names import Found
-    from lorasurgery.layouts.scales import PeftConfig
+    from lorasurgery.layouts.scales import PeftConfig, ScaleRules
 
-TOP_LEVEL = (FACTOR, *FLAGS)
-"""Tensors that belong to no module and are understood."""
 EMBEDDINGS = ("bundle_emb.", "emb_params", "<")
 """Beginnings of keys of learned tokens: OneTrainer, ai-toolkit, cloneofsimo/lora."""
 
@@ -63,10 +55,10 @@ def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None
     """Understand the keys of ``raw``; ``configs`` are a PEFT folder's. Raises NotAnAdapterError."""
     raw = named_modules(raw)
     findings: list[Finding] = []
-    groups, others = _grouped(raw, findings)
+    groups, others = grouped(raw, findings)
     refuse_other_models(raw, groups)
-    configs = _configs(raw, findings) if configs is None else configs
-    deltas, broken = _built(groups, raw)
+    configs = header_rules(raw, findings) if configs is None else configs
+    deltas, broken = built(groups, raw)
     shapes = {stem: None if (delta := deltas.get(stem)) is None else delta.shape for stem in groups}
     embeddings = tuple(key for key in others if key.startswith(EMBEDDINGS))
     lost = [(k, "not part of any module") for k in others if k not in TOP_LEVEL and k not in embeddings]
@@ -74,7 +66,7 @@ def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None
         best, ties = detect(shapes, raw.metadata, path=raw.path)
     except UnknownArchitectureError as error:
         findings += [*_broken(broken), Finding("unknown-architecture", error.message)]
-        rules = _rules(raw, configs)
+        rules = scale_rules(raw, configs)
         modules = [unknown_module(own, deltas.get(stem), rules, broken.get(stem)) for stem, own in groups.items()]
         layout = unknown_layout(groups.values())
         return Structure(None, error.candidates, (), 0.0, layout, tuple(modules), embeddings, tuple(lost), tuple(findings))
@@ -105,11 +97,11 @@ def _explained(
     names = index(arch)
     found = {stem: names.find(stem) for stem in parts.groups}
     whole = {stem: own for stem, own in parts.groups.items() if found[stem] is not None and stem not in parts.broken}
-    read, layout = _parsed(raw, whole, arch, parts.configs, findings)
+    read, layout = parsed(raw, whole, arch, parts.configs, findings)
     broken = {**parts.broken, **{stem: reason for stem, reason in read.items() if isinstance(reason, str)}}
     findings += _broken(broken)
     infos = []
-    rules = _rules(raw, parts.configs)
+    rules = scale_rules(raw, parts.configs)
     for stem, own in parts.groups.items():
         module = read.get(stem)
         if module is not None and not isinstance(module, str):
@@ -146,107 +138,11 @@ def _odd(
     return replace(info, component=place.site.component, weight=place.site.spans[0].weight)
 
 
-def _grouped(raw: RawFile, findings: list[Finding]) -> tuple[dict[str, Group], dict[str, Tensor]]:
-    """Modules and the rest; of two keys for one place the first counts."""
-    try:
-        return group(raw)
-    except BrokenModuleError as error:
-        findings.append(Finding("duplicate", error.message))
-    seen: set[tuple[str, str, str]] = set()
-    kept = {}
-    for key, tensor in raw.tensors.items():
-        split = split_key(key)
-        place = (key, "", "") if split is None else (split.stem, split.word.family, split.word.slot)
-        if place not in seen:
-            kept[key] = tensor
-        seen.add(place)
-    return group(replace(raw, tensors=kept))
-
-
-def _configs(raw: RawFile, findings: list[Finding]) -> Mapping[str, PeftConfig]:
-    try:
-        return header_configs(raw.metadata)
-    except SurgeryError as error:
-        findings.append(Finding("bad-config", error.message))
-        return {}
-
-
-def _built(groups: Mapping[str, Group], raw: RawFile) -> tuple[dict[str, Delta | None], dict[str, str]]:
-    """Module -> delta, and module -> what is wrong with it."""
-    deltas: dict[str, Delta | None] = {}
-    broken: dict[str, str] = {}
-    for stem, own in groups.items():
-        delta = _build(own, raw)
-        if isinstance(delta, str):
-            broken[stem] = delta
-        else:
-            deltas[stem] = delta
-    return deltas, broken
-
-
-def _build(own: Group, raw: RawFile) -> Delta | str | None:
-    """The delta, or what is wrong."""
-    try:
-        return build(own, raw.path)
-    except BrokenModuleError as error:
-        return error.message
-
-
-def _rules(raw: RawFile, configs: Mapping[str, PeftConfig]) -> ScaleRules:
-    flag = raw.tensors.get(FLAGS[0])
-    return ScaleRules(configs, rslora_flag=flag is not None and bool(flag.item()), whole_lokr_by_shape=FACTOR in raw.tensors)
-
-
-def _parsed(
-    raw: RawFile, groups: Mapping[str, Group], arch: Architecture, configs: Mapping[str, PeftConfig], findings: list[Finding]
-) -> tuple[dict[str, Module | str], str]:
-    """Module name -> the module, or what is wrong with it; and the layout. All at once, or one by one if that fails."""
-    try:
-        adapter = parse(_part(raw, groups.values()), among=(arch,), configs=configs)
-    except SurgeryError:
-        pass
-    else:
-        findings += [Finding("parse", warning) for warning in adapter.warnings]
-        read: dict[str, Module | str] = {module.name: module for module in adapter.modules.values()}
-        if len(read) == len(groups):
-            return read, adapter.layout
-    read = {}
-    layouts: Counter[str] = Counter()
-    for stem, own in groups.items():
-        read[stem], layout = _parsed_alone(raw, own, arch, configs)
-        layouts[layout] += 1
-    layouts.pop("", None)
-    return read, layouts.most_common(1)[0][0] if layouts else "unknown"
-
-
-def _parsed_alone(raw: RawFile, own: Group, arch: Architecture, configs: Mapping[str, PeftConfig]) -> tuple[Module | str, str]:
-    """One module, or what is wrong with it; and its layout."""
-    try:
-        adapter = parse(_part(raw, [own]), among=(arch,), configs=configs)
-    except SurgeryError as error:
-        return _misfit(own, arch, raw) or error.message, ""
-    return next(iter(adapter.modules.values())), adapter.layout
-
-
-def _misfit(own: Group, arch: Architecture, raw: RawFile) -> str | None:
-    """The sentence for a module whose shape is not its base weight's."""
-    delta, place = build(own, raw.path), index(arch).find(own.stem)
-    if delta is None or place is None or fits(delta.shape, expected := expected_shape(arch, place.site)):
-        return None
-    return f"{own.stem} is {list(delta.shape)}, {arch.name} expects {list(expected)}"
-
-
 def _broken(problems: Mapping[str, str]) -> list[Finding]:
     if not problems:
         return []
     count = "1 module is" if len(problems) == 1 else f"{len(problems)} modules are"
     return [Finding("broken-module", f"{count} broken, first: {next(iter(problems.values()))}")]
-
-
-def _part(raw: RawFile, groups: Iterable[Group]) -> RawFile:
-    """The file with these modules only, and its top-level tensors."""
-    tensors = {entry.key: entry.tensor for own in groups for entry in own.entries.values()}
-    return RawFile(raw.path, tensors | {k: raw.tensors[k] for k in TOP_LEVEL if k in raw.tensors}, raw.metadata)
 
 
 def _two_spellings(found: Mapping[str, Found | None]) -> list[Finding]:

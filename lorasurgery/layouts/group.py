@@ -200,16 +200,7 @@ def _check_fit(own: Group, delta: Delta, path: object) -> None:
     """Inner dimensions must agree."""
     pairs: list[tuple[str, int, str, int]] = []
     if isinstance(delta, LowRank):
-        core = delta.mid
-        pairs.append(
-            ("up", delta.up.shape[1], "down", delta.rank) if core is None else ("up", delta.up.shape[1], "mid", core.shape[0])
-        )
-        if core is not None:
-            pairs.append(("mid", core.shape[1], "down", delta.rank))
-            for slot, factor in (("up", delta.up), ("down", delta.down)):
-                if prod(factor.shape[2:]) != 1:
-                    text = f"{own.stem}: {slot} has shape {list(factor.shape)}, beside a mid it has no kernel of its own"
-                    raise _broken(own, path, text, "the original file")
+        pairs += _low_rank_pairs(own, delta, path)
     elif isinstance(delta, Hadamard):
         pairs += _arm_ranks("hada_w1", "hada_t1", delta.w1_a, delta.w1_b, delta.t1)
         pairs += _arm_ranks("hada_w2", "hada_t2", delta.w2_a, delta.w2_b, delta.t2)
@@ -223,6 +214,18 @@ def _check_fit(own: Group, delta: Delta, path: object) -> None:
     for first, has, second, other in pairs:
         if has != other:
             raise _broken(own, path, f"{own.stem}: {first} has rank {has} but {second} has {other}", "the original file")
+
+
+def _low_rank_pairs(own: Group, delta: LowRank, path: object) -> list[tuple[str, int, str, int]]:
+    """The inner dimensions of up @ down, or of up, mid and down."""
+    core = delta.mid
+    if core is None:
+        return [("up", delta.up.shape[1], "down", delta.rank)]
+    for slot, factor in (("up", delta.up), ("down", delta.down)):
+        if prod(factor.shape[2:]) != 1:
+            text = f"{own.stem}: {slot} has shape {list(factor.shape)}, beside a mid it has no kernel of its own"
+            raise _broken(own, path, text, "the original file")
+    return [("up", delta.up.shape[1], "mid", core.shape[0]), ("mid", core.shape[1], "down", delta.rank)]
 
 
 def _arm_ranks(name: str, core_name: str, a: Tensor, b: Tensor, core: Tensor | None) -> list[tuple[str, int, str, int]]:

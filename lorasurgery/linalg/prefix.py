@@ -58,7 +58,7 @@ def prefix_curve(up: AnyArray, down: AnyArray) -> PrefixCurve:
 
 
 def tucker_curve(up: AnyArray, mid: AnyArray, down: AnyArray) -> PrefixCurve:
-    """The same for ``up: (out, r1)``, ``mid: (r1, r2, kernel)``, ``down: (r2, in)``, cut on both sides to min(r, r1), min(r, r2).
+    """The same for ``up: (out, r1)``, ``mid: (r1, r2, kernel)``, ``down: (r2, in)``, cut to r on both sides.
 
     ``best`` is the bound of the higher-order SVD: the sum of both sides' tails.
     """

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.errors import BrokenModuleError, RequestError
-from lorasurgery.io.tensors import of_array, scalar
+from lorasurgery.errors import RequestError
+from lorasurgery.io.tensors import scalar
 from lorasurgery.layouts.words import split_key
 from lorasurgery.surgery.nested import Origin, nested_modules, origin, verdict
 from lorasurgery.surgery.options import DTYPES
@@ -107,14 +106,6 @@ class Reranked:
     notes: tuple[str, ...] = ()
 
 
-class _Cut(NamedTuple):
-    """One module at its new rank, with the squared error of its product."""
-
-    delta: LowRank
-    rank: int
-    error: float
-
-
 @dataclass(frozen=True)
 class Nested:
     """A file opened for reranking."""
@@ -135,7 +126,7 @@ class Nested:
         """Every module's errors by rank."""
         from lorasurgery.linalg.threads import map_threads
 
-        return map_threads(_curve, self.modules, workers())
+        return map_threads(curve_of, self.modules, workers())
 
     @cached_property
     def verdict(self) -> tuple[str, str]:
@@ -178,7 +169,8 @@ def rerank(nested: Nested, rank: int, request: Request) -> Reranked:
     from lorasurgery.linalg.threads import map_threads
 
     pairs = list(zip(nested.modules, nested.curves, strict=True))
-    cuts = map_threads(lambda pair: _cut(*pair, rank, request), pairs, workers())
+    dtype = DTYPES.get(request.dtype)
+    cuts = map_threads(lambda pair: cut_module(*pair, rank, svd=request.svd, dtype=dtype), pairs, workers())
     tensors = dict(nested.raw.tensors)
     unit = nested.origin.unit or request.unit
     made: list[tuple[NestedModule, int, float | None]] = []
@@ -203,66 +195,6 @@ def workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _curve(module: NestedModule) -> PrefixCurve:
-    from lorasurgery.linalg.prefix import prefix_curve, tucker_curve
-
-    delta = module.delta
-    up, down = delta.up.f64().reshape(delta.up.shape[0], -1), delta.down.f64().reshape(delta.down.shape[0], -1)
-    try:
-        if delta.mid is None:
-            return prefix_curve(up, down)
-        return tucker_curve(up, delta.mid.f64().reshape(*delta.mid.shape[:2], -1), down)
-    except (ValueError, ArithmeticError) as broken:
-        key = module.keys["down"]
-        raise BrokenModuleError(f"{module.stem}: {broken}", key=key, hint="the file before it broke") from broken
-
-
-def _cut(module: NestedModule, curve: PrefixCurve, rank: int, request: Request) -> _Cut:
-    delta, small = module.delta, min(rank, module.rank)
-    if small < module.rank:
-        delta = _best(delta, small) if request.svd else _prefix(delta, small)
-    if request.dtype != "keep":
-        delta = delta.cast(DTYPES[request.dtype])
-    if not request.svd and request.dtype == "keep":
-        return _Cut(delta, small, float(curve.prefix[small]))
-    return _Cut(delta, delta.rank, 0.0 if delta == module.delta else _squared_error(module.delta, delta))
-
-
-def _prefix(delta: LowRank, rank: int) -> LowRank:
-    """The first components: rows of ``down``, columns of ``up``, both sides of a core. Moves bytes."""
-    rows, columns = [(0, min(rank, delta.down.shape[0]))], [(0, min(rank, delta.up.shape[1]))]
-    mid = None if delta.mid is None else delta.mid.rows(columns).columns(rows)
-    return LowRank(delta.up.columns(columns), delta.down.rows(rows), mid)
-
-
-def _best(delta: LowRank, rank: int) -> LowRank:
-    """The best approximation of this rank, in the file's dtypes and axes; a Tucker core stays one."""
-    up, down = delta.up.f64().reshape(delta.up.shape[0], -1), delta.down.f64().reshape(delta.down.shape[0], -1)
-    mid: Tensor | None = None
-    if delta.mid is None:
-        from lorasurgery.linalg.low_rank import truncate
-
-        new_up, new_down, _ = truncate(up, down, rank)
-    else:
-        from lorasurgery.linalg.tucker import truncate_tucker
-
-        new_up, core, new_down = truncate_tucker(up, delta.mid.f64().reshape(*delta.mid.shape[:2], -1), down, rank)
-        mid = of_array(core.reshape(*core.shape[:2], *delta.mid.shape[2:]), delta.mid.dtype)
-    return LowRank(
-        of_array(new_up.reshape(*new_up.shape, *delta.up.shape[2:]), delta.up.dtype),
-        of_array(new_down.reshape(new_down.shape[0], *delta.down.shape[1:]), delta.down.dtype),
-        mid,
-    )
-
-
-def _squared_error(old: LowRank, new: LowRank) -> float:
-    from lorasurgery.linalg.low_rank import difference_norm
-
-    one, two = old.to_low_rank(), new.to_low_rank()
-    pair = [(d.up.f64().reshape(d.up.shape[0], -1), d.down.f64().reshape(d.rank, -1)) for d in (one, two)]
-    return difference_norm(*pair[0], *pair[1]) ** 2
-
-
 def _others_cast(tensors: dict[str, Tensor], request: Request) -> dict[str, Tensor]:
     """``--dtype`` for the factors of other families, too; alphas and counters keep theirs."""
     if request.dtype == "keep":
@@ -278,12 +210,7 @@ def _strengths(nested: Nested, made: list[tuple[NestedModule, int, float | None]
     for module, rank, alpha in made:
         trained = trained_scale(module, rank, nested.origin)
         counts[Strength(0, module.rank, rank, module.scale, written_scale(module, rank, alpha), trained)] += 1
-    return tuple(replace_count(strength, count) for strength, count in counts.most_common())
-
-
-def replace_count(strength: Strength, count: int) -> Strength:
-    """The same with its number of modules."""
-    return strength._replace(modules=count)
+    return tuple(strength._replace(modules=count) for strength, count in counts.most_common())
 
 
 def _notes(nested: Nested, rank: int, request: Request) -> list[str]:

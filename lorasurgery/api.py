@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import named
-from lorasurgery.errors import BrokenModuleError, DroppedKeysError, RequestError
+from lorasurgery.errors import BrokenModuleError, DroppedKeysError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, write_peft_folder
@@ -23,6 +23,8 @@ from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
 from lorasurgery.surgery.convert import Options, convert
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorasurgery.adapter import Adapter
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.io.header import RawFile
@@ -112,10 +114,10 @@ def save(
         _refuse_dropped(report)
     try:
         _check_values(emitted, options)
-        if target.id == "peft":
-            _save_peft(path, adapter, emitted, options)
-        else:
-            _save_file(path, adapter, target, emitted, report, options)
+        metadata = _metadata(adapter, target, emitted, report, options)
+        write = _write_peft if target.id == "peft" else _write_file
+        if not options.dry_run:
+            write(path, adapter, emitted, metadata)
     except BrokenModuleError as error:
         raise (blamed(error, Path(report.input)) if report.input else error) from error
     report.written = not options.dry_run
@@ -159,20 +161,24 @@ def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Repor
             report.dropped.append((left.key, f"{left.reason}, and {target.reader} refuses unknown keys"))
 
 
-def _save_file(path: Path, adapter: Adapter, target: Layout, emitted: Emitted, report: Report, options: SaveOptions) -> None:
+def _metadata(adapter: Adapter, target: Layout, emitted: Emitted, report: Report, options: SaveOptions) -> dict[str, str]:
+    """The result's metadata; the LoKr factor's buffer joins the tensors, and ComfyUI's ``reshape_weight``."""
     if target.id == "comfyui":
         _widen(adapter, emitted)
     metadata = converted(adapter, adapter.metadata, emitted.written, source_layout=report.source_layout, target=target.id)
     report.warnings += with_lokr_factor(
         adapter, metadata, emitted.tensors, explicit=options.lokr_factor, buffer=target.carries_unknown
     )
-    if report.scale_written == "header":
+    if report.scale_written == "header" and target.id != "peft":
         from lorasurgery.layouts.peft_config import header_metadata
 
         metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
-    if options.dry_run:
-        return
-    write_safetensors(path, emitted.tensors, metadata, hashes=MODEL_HASH in adapter.metadata or target.id == "sd-scripts")
+    return metadata
+
+
+def _write_file(path: Path, adapter: Adapter, emitted: Emitted, metadata: Mapping[str, str]) -> None:
+    hashes = MODEL_HASH in adapter.metadata or adapter.layout == "sd-scripts"
+    write_safetensors(path, emitted.tensors, metadata, hashes=hashes)
 
 
 def _widen(adapter: Adapter, emitted: Emitted) -> None:
@@ -184,7 +190,7 @@ def _widen(adapter: Adapter, emitted: Emitted) -> None:
             emitted.tensors[f"{one.stem}.reshape_weight"] = reshape_weight(arch.shapes[weight])
 
 
-def _save_peft(path: Path, adapter: Adapter, emitted: Emitted, options: SaveOptions) -> None:
+def _write_peft(path: Path, adapter: Adapter, emitted: Emitted, metadata: Mapping[str, str]) -> None:
     from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, flattened, model_names
 
     adapters = {}
@@ -192,23 +198,6 @@ def _save_peft(path: Path, adapter: Adapter, emitted: Emitted, options: SaveOpti
         prefix = PREFIX if own[0].stem.startswith(PREFIX) else component + "."
         root = flattened(component, adapter.architecture)
         config = adapter_config(own, model_names(component, adapter.architecture, root), prefix, root)
-        stems = {one.stem for one in own}
-        adapters[component] = (
-            config,
-            {
-                PREFIX + key.removeprefix(prefix).removeprefix(root): tensor
-                for key, tensor in emitted.tensors.items()
-                if _stem_of(key, stems)
-            },
-        )
-    if not options.dry_run:
-        write_peft_folder(path, adapters)
-
-
-def _stem_of(key: str, stems: set[str]) -> bool:
-    """Whether a key belongs to one of the modules."""
-    parts = key.split(".")
-    return any(".".join(parts[:-n]) in stems for n in (1, 2))
-
-
-__all__ = ["RequestError", "SaveOptions", "load", "read_any", "save"]
+        names = {PREFIX + key.removeprefix(prefix).removeprefix(root): key for one in own for key in one.keys}
+        adapters[component] = config, {name: emitted.tensors[key] for name, key in names.items()}
+    write_peft_folder(path, adapters, metadata)

@@ -93,7 +93,8 @@ def write(path: str | Path, tensors: Mapping[str, Raw], metadata: Mapping[str, s
 # models -------------------------------------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Rows start:start + count of an original weight."""
 
     weight: str
@@ -499,7 +500,8 @@ def _put(found: dict[str, Array], name: str, rows: int, place: Place, values: Ar
     """Rows of ``values`` one after another to the places they stand for; no row may be set twice."""
     whole = found.setdefault(name, np.full((rows, *values.shape[1:]), empty))
     at = 0
-    for _, start, count in place:
+    for rows_there in place:
+        start, count = rows_there.start, rows_there.count
         taken = whole[start : start + count]
         assert np.all(np.isnan(taken) if np.isnan(empty) else taken == 0), f"{name} is set twice"
         whole[start : start + count] = values[at : at + count]

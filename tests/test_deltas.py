@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta
 
 SHAPES = {"linear": (24, 18), "conv1": (24, 18, 1, 1), "conv3": (24, 18, 3, 3), "conv3d": (24, 18, 1, 2, 2)}
-KINDS = {
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"lora {s}": ("lora", s, {}) for s in SHAPES},
     "lora tucker": ("lora", "conv3", {"tucker": True}),
     "lora tucker 3d": ("lora", "conv3d", {"tucker": True}),
@@ -173,7 +173,7 @@ def test_cast(kind: str, dtype: str) -> None:
     assert np.linalg.norm(flat(cast) - exact) <= worst * np.linalg.norm(exact)
 
 
-STACKS = {"lora linear": stack_low_rank, "loha linear": stack_hadamard, "full": stack_full}
+STACKS: dict[str, Any] = {"lora linear": stack_low_rank, "loha linear": stack_hadamard, "full": stack_full}
 
 
 @pytest.mark.parametrize("kind", sorted(STACKS))
@@ -181,7 +181,7 @@ STACKS = {"lora linear": stack_low_rank, "loha linear": stack_hadamard, "full": 
 def test_stack_and_unstack(kind: str, present: tuple[int, ...]) -> None:
     """Members of unequal rank, some missing; the stack's rows give back every factor."""
     members = [make(kind, seed=i, rank=2 + i) if there else None for i, there in enumerate(present)]
-    stacked = STACKS[kind]([(None if m is None else m[0], 24) for m in members])  # type: ignore[operator]
+    stacked = STACKS[kind]([(None if m is None else m[0], 24) for m in members])
     expected = np.concatenate([np.zeros((24, 18)) if m is None else truth(m[1], kind) for m in members])
     np.testing.assert_allclose(flat(stacked), expected, rtol=1e-12, atol=1e-15)
     for i, member in enumerate(members):
@@ -214,9 +214,10 @@ def test_kronecker_stacks(blocks: list[int], seed: int, shared: bool) -> None:
 
 
 def test_stacks_of_tucker_convolutions_are_refused() -> None:
-    for kind, stack in (("lora tucker", stack_low_rank), ("loha tucker", stack_hadamard)):
+    stacks: dict[str, Any] = {"lora tucker": stack_low_rank, "loha tucker": stack_hadamard}
+    for kind, stack in stacks.items():
         with pytest.raises(CannotError, match="Tucker"):
-            stack([(make(kind)[0], 24), (make(kind, seed=1)[0], 24)])  # type: ignore[operator]
+            stack([(make(kind)[0], 24), (make(kind, seed=1)[0], 24)])
 
 
 def test_what_multiplies_the_base_is_left_alone() -> None:

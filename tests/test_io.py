@@ -142,7 +142,7 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         write_safetensors(tmp_path / "out.safetensors", {"a": scalar(1.0)}, {})
-        write_peft_folder(tmp_path / "peft", {"": ({}, {"a": scalar(1.0)})})
+        write_peft_folder(tmp_path / "peft", {"": ({}, {"a": scalar(1.0)})}, {"format": "pt"})
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "out.safetensors").stat().st_mode) == 0o640
@@ -222,24 +222,24 @@ def test_scalars(dtype: str) -> None:
 
 def test_peft_folders(tmp_path: Path) -> None:
     weights = {"base_model.model.a.lora_A.weight": of_array(np.ones((1, 2)), "F16")}
-    write_peft_folder(tmp_path / "one", {"transformer": ({"r": 1}, weights)})
+    write_peft_folder(tmp_path / "one", {"transformer": ({"r": 1}, weights)}, {"format": "pt"})
     raw, configs = read_peft_folder(tmp_path / "one")
     assert (list(raw.tensors), configs) == (list(weights), {"": {"r": 1}})
-    write_peft_folder(tmp_path / "two", {"transformer": ({"r": 1}, weights), "text_encoder": ({"r": 2}, weights)})
+    write_peft_folder(tmp_path / "two", {"transformer": ({"r": 1}, weights), "text_encoder": ({"r": 2}, weights)}, {"format": "pt"})
     raw, configs = read_peft_folder(tmp_path / "two")
     assert sorted(raw.tensors) == ["text_encoder.a.lora_A.weight", "transformer.a.lora_A.weight"]
     assert configs == {"transformer": {"r": 1}, "text_encoder": {"r": 2}}
-    write_peft_folder(tmp_path / "one", {"": ({"r": 3}, weights)})
+    write_peft_folder(tmp_path / "one", {"": ({"r": 3}, weights)}, {"format": "pt"})
     assert json.loads((tmp_path / "one" / "adapter_config.json").read_text()) == {"r": 3}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_a_peft_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     weights = {"a": of_array(np.ones((1, 2)), "F16")}
-    write_peft_folder(tmp_path / "one", {"": ({"r": 1}, weights)})
+    write_peft_folder(tmp_path / "one", {"": ({"r": 1}, weights)}, {"format": "pt"})
     before = listing(tmp_path)
     with pytest.raises(OSError, match="No space"):
-        write_peft_folder(tmp_path / "one", {"": ({"r": 2}, {"a": computed("F16", (4,), failing)})})
+        write_peft_folder(tmp_path / "one", {"": ({"r": 2}, {"a": computed("F16", (4,), failing)})}, {"format": "pt"})
     assert listing(tmp_path) == before
 
 

@@ -92,7 +92,7 @@ def test_what_cannot_be_fused_is_refused_where_split_names_are_not_read(tmp_path
 @pytest.mark.parametrize("how", [{"whole1": True}, {"whole1": False}, {"whole2": True}])
 def test_fused_to_an_exact_lora(dtype: str, how: dict[str, bool], tmp_path: Path) -> None:
     """Rank: the sum of rank(w1) * rank(w2); what is lost is the rounding of products, and it is reported."""
-    made = split_file(dtype=dtype, **how)
+    made = split_file("flux1-dev", QKV, dtype, **how)
     output = convert(made, "comfyui", tmp_path, qkv="fuse")
     parts, _ = modules(output.tensors)
     (only,) = parts.values()
@@ -148,7 +148,8 @@ def whole(tensors: dict[str, Raw], of: object, layout: str) -> np.ndarray:
 
 def reduced(matrix: np.ndarray) -> np.ndarray:
     """A small matrix of the same singular values."""
-    return np.linalg.qr(matrix, mode="r") if matrix.shape[0] >= matrix.shape[1] else np.linalg.qr(matrix.T, mode="r")
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    return np.asarray(np.linalg.qr(tall, mode="r"))
 
 
 # strength -----------------------------------------------------------------------------------------------------------------

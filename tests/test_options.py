@@ -249,7 +249,7 @@ def test_as_lora_is_exact(family: str, target: str, tmp_path: Path) -> None:
         shape = model("sd1").shapes[weight]
         if family == "full" and math.prod(shape) > 10**6:
             continue
-        builder.add(*modules_of(model("sd1"), "sd-scripts", weight), family, rank=2, alpha=1.5)
+        builder.add(modules_of(model("sd1"), "sd-scripts", weight)[0], family, rank=2, alpha=1.5)
     made = builder.made
     if target in ("diffusers", "peft") and (family != "lokr" or target == "diffusers") and (family, target) != ("loha", "peft"):
         with pytest.raises(NotRepresentableError, match="--as lora"):
@@ -354,7 +354,7 @@ def test_convolutions(key: str, weight: str, tucker: bool, family: str, tmp_path
     """3x3 and 5-D; a Tucker core is folded where the words have no place for it."""
     of = model(key)
     builder = Builder.start(of, "sd-scripts", "F32", 29)
-    builder.add(*modules_of(of, "sd-scripts", weight), family, rank=3, alpha=1.0, tucker=tucker)
+    builder.add(modules_of(of, "sd-scripts", weight)[0], family, rank=3, alpha=1.0, tucker=tucker)
     for target in ("comfyui", "lycoris", "other", "diffusers"):
         if family != "lora" and target == "diffusers":
             continue

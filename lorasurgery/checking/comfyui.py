@@ -79,7 +79,9 @@ def _route(*names: Spelling, t5: tuple[str, ...] = (), when: tuple[Has, ...] = (
 
 BECAUSE = (
     Note(r"^lora_te_layers_", "ComfyUI 2026-05 has no such name for this text encoder (later versions do)"),
-    Note(r"^unet\..*\.attn[12]\.to_", "ComfyUI knows SD's and SDXL's attention in Diffusers' names only as attn1.processor.to_q"),
+    Note(
+        r"^unet\..*\.attn[12]\.to_", "ComfyUI knows SD's and SDXL's attention in Diffusers' names only as attn1.processor.to_q"
+    ),
     Note(r"^base_model\.model\.", "ComfyUI knows the prefix base_model.model. for SD3 and PixArt only"),
     Note(r"^transformer_2\.", "the second expert of Wan 2.2 is a file of its own"),
     Note(r"\.processor\.", "XLabs files are converted only when they hold the last double and the last single block"),
@@ -88,14 +90,13 @@ WRONG = ()
 
 FLUX = _aliases("transformer. lycoris_ lora_transformer_ -")
 CONTROL = (Has(r"^img_in\.lora_A\.weight$"), Has(r"^single_blocks\.0\.norm\.key_norm\.scale$"))
-USO = (Has(r"^single_blocks\.37\.processor\.qkv_lora\.up\.weight$"), Has(r"^double_blocks\.18\.processor\.qkv_lora2\.up\.weight$"))
-BFL = Route(
-    (Spelling(""), *NATIVE), READS | {".lora_B.bias", ".scale"}, CONTROL, ENCODERS, because=BECAUSE, error="KeyError"
+USO = (
+    Has(r"^single_blocks\.37\.processor\.qkv_lora\.up\.weight$"),
+    Has(r"^double_blocks\.18\.processor\.qkv_lora2\.up\.weight$"),
 )
+BFL = Route((Spelling(""), *NATIVE), READS | {".lora_B.bias", ".scale"}, CONTROL, ENCODERS, because=BECAUSE, error="KeyError")
 XLABS_FILE = Route((Spelling("", "alias"), *NATIVE), READS | XLABS, USO, ENCODERS, because=BECAUSE, error="KeyError")
-WAN_FUN = _route(
-    Spelling("lora_unet__", flat=True), when=(Has(r"^lora_unet__blocks_0_cross_attn_k\.lora_down\.weight$"),)
-)
+WAN_FUN = _route(Spelling("lora_unet__", flat=True), when=(Has(r"^lora_unet__blocks_0_cross_attn_k\.lora_down\.weight$"),))
 Z = _aliases("diffusion_model. transformer. lycoris_ -")
 UNET = (
     Spelling("lora_unet_", DIFFUSERS, flat=True),

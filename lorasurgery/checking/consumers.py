@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from lorasurgery.checking.rules import Consumer
 
 CONSUMERS: Mapping[str, Consumer] = MappingProxyType(
-    {
-        c.id: c
-        for c in (COMFYUI, DIFFUSERS_LIBRARY, SD_SCRIPTS_TOOLS, MUSUBI, ONETRAINER, PEFT, LYCORIS, FORGE, SDNEXT)
-    }
+    {c.id: c for c in (COMFYUI, DIFFUSERS_LIBRARY, SD_SCRIPTS_TOOLS, MUSUBI, ONETRAINER, PEFT, LYCORIS, FORGE, SDNEXT)}
 )
 ALIASES = MappingProxyType({"kohya": "sd-scripts", "musubi-tuner": "musubi", "sd.next": "sdnext"})
 

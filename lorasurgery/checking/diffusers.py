@@ -49,27 +49,39 @@ UNET = plain(
 )
 
 
-def _unet(naming: str, when: tuple[Has, ...]) -> Route:
+def _unet(*names: Spelling, when: tuple[Has, ...] = ()) -> Route:
     """sd-scripts' SD files: only factors and alphas; any further key is refused."""
     return Route(
-        (Spelling("lora_unet_", naming, flat=True),),
+        names,
         KOHYA | ALPHA,
         (Has(UNET_PREFIX, "all"), *when),
         KOHYA_CLIP,
         deletes=DORA,
         ignores_words=NOTHING,
-        because=(Note(r"_(input|output)_blocks_|_middle_block_", "the original block names load in SDXL's pipelines only, and not beside Diffusers' names"),),
+        because=(
+            Note(
+                r"_(input|output)_blocks_|_middle_block_",
+                "the original block names load in SDXL's pipelines only, and not beside Diffusers' names",
+            ),
+        ),
     )
 
 
+NAMES = Spelling("lora_unet_", DIFFUSERS, flat=True, without=r"^add_embedding")
+AROUND = Spelling("lora_unet_", ORIGINAL, flat=True, only=r"^(time_embed\.|label_emb\.|input_blocks\.0\.0$|out\.2$)")
 SGM = Has(r"_(input|output)_blocks_|_middle_block_")
+NO_DOWN = Has(r"_(down|up)_blocks_|_mid_block_", "none")
 DOWN_UP = Has(r"\.lora_(down|up)\.weight$")
 
 
-def _renamed(prefix: str, *, naming: str = DIFFUSERS, when: tuple[Has, ...], words: frozenset[str], flat: bool = False) -> Route:
+def _renamed(
+    prefix: str, *, naming: str = DIFFUSERS, when: tuple[Has, ...], words: frozenset[str], flat: bool = False
+) -> Route:
     """Qwen-Image's and Z-Image's converters: one prefix taken off, alphas folded, nothing else accepted."""
     doubled = Note(r"^transformer\.", "the converter, started by an alpha or `default.`, makes the prefix transformer. twice")
-    return Route((Spelling(prefix, naming, flat),), words | ALPHA, when, deletes=DORA, ignores_words=NOTHING, because=(doubled,))
+    return Route(
+        (Spelling(prefix, naming, flat),), words | ALPHA, when, deletes=DORA, ignores_words=NOTHING, because=(doubled,)
+    )
 
 
 def _dotted(names_with_prefix: tuple[str, ...]) -> tuple[Route, ...]:
@@ -84,7 +96,12 @@ def _dotted(names_with_prefix: tuple[str, ...]) -> tuple[Route, ...]:
 
 
 FLAT = (Has("^lora_unet_"),)
-QWEN = (_renamed("lora_unet_", when=FLAT, words=KOHYA, flat=True), *_dotted(("diffusion_model.", "")), PLAIN)
+QWEN = (
+    _renamed("lora_unet_", when=(*FLAT, DOWN_UP), words=KOHYA, flat=True),
+    _renamed("lora_unet_", when=FLAT, words=AB, flat=True),
+    *_dotted(("diffusion_model.", "")),
+    PLAIN,
+)
 QKV = Note(r"attention\.(qkv|out)$", "the converter splits a fused qkv (and renames out) only under lora_unet_")
 Z_FLAT = Route(
     (
@@ -106,14 +123,24 @@ Z_LOKR_PLAIN = Route((Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr
 def _z_dotted() -> tuple[Route, ...]:
     kohya, peft = _dotted(("diffusion_model.", ""))
     out = tuple(Spelling(p, ORIGINAL, only=r"attention\.out$") for p in ("diffusion_model.", ""))
-    with_out = Route((*kohya.names, *out), kohya.reads, kohya.when, deletes=DORA, ignores_words=NOTHING, because=(*kohya.because, QKV))
-    without = Route(peft.names, peft.reads, peft.when, deletes=DORA, ignores_words=NOTHING, because=(*peft.because, QKV))
+    with_out = Route(
+        (*kohya.names, *out), kohya.reads, kohya.when, deletes=DORA, ignores_words=NOTHING, because=(*kohya.because, QKV)
+    )
+    without = Route(
+        peft.names, peft.reads, peft.when, deletes=DORA, ignores_words=NOTHING, because=(*peft.because, QKV),
+        refuses=r"attention\.out\.alpha$",
+    )  # fmt: skip
     return with_out, without
 
 
 LUMINA_BLOCK = tuple(f"attention.{n}" for n in ("qkv", "out")) + tuple(f"feed_forward.w{i}" for i in (1, 2, 3))
 LUMINA = Route(
-    (Spelling("diffusion_model.", only=r"^(layers|noise_refiner|context_refiner)\..*(attention\.(qkv|out)|w\d|adaLN_modulation\.1)$"),),
+    (
+        Spelling(
+            "diffusion_model.",
+            only=r"^(layers|noise_refiner|context_refiner)\..*(attention\.(qkv|out)|w\d|adaLN_modulation\.1)$",
+        ),
+    ),
     AB,
     (Has(r"^diffusion_model\."),),
     deletes=DORA,
@@ -128,7 +155,8 @@ HIDREAM = Route(
     (Spelling("diffusion_model.", DIFFUSERS),), AB | VECTOR | {".lora_B.bias"}, (Has("diffusion_model"), Has("^diffusion_model", "all")),
     deletes=DORA, ignores_words=NEEDS_LORA, ignores_names=NEEDS_LORA,
 )  # fmt: skip
-ANIMA = plain(names=(Spelling("diffusion_model."), *PLAIN.names), when=(Has(r"^diffusion_model\."),))
+ANIMA_AROUND = Spelling("diffusion_model.", DIFFUSERS, without=r"blocks\.|^text_conditioner")
+ANIMA = plain(names=(Spelling("diffusion_model."), ANIMA_AROUND, *PLAIN.names), when=(Has(r"^diffusion_model\."),))
 MODEL_ONLY = plain(note="its pipeline has no load_lora_weights: use pipe.transformer.load_lora_adapter(FILE)")
 
 DIFFUSERS_LIBRARY = Consumer(
@@ -137,8 +165,8 @@ DIFFUSERS_LIBRARY = Consumer(
     "0.42",
     "diffusers/loaders/lora_pipeline.py, lora_conversion_utils.py, peft.py (0.42.1)",
     table(
-        ("sd1 sd2", (_unet(DIFFUSERS, ()), UNET)),
-        ("sdxl", (_unet(ORIGINAL, (SGM, Has(r"_(down|up)_blocks_|_mid_block_", "none"))), _unet(DIFFUSERS, ()), UNET)),
+        ("sd1 sd2", (_unet(NAMES, AROUND), UNET)),
+        ("sdxl", (_unet(Spelling("lora_unet_", flat=True), when=(SGM, NO_DOWN)), _unet(NAMES, AROUND), UNET)),
         ("sd3 auraflow kandinsky5 cosmos-predict2", (PLAIN,)),
         ("flux1 chroma", FLUX1),
         ("flux2", FLUX2),

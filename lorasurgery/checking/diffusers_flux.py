@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN
+from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, refuse
 from lorasurgery.checking.rules import (
     AB,
     ALPHA,
@@ -45,7 +45,7 @@ MIXTURE = Route(
     (DOWN, Has(r"^lora_transformer_.*(lora_down|lora_up|alpha)")),
     (EncoderSpelling("lora_te1_", ("clip_l",), flat=True, only=LAYERS),),
     deletes=DORA,
-    ignores_names=r"^(lora_transformer_|lora_te1_|lora_unet_)",
+    ignores_names=r"^(lora_transformer_(single_)?transformer_blocks_|lora_te1_|lora_unet_)",
     ignores_words=NOTHING,
     needs_alpha=True,
     because=(Note(r"^lora_transformer_", "the converter knows attention and embedders only; feed-forward, norm and proj_out of a block overwrite each other"),),
@@ -84,9 +84,15 @@ FAL = Route(
     ignores_names=NOTHING, ignores_words=NOTHING, complete=tuple(f"base_model.model.{c}" for c in CONTROL.complete), every_block=True,
 )  # fmt: skip
 FLUX1_PLAIN = replace(PLAIN, reads=PLAIN.reads | ALPHA, ignores_names=ANYTHING, ignores_words=ANYTHING)
-FLUX1 = (DOTTED_KOHYA, MIXTURE, KOHYA_FILE, XLABS_FILE, CONTROL, FAL, FLUX1_PLAIN)
+NOTHING_LEFT = replace(
+    refuse(DOWN.pattern), when=(DOWN, Has(r"^(lora_unet_|lora_te1?_|diffusion_model\.|text_encoders\.clip_l)", "none"))
+)
+NO_LORA = replace(refuse(NEEDS_LORA), when=(Has(NEEDS_LORA, "none"), Has(r"\.norm", "none")))
+FLUX1 = (DOTTED_KOHYA, MIXTURE, NOTHING_LEFT, KOHYA_FILE, XLABS_FILE, CONTROL, FAL, NO_LORA, FLUX1_PLAIN)
 
-SWAP = Note(r"final_layer[._]adaLN_modulation", "the converter does not exchange the halves of the final layer's scale and shift")
+SWAP = Note(
+    r"final_layer[._]adaLN_modulation", "the converter does not exchange the halves of the final layer's scale and shift"
+)
 FLUX2_KOHYA = Route(
     (Spelling("lora_unet_", flat=True, only=BLOCKS), Spelling("lora_unet_", flat=True, only=r"^(img_in|txt_in|time_in\.|final_layer\.linear)")),
     KOHYA | ALPHA,

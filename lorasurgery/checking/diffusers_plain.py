@@ -19,7 +19,12 @@ PLAIN = Route(
     deletes=DORA,
     ignores_names=NEEDS_LORA,
     ignores_words=NEEDS_LORA,
-    because=(Note(r"^transformer_2\.", "load_lora_weights(..., load_into_transformer_2=True) loads the second expert from a file of its own"),),
+    because=(
+        Note(
+            r"^transformer_2\.",
+            "load_lora_weights(..., load_into_transformer_2=True) loads the second expert from a file of its own",
+        ),
+    ),
 )
 
 

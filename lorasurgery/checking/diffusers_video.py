@@ -33,8 +33,8 @@ HUNYUAN = (
         ignores_names=NEEDS_LORA, ignores_words=NEEDS_LORA,
         wrong=(
             Note(r"final_layer\.adaLN_modulation", "the converter exchanges the halves of lora_A too, which mixes up the rank"),
-            Note(r"txt_in\..*self_attn_qkv", "the converter cuts lora_A into three as well, so its shapes no longer fit"),
         ),
+        refuses=r"self_attn_qkv|_attn_qkv\.(alpha|lora_down|lora_up)",
     ),
     PLAIN,
 )  # fmt: skip
@@ -48,9 +48,14 @@ LTX = (
     refuse(r"^diffusion_model\."),
     PLAIN,
 )  # fmt: skip
+CONNECTORS, PROJECTION = r"_embeddings_connector|^text_embedding_projection|^connectors", r"^text_embedding_projection\."
 LTX2 = (
     plain(
-        names=(Spelling("diffusion_model."), Spelling("diffusion_model.", DIFFUSERS), Spelling("text_embedding_projection.")),
+        names=(
+            Spelling("diffusion_model.", without=CONNECTORS),
+            Spelling("diffusion_model.", DIFFUSERS, without=CONNECTORS),
+            Spelling("", only=PROJECTION),
+        ),
         when=(Has(r"^diffusion_model\."),),
     ),
     PLAIN,

@@ -85,7 +85,9 @@ def _bias(item: Item, site: Site | None, consumer: Consumer, unread: set[str]) -
     if BIAS in unread:
         return Finding(item.stem, CHANGED, "bias", f"the bias is lost: {consumer.name} does not read it")
     if not consumer.slices_bias and site is not None and _is_part(item, site):
-        return Finding(item.stem, CHANGED, "bias", f"the bias is lost: {consumer.name} cannot address a part of a fused weight's")
+        return Finding(
+            item.stem, CHANGED, "bias", f"the bias is lost: {consumer.name} cannot address a part of a fused weight's"
+        )
     return None
 
 

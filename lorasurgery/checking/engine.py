@@ -99,15 +99,14 @@ def _kept(finding: Finding | None) -> dict[str, str]:
 # one module -------------------------------------------------------------------------------------------------------------
 
 
-def _judge(
-    item: Item, consumer: Consumer, route: Route, known: Known, taken: dict[Site, str], refusals: list[str]
-) -> Finding:
+def _judge(item: Item, consumer: Consumer, route: Route, known: Known, taken: dict[Site, str], refusals: list[str]) -> Finding:
     """The verdict of one module; what makes the loader refuse the file goes to ``refusals``."""
     entries = [e for e in item.group.entries.values() if not re.search(route.deletes, e.key)]
     site = known.sites.get(item.stem)
     if site is None and re.search(route.also, item.stem) is None:
         for entry in entries:
-            if not re.search(route.ignores_names, entry.key):
+            ignored = re.search(route.ignores_names, entry.key)
+            if not ignored or (_suffix(item, entry) not in route.reads and not re.search(route.ignores_words, entry.key)):
                 refusals.append(f"{route.error} for keys it does not know, first {entry.key}")
         return Finding(item.stem, IGNORED, *_unknown_name(item, consumer, route, known))
     unread = [e for e in entries if _suffix(item, e) not in route.reads]

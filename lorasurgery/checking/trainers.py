@@ -121,7 +121,16 @@ PEFT = Consumer(
 
 LYCORIS_ROUTE = Route(
     (Spelling("lycoris_", DIFFUSERS, flat=True),),
-    KOHYA | MID | ALPHA | DORA_SCALE | LOHA | LOKR | TUCKER | GLORA | OFT | {".diff", ".diff_b", ".w_norm", ".b_norm", ".on_input"},
+    KOHYA
+    | MID
+    | ALPHA
+    | DORA_SCALE
+    | LOHA
+    | LOKR
+    | TUCKER
+    | GLORA
+    | OFT
+    | {".diff", ".diff_b", ".w_norm", ".b_norm", ".on_input"},
 )
 LYCORIS_KOHYA = Route(
     (Spelling("lora_unet_", SD_SCRIPTS, flat=True),), LYCORIS_ROUTE.reads, (Has(r"^lora_(unet|te\d?)_"), Has("^lycoris_", "none")),

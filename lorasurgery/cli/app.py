@@ -18,6 +18,7 @@ from lorasurgery.cli.convert import convert
 from lorasurgery.cli.inspect import inspect
 from lorasurgery.cli.meta import meta
 from lorasurgery.cli.render import show_error
+from lorasurgery.cli.rerank import rerank
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.version import __version__
 
@@ -57,6 +58,7 @@ app = typer.Typer(
 app.command()(convert)
 app.command()(inspect)
 app.command()(check)
+app.command()(rerank)
 app.add_typer(meta)
 
 

@@ -151,8 +151,10 @@ def _lines(nested: Nested, how: Request, results: list[tuple[Reranked, Path]], *
         main = result.strengths[0]
         name = str(path) if written else f"{path} (not written)"
         lines.append(f"  {result.rank:>4}  {result.error:8.4f}  {result.best:8.4f}  {_strength(main)}  {name}")
-        for other in result.strengths[1:4]:
-            lines.append(f"  {'':>4}  {'':>8}  {'':>8}  {_strength(other)}  {other.modules} modules of rank {other.old_rank}")
+        lines += [
+            f"  {'':>4}  {'':>8}  {'':>8}  {_strength(other)}  {other.modules} modules of rank {other.old_rank}"
+            for other in result.strengths[1:4]
+        ]
         if len(result.strengths) > 4:
             lines.append(f"  {'':>4}  ... and {len(result.strengths) - 4} more groups of modules (--json lists all)")
     lines.append("  error: of the change at the file's own strength; best: the least at that rank; file, here: alpha / rank")

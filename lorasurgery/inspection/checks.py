@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from lorasurgery.architectures import architectures
 from lorasurgery.inspection.description import Finding
 from lorasurgery.io.tensors import FLOATS
-from lorasurgery.layouts.words import split_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,13 +104,11 @@ def _alphas(raw: RawFile, found: Structure) -> Iterator[Finding]:
 
 
 def _dtypes(raw: RawFile, found: Structure) -> Iterator[Finding]:  # noqa: ARG001  the checks' signature
-    counts: Counter[str] = Counter()
-    for key, tensor in raw.tensors.items():
-        if tensor.dtype in FLOATS and tensor.size > 1 and split_key(key) is not None:
-            counts[tensor.dtype] += 1
-    if len(counts) > 1:
-        words = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        yield Finding("mixed-dtypes", f"tensors of several dtypes: {words}")
+    """Weights of several dtypes; alphas and flags do not count."""
+    counts = Counter(module.dtype for module in found.modules if module.dtype)
+    if len({name for joined in counts for name in joined.split("+")} & FLOATS) > 1:
+        words = ", ".join(f"{count} modules {name.replace('+', ' and ')}" for name, count in counts.most_common())
+        yield Finding("mixed-dtypes", f"weights of several dtypes: {words}")
 
 
 def _unexplained(raw: RawFile, found: Structure) -> Iterator[Finding]:  # noqa: ARG001  the checks' signature

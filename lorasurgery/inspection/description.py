@@ -74,6 +74,17 @@ class ModuleInfo:
     problem: str | None = None
     """Why a program would refuse it."""
 
+    def to_json(self) -> dict[str, Any]:
+        """A plain object; there are hundreds in a file, so nothing is looked at twice."""
+        found = {name: getattr(self, name) for name in _MODULE_FIELDS}
+        for name in ("alpha", "scale"):
+            if found[name] is not None and not isfinite(found[name]):
+                found[name] = None
+        return found
+
+
+_MODULE_FIELDS = tuple(f.name for f in fields(ModuleInfo))
+
 
 class Numbers(NamedTuple):
     """How often each value occurs."""
@@ -161,7 +172,10 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         """A plain object for ``--json``."""
-        found: dict[str, Any] = {"schema": SCHEMA} | {f.name: plain_value(getattr(self, f.name)) for f in fields(self)}
+        found: dict[str, Any] = {"schema": SCHEMA} | {
+            f.name: plain_value(getattr(self, f.name)) for f in fields(self) if f.name != "modules"
+        }
+        found["modules"] = [module.to_json() for module in self.modules]
         found["candidates"] = [{"architecture": key, "explains": share} for key, share in self.candidates]
         found["unexplained"] = [{"key": key, "reason": reason} for key, reason in self.unexplained]
         if self.tags is not None:

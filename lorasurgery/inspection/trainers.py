@@ -84,7 +84,7 @@ PROCESSORS = (
 def trainer(metadata: Mapping[str, str], keys: Iterable[str], layout: str, *, peft_folder: bool) -> Trainer | None:
     """The program with the weightiest evidence, or None."""
     entries = [f"{key}={value[:2000]}" for key, value in metadata.items()]
-    names = list(keys)
+    names = "\n".join(keys)
     scores: dict[str, int] = {"PEFT": 2} if peft_folder else {}
     evidence: dict[str, list[str]] = {"PEFT": ["adapter_config.json"]} if peft_folder else {}
     for sign in SIGNATURES:
@@ -98,10 +98,11 @@ def trainer(metadata: Mapping[str, str], keys: Iterable[str], layout: str, *, pe
     return Trainer(best, tuple(evidence[best]), after)
 
 
-def _matches(sign: Signature, entries: list[str], keys: list[str], layout: str) -> bool:
-    pattern = re.compile(sign.pattern)
+def _matches(sign: Signature, entries: list[str], keys: str, layout: str) -> bool:
+    """``keys``: one a line."""
+    pattern = re.compile(sign.pattern, re.MULTILINE)
     if sign.where == METADATA:
         return any(pattern.match(entry) for entry in entries)
     if sign.where == KEY:
-        return any(pattern.search(key) for key in keys)
+        return pattern.search(keys) is not None
     return bool(pattern.match(layout))

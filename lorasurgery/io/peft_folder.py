@@ -41,13 +41,16 @@ def read_peft_folder(path: str | Path) -> tuple[RawFile, dict[str, dict[str, Any
         return RawFile(path, raw.tensors, raw.metadata), {"": _config(path)}
     tensors: dict[str, Tensor] = {}
     configs: dict[str, dict[str, Any]] = {}
+    metadata: dict[str, str] = {}
     for child in sorted(c for c in path.iterdir() if (c / CONFIG).is_file()):
         configs[child.name] = _config(child)
-        for key, tensor in _weights(child).tensors.items():
+        raw = _weights(child)
+        metadata |= raw.metadata
+        for key, tensor in raw.tensors.items():
             tensors[f"{child.name}.{key.removeprefix('base_model.model.')}"] = tensor
     if not configs:
         raise FileFormatError(f"this folder has no {CONFIG}", path=path, hint="the adapter file itself")
-    return RawFile(path, tensors, {}), configs
+    return RawFile(path, tensors, metadata), configs
 
 
 def _weights(folder: Path) -> RawFile:
@@ -68,10 +71,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def write_peft_folder(path: Path, adapters: Mapping[str, tuple[dict[str, Any], Mapping[str, Tensor]]]) -> None:
+def write_peft_folder(
+    path: Path, adapters: Mapping[str, tuple[dict[str, Any], Mapping[str, Tensor]]], metadata: Mapping[str, str]
+) -> None:
     """Write one adapter into ``path``, or several into folders named by component; the folder appears when complete.
 
-    ``adapters``: component -> (configuration, tensors).
+    ``adapters``: component -> (configuration, tensors); every file gets ``metadata``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -79,7 +84,7 @@ def write_peft_folder(path: Path, adapters: Mapping[str, tuple[dict[str, Any], M
         for component, (config, tensors) in adapters.items():
             folder = staging / component if len(adapters) > 1 else staging
             folder.mkdir(exist_ok=True)
-            write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+            write_safetensors(folder / WEIGHTS, tensors, metadata)
             (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         staging.chmod(0o777 & ~umask())
         if path.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,8 @@ class Written:
     alpha: float
     shape: Shape
     """Of the base weight: (out, in[, k...])."""
+    keys: tuple[str, ...]
+    """The keys it was written to."""
 
 
 @dataclass(slots=True)
@@ -83,10 +85,10 @@ def emit(
 
 def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str, report: Report, result: Emitted) -> None:
     words = SUFFIXES[target.words]
-    tensors = result.tensors
+    tensors: dict[str, Tensor] = {}
     scale, rank = module.scale.value, 1
+    record = _recorder(report, module.name)
     if module.delta is not None:
-        record = _recorder(report, module.name)
         delta, alpha, scale = _scaled(module, module.delta, policy, target, record)
         for slot, tensor in delta.tensors.items():
             fitted = target.any_shape or not isinstance(delta, LowRank)
@@ -102,11 +104,12 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
         family = "norm bias" if module.family == "norm" else "bias"
         bias = module.bias
         if target.words == PEFT and scale != 1.0:  # PEFT multiplies lora_B's bias by the scale too
-            bias = multiplied(bias, 1.0 / scale)
+            bias = multiplied(bias, 1.0 / scale, record)
         tensors[stem + words[family]] = bias
     if target.words != PEFT:
         tensors.update({stem + suffix: tensor for suffix, tensor in module.extras.items()})
-    result.written.append(Written(stem, module, rank, scale * rank, shape))
+    result.tensors.update(tensors)
+    result.written.append(Written(stem, module, rank, scale * rank, shape, tuple(tensors)))
 
 
 def _fitted(delta: LowRank, slot: str, tensor: Tensor, shape: Shape) -> Tensor:
@@ -191,10 +194,12 @@ def _magnitude(module: Module, magnitude: Magnitude, target: Layout) -> Tensor:
 def _complete_biases(result: Emitted, target: Layout) -> None:
     """PEFT gives every lora_B a bias or none: modules without one get zeros."""
     suffix = SUFFIXES[target.words]["bias"]
-    for written in result.written:
+    for i, written in enumerate(result.written):
+        key = written.stem + suffix
         up = result.tensors.get(written.stem + SUFFIXES[target.words]["up"])
-        if up is not None and written.stem + suffix not in result.tensors:
-            result.tensors[written.stem + suffix] = zeros(up.dtype, (up.shape[0],))
+        if up is not None and key not in result.tensors:
+            result.tensors[key] = zeros(up.dtype, (up.shape[0],))
+            result.written[i] = replace(written, keys=(*written.keys, key))
 
 
 def common(values: list[float]) -> float:

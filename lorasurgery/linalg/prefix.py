@@ -116,4 +116,5 @@ def _tails(matrix: Array, rank: int) -> Array:
 
 def _first_used(up: Array) -> Array:
     used = up != 0
-    return np.argmax(used, axis=1)[used.any(axis=1)].astype(np.float64)
+    first: Array = np.argmax(used, axis=1)[used.any(axis=1)].astype(np.float64)
+    return first

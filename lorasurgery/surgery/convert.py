@@ -69,6 +69,11 @@ def _run(job: Job) -> Adapter:
     for module in modules:
         groups[module.site.component].append(module)
     result = [new for component, own in groups.items() for new in regroup(job, component, uniform(job, own))]
+    if job.zero_parts:
+        job.report.warnings.append(
+            f"{len(job.zero_parts)} parts of fused modules (first: of {job.zero_parts[0]}) are all zeros, the places of "
+            "members that were not trained; they are not written"
+        )
     if job.kept_split:
         name, reason = job.kept_split[0]
         job.report.warnings.append(

@@ -27,6 +27,8 @@ class Job:
         """What was done to a module before its rows were looked at."""
         self.kept_split: list[tuple[str, str]] = []
         """(module, reason) of fused weights that keep their split names."""
+        self.zero_parts: list[str] = []
+        """Fused modules of which a part is all zeros, once for each such part."""
         self.report = Report(
             input=str(adapter.path or ""),
             architecture=self.arch.key,

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.full import Full
+from lorasurgery.deltas.hadamard import Hadamard
+from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.surgery.families import reduced, without_magnitude
 from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows
@@ -71,11 +74,28 @@ def _split_names(job: Job, targets: Sequence[Target]) -> list[Target]:
 
 
 def _built(job: Job, component: str, target: Target) -> list[Module]:
-    """The target module, or, where its family cannot be fused exactly, what stands for it."""
+    """The target module, or, where its family cannot be fused exactly, what stands for it; nothing for a part of zeros."""
+    if _is_untrained_part(target):
+        job.zero_parts.append(target.sources[0].name)
+        return []
     try:
         return [_build(job, Site(component, target.spans), target)]
     except CannotError as reason:
         return _otherwise(job, component, target, reason)
+
+
+def _is_untrained_part(target: Target) -> bool:
+    """Whether the target is the zero rows of a fused module: the place of a member that was never trained."""
+    piece, source = target.pieces[0], target.sources[0]
+    if len(target.pieces) > 1 or piece.rows == source.out or source.magnitude is not None or source.bias is not None:
+        return False
+    if not isinstance(source.delta, (LowRank, Hadamard, Full)):
+        return False
+    rows = {LowRank: "up", Hadamard: "w1_a", Full: "diff"}
+    output = getattr(source.delta, rows[type(source.delta)])
+    if isinstance(source.delta, Hadamard) and source.delta.t1 is not None:
+        return False
+    return not output.rows(piece.ranges).array().any() and bool(output.array().any())
 
 
 def _otherwise(job: Job, component: str, target: Target, reason: CannotError) -> list[Module]:

@@ -27,6 +27,7 @@ from lorasurgery.surgery.rerank_alpha import (
     trained_scale,
     written_scale,
 )
+from lorasurgery.surgery.rerank_cut import curve_of, cut_module
 
 if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile

@@ -23,6 +23,7 @@ class Cut(NamedTuple):
 
 
 def curve_of(module: NestedModule) -> PrefixCurve:
+    """The module's errors by rank; raises BrokenModuleError for NaN and infinity."""
     from lorasurgery.linalg.prefix import prefix_curve, tucker_curve
 
     delta = module.delta

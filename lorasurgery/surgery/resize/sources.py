@@ -1,0 +1,171 @@
+"""Where the singular vectors of a module come from: its factors, two Kronecker factors, or a dense matrix.
+
+Every source has the singular values of the unscaled change when the ranks are chosen, and yields ``U[:, kept] * weights``
+and ``weights * Vt[kept]`` when the result is written. Nothing between the two is larger than one module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from lorasurgery.linalg.low_rank import factored_svd
+from lorasurgery.linalg.randomized import dense_svd
+from lorasurgery.surgery.resize.core import Core, measure, wide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorasurgery.io.tensors import Tensor
+    from lorasurgery.linalg.factors import AnyArray, Array
+    from lorasurgery.linalg.policies.budget import Indices
+
+    Triple = tuple[AnyArray, Array, AnyArray]
+    """(U: (out, k), S: (k,), Vt: (k, in))."""
+
+
+class Source(Protocol):
+    """A matrix with its singular values, and its singular vectors on demand."""
+
+    @property
+    def values(self) -> Array:
+        """Descending; all of them, or as many as were asked for."""
+        ...
+
+    @property
+    def residual(self) -> float:
+        """Squared norm beyond ``values``."""
+        ...
+
+    def left(self, kept: Indices, weights: Array) -> AnyArray:
+        """``U[:, kept] * weights: (out, k)``."""
+        ...
+
+    def right(self, kept: Indices, weights: Array) -> AnyArray:
+        """``weights * Vt[kept]: (k, in)``."""
+        ...
+
+
+@dataclass(slots=True)
+class FactoredSource:
+    """``up @ down``; ``up: (out, r, 1...)``, ``down: (r, in, k...)`` as tensors."""
+
+    up: Tensor
+    down: Tensor
+    values: Array
+    core: Core | None
+    slot: Slot
+    residual: float = 0.0
+
+    @classmethod
+    def of(cls, up: Tensor, down: Tensor, needed: int | None, slot: Slot, *, narrow: bool) -> FactoredSource:
+        """Measure it now; raises ``ValueError`` for NaN and infinity."""
+        return cls(up, down, *measure(wide(up), wide(down), needed, narrow=narrow), slot)
+
+    def left(self, kept: Indices, weights: Array) -> AnyArray:
+        """One product with ``up``."""
+        if self.core is None:
+            return self._exact()[0][:, kept] * weights
+        small = self.core.left[:, kept]
+        return wide(self.up).astype(small.dtype, copy=False) @ (small * weights.astype(small.dtype))
+
+    def right(self, kept: Indices, weights: Array) -> AnyArray:
+        """One product with ``down``."""
+        if self.core is None:
+            return weights[:, None] * self._exact()[2][kept]
+        small = self.core.right[kept]
+        return (small * weights.astype(small.dtype)[:, None]) @ wide(self.down).astype(small.dtype, copy=False)
+
+    def shrink(self, count: int) -> None:
+        """Forget the small matrices beyond the first ``count``."""
+        if self.core is not None:
+            self.core = Core(self.core.left[:, :count].copy(), self.core.right[:count].copy())
+
+    def _exact(self) -> Triple:
+        return self.slot.get(self, lambda: factored_svd(wide(self.up), wide(self.down)))
+
+
+@dataclass(slots=True)
+class ComputedSource:
+    """Anything whose SVD is computed twice: once for the values, once when it is written."""
+
+    decompose: Callable[[int], Triple]
+    """At least that many singular triples."""
+    values: Array
+    residual: float
+    slot: Slot
+
+    def left(self, kept: Indices, weights: Array) -> AnyArray:
+        """Columns of U."""
+        return _columns(self._triple(kept)[0], kept) * weights
+
+    def right(self, kept: Indices, weights: Array) -> AnyArray:
+        """Rows of Vt."""
+        return weights[:, None] * _columns(self._triple(kept)[2].T, kept).T
+
+    def _triple(self, kept: Indices) -> Triple:
+        return self.slot.get(self, lambda: self.decompose(int(kept[-1]) + 1))
+
+
+def _columns(matrix: AnyArray, kept: Indices) -> AnyArray:
+    """These columns, zeros for those that a decomposition has not found to differ from zero."""
+    found = matrix[:, kept[kept < matrix.shape[1]]]
+    return np.pad(found, ((0, 0), (0, len(kept) - found.shape[1])))
+
+
+class Slot:
+    """Room for one decomposition: the two factors of a module are written one after the other."""
+
+    def __init__(self) -> None:
+        self._owner: object = None
+        self._triple: Triple | None = None
+
+    def get(self, owner: object, compute: Callable[[], Triple]) -> Triple:
+        """The owner's decomposition, computed unless it was the last one asked for."""
+        held = self._triple
+        if self._owner is not owner or held is None:
+            self._owner, self._triple = None, None
+            held = compute()
+            self._owner, self._triple = owner, held
+        return held
+
+
+def dense_source(matrix: Callable[[], AnyArray], needed: int | None, slot: Slot) -> ComputedSource:
+    """A matrix (out, in) that ``matrix`` yields; ``needed`` None asks for every singular value."""
+    factors = dense_svd(matrix(), rank=needed)
+    squares = factors.singular_values**2
+    error = min(factors.relative_error, 1.0 - 1e-12)
+    residual = 0.0 if needed is None else float(np.sum(squares)) * error**2 / (1.0 - error**2)
+
+    def decompose(count: int) -> Triple:
+        found = dense_svd(matrix(), rank=count, dtype=np.float64)
+        root = np.sqrt(found.singular_values)
+        root[root == 0.0] = 1.0
+        return found.up / root, found.singular_values, found.down / root[:, None]
+
+    return ComputedSource(decompose, factors.singular_values, residual, slot)
+
+
+def kronecker_source(w1: Callable[[], Array], w2: Callable[[], Array], slot: Slot) -> ComputedSource:
+    """``kron(w1, w2)``: singular values are the products of those of ``w1: (a, b)`` and ``w2: (c, d)``, vectors likewise."""
+    first, second = np.linalg.svd(w1(), compute_uv=False), np.linalg.svd(w2(), compute_uv=False)
+    values = np.sort(np.outer(first, second), axis=None)[::-1].copy()
+    values[values <= NEGLIGIBLE * values[0]] = 0.0
+
+    def decompose(count: int) -> Triple:
+        u1, s1, v1 = np.linalg.svd(w1(), full_matrices=False)
+        u2, s2, v2 = np.linalg.svd(w2(), full_matrices=False)
+        products = np.outer(s1, s2).ravel()
+        order = np.argsort(-products, kind="stable")[:count]
+        i, j = np.divmod(order, len(s2))
+        up = (u1[:, None, i] * u2[None, :, j]).reshape(-1, len(order))
+        down = (v1[i][:, :, None] * v2[j][:, None, :]).reshape(len(order), -1)
+        return up, products[order], down
+
+    return ComputedSource(decompose, values, 0.0, slot)
+
+
+NEGLIGIBLE = 1e-13
+"""Of the largest: products of singular values below it are rounding."""

@@ -21,11 +21,11 @@ class Losses:
     entries: dict[str, list[float]] = field(default_factory=dict)
 
     def record(self, module: str, error: float, norm: float) -> None:
-        """Add a squared error of a module (or one of its factors) with its squared norm."""
+        """Add a squared error of a module's delta; ``norm`` is the squared norm of the whole delta (the largest counts)."""
         if error > 0.0:
             entry = self.entries.setdefault(module, [0.0, 0.0])
             entry[0] += error
-            entry[1] += norm
+            entry[1] = max(entry[1], norm)
 
     def relative(self) -> dict[str, float]:
         """Module -> relative Frobenius error."""

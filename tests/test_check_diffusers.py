@@ -124,7 +124,7 @@ def tensor(word: str, spans: Spans, out: int, width: int) -> tuple[torch.Tensor,
         ".dora_scale": (out, 1), ".diff_b": (out,), ".lokr_w1": (1, 1), ".lokr_w2": (out, width),
         **{word: (out, RANK) if word.endswith("a") else (RANK, width) for word in LOHA},
     }  # fmt: skip
-    made = {AB[0]: down, KOHYA[0]: down, AB[1]: up, KOHYA[1]: up, ".alpha": torch.tensor(ALPHA), ".lokr_w1": torch.ones(1, 1)}
+    made = {AB[0]: down, KOHYA[0]: down, AB[1]: up, KOHYA[1]: up, ".alpha": torch.tensor(ALPHA), ".lokr_w1": torch.ones(3, 1)}
     return made.get(word, rows_of(spans)[:, None] * 8), shapes[word]
 
 
@@ -135,7 +135,7 @@ def run_diffusers(arch: Architecture, mixin: str, file: File) -> dict[str, Loade
     def keep(prefix: str) -> Any:
         def load(state_dict: dict[str, torch.Tensor], *rest: Any, **how: Any) -> None:
             alphas = how.get("network_alphas") or next((r for r in rest if isinstance(r, dict)), None)
-            got.append((prefix, dict(state_dict), alphas))
+            got.append((how.get("prefix", prefix), dict(state_dict), alphas))
 
         return load
 
@@ -169,7 +169,9 @@ def placed(arch: Architecture, got: list[tuple[str, dict[str, torch.Tensor], Any
         for name, values in products(own, {k.removeprefix(f"{prefix}."): v for k, v in (alphas or {}).items()}):
             block, _, leaf = name.rpartition(".attn.")
             parts = [f"{block}.{part}" for part in FUSED[leaf]] if leaf in FUSED else [root + name]
-            known = [arch.namings[DIFFUSERS][p] for p in parts if p in arch.namings[DIFFUSERS] and not p.startswith(others or "/")]
+            known = [
+                arch.namings[DIFFUSERS][p] for p in parts if p in arch.namings[DIFFUSERS] and not p.startswith(others or "/")
+            ]
             if not known:
                 continue
             at = torch.cat([rows_of(spans) for spans in known]).long() - 1
@@ -192,7 +194,9 @@ def products(own: dict[str, torch.Tensor], alphas: dict[str, Any]) -> Iterator[t
         return
     config = get_peft_kwargs({k: v.shape[1] for k, v in ups.items()}, alphas, own)
     for name, up in ups.items():
-        down = own[f"{name}.lora_A.weight"]
+        down = own.get(f"{name}.lora_A.weight")
+        if down is None:
+            continue
         if down.shape[0] != up.shape[1]:
             raise RuntimeError("size mismatch")
         yield name, up @ down[:, 0] * (float(config["alpha_pattern"].get(name, config["lora_alpha"])) / up.shape[1])
@@ -207,7 +211,6 @@ def fate(spans: Spans, scale: float, loaded: dict[str, Loaded]) -> str:
     if mine.isnan().all():
         return IGNORED
     return LOADS if torch.allclose(mine, rows_of(spans) * 8 * scale, rtol=1e-3) else CHANGED
-
 
 
 def disagreements(key: str, spelling: str, words: str, which: str) -> list[tuple[str, ...]]:
@@ -234,5 +237,11 @@ def disagreements(key: str, spelling: str, words: str, which: str) -> list[tuple
 def test_the_verdicts_are_what_the_pipeline_does(key: str) -> None:
     own = architectures()[key].sd_scripts == SD_SCRIPTS
     spellings = [s for s, (_, naming, _) in SPELLINGS.items() if own or naming != SD_SCRIPTS]
-    cases = [(s, words, which) for s in spellings for words in WORDS for which in ("block", "all", "one") if which != "one" or words in ("A/B", "down/up alpha")]
+    cases = [
+        (s, words, which)
+        for s in spellings
+        for words in WORDS
+        for which in ("block", "all", "one")
+        if which != "one" or words in ("A/B", "down/up alpha")
+    ]
     assert [wrong for case in cases for wrong in disagreements(key, *case)] == []

@@ -145,7 +145,8 @@ def test_what_folding_costs_is_reported(kind: str, factor: float, dtype: str) ->
     true = float(np.linalg.norm(flat(scaled) - exact) / np.linalg.norm(exact))
     error, norm = (sum(column) for column in zip(*lost, strict=True))
     assert {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-23}[dtype] > true > 0
-    assert math.sqrt(error / norm) == pytest.approx(true, rel=0.6)
+    measured = kind in ("full", "lora linear", "lora 3x3")  # others report the rounding of the one factor they fold into
+    assert math.sqrt(error / norm) == pytest.approx(true, rel=1e-2 if measured else 0.6)
 
 
 @every_kind

@@ -198,7 +198,7 @@ def test_folding(dtype: str, tmp_path: Path) -> None:
     rounded = convert(made, "comfyui", tmp_path, alpha="fold")
     true = max(relative_errors(made.meaning(), rounded.meaning()).values())
     assert 0 < true < {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-23}[dtype]
-    assert true / 1.5 < rounded.report.losses.total() < 1.5 * true
+    assert rounded.report.losses.total() == pytest.approx(true, rel=0.05)
     assert not rounded.report.exact
 
 
@@ -421,7 +421,10 @@ def test_dtype(source: str, family: str, dtype: str, tmp_path: Path) -> None:
     assert output.report.exact == (error == 0.0)
     assert (error == 0.0) == (dtype == "fp32" or short == source)
     if error:
-        assert error / 3 < output.report.losses.total() < error * 3
+        worst = output.report.worst()
+        measured = family in ("lora", "dora")  # the others add up the roundings of their factors
+        assert worst is not None
+        assert worst[1] == pytest.approx(error, rel=0.2 if measured else 0.7)  # the truth is sampled
 
 
 def test_a_dry_run_writes_nothing_and_tells_the_same(tmp_path: Path) -> None:

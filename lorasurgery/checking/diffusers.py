@@ -8,6 +8,7 @@ refuse the file; what has ``lora`` in its key and another prefix is passed over 
 from __future__ import annotations
 
 from lorasurgery.checking.diffusers_flux import FLUX1, FLUX2
+from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, plain, refuse
 from lorasurgery.checking.diffusers_video import HUNYUAN, LTX, LTX2, WAN
 from lorasurgery.checking.rules import (
     AB,
@@ -16,8 +17,8 @@ from lorasurgery.checking.rules import (
     DEFAULT_AB,
     DIFFUSERS,
     KOHYA,
-    LOKR,
     LINEAR,
+    LOKR,
     NOTHING,
     OLD,
     ORIGINAL,
@@ -31,7 +32,6 @@ from lorasurgery.checking.rules import (
     Spelling,
     table,
 )
-from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, plain, refuse
 
 UNET_PREFIX = r"^lora_(te|te1|te2|unet)_"
 LAYERS = r"\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])$"

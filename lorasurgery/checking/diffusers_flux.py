@@ -87,7 +87,7 @@ FLUX1_PLAIN = replace(PLAIN, reads=PLAIN.reads | ALPHA, ignores_names=ANYTHING, 
 NOTHING_LEFT = replace(
     refuse(DOWN.pattern), when=(DOWN, Has(r"^(lora_unet_|lora_te1?_|diffusion_model\.|text_encoders\.clip_l)", "none"))
 )
-NO_LORA = replace(refuse(NEEDS_LORA), when=(Has(NEEDS_LORA, "none"), Has(r"\.norm", "none")))
+NO_LORA = replace(refuse(NEEDS_LORA), when=(Has(NEEDS_LORA, "none"), Has(r"norm_(added_)?[qk]", "none")))
 FLUX1 = (DOTTED_KOHYA, MIXTURE, NOTHING_LEFT, KOHYA_FILE, XLABS_FILE, CONTROL, FAL, NO_LORA, FLUX1_PLAIN)
 
 SWAP = Note(

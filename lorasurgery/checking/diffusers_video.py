@@ -34,7 +34,7 @@ HUNYUAN = (
         wrong=(
             Note(r"final_layer\.adaLN_modulation", "the converter exchanges the halves of lora_A too, which mixes up the rank"),
         ),
-        refuses=r"self_attn_qkv|_attn_qkv\.(alpha|lora_down|lora_up)",
+        refuses=r"self_attn_qkv\.lora|_attn_qkv\.(alpha|lora_down|lora_up)",
     ),
     PLAIN,
 )  # fmt: skip

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Site
+    from lorasurgery.architectures.table import Architecture
     from lorasurgery.checking.rules import Consumer, Route
     from lorasurgery.checking.subject import Item
     from lorasurgery.layouts.group import Entry
@@ -24,7 +25,9 @@ ADDITIVE = ("lora", "loha", "lokr", "full", "norm")
 SCALED = ("lora", "loha", "lokr")
 
 
-def effect(item: Item, site: Site | None, consumer: Consumer, route: Route, unread: Sequence[Entry]) -> Finding:
+def effect(
+    item: Item, site: Site | None, arch: Architecture, consumer: Consumer, route: Route, unread: Sequence[Entry]
+) -> Finding:
     """The verdict of a module whose name is read; ``unread`` are those of its tensors whose suffix is not."""
     families = {e.word.family for e in unread}
     core = [e for e in unread if e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE)]
@@ -39,7 +42,7 @@ def effect(item: Item, site: Site | None, consumer: Consumer, route: Route, unre
     return (
         _strength(item, consumer, route)
         or _dora(item, consumer, route)
-        or _bias(item, site, consumer, families)
+        or _bias(item, consumer, families, part=_is_part(site, arch))
         or _swapped(item, site, consumer)
         or Finding(item.stem, LOADS)
     )
@@ -79,23 +82,24 @@ def _dora(item: Item, consumer: Consumer, route: Route) -> Finding | None:
     return Finding(item.stem, CHANGED, "dora", f"the DoRA magnitude is lost: {consumer.name} does not read {suffix}")
 
 
-def _bias(item: Item, site: Site | None, consumer: Consumer, unread: set[str]) -> Finding | None:
+def _bias(item: Item, consumer: Consumer, unread: set[str], *, part: bool) -> Finding | None:
     if item.group.modifier(BIAS) is None:
         return None
     if BIAS in unread:
         return Finding(item.stem, CHANGED, "bias", f"the bias is lost: {consumer.name} does not read it")
-    if not consumer.slices_bias and site is not None and _is_part(item, site):
+    if part and not consumer.slices_bias:
         return Finding(
             item.stem, CHANGED, "bias", f"the bias is lost: {consumer.name} cannot address a part of a fused weight's"
         )
     return None
 
 
-def _is_part(item: Item, site: Site) -> bool:
+def _is_part(site: Site | None, arch: Architecture) -> bool:
     """Whether a site is less than its whole weight, or has its halves exchanged."""
-    if site.component in TEXT_ENCODERS:
+    if site is None or site.component in TEXT_ENCODERS:
         return False
-    return len(site.spans) > 1 or site.spans[0].start > 0 or (item.site is not None and item.site != site)
+    first = site.spans[0]
+    return len(site.spans) > 1 or (first.start, first.stop) != (0, arch.shapes[first.weight][0])
 
 
 def _swapped(item: Item, site: Site | None, consumer: Consumer) -> Finding | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lorasurgery.architectures.table import Architecture, Spans
-    from lorasurgery.checking.rules import Consumer, EncoderSpelling, Route, Spelling
+    from lorasurgery.checking.rules import Consumer, EncoderSpelling, Has, Route, Spelling
     from lorasurgery.checking.subject import Item, Subject
     from lorasurgery.layouts.group import Entry
 
@@ -40,8 +41,8 @@ def check(subject: Subject, consumer: Consumer) -> Result:
         return _result(subject, consumer, [], [f"{consumer.name} has no way to read these keys"], None)
     known = names_of(arch, route)
     refusals: list[str] = []
-    taken: dict[Site, str] = {}
-    findings = [_judge(item, consumer, route, known, taken, refusals) for item in subject.items]
+    job = Job(arch, consumer, route, known, {}, refusals)
+    findings = [_judge(item, job) for item in subject.items]
     unread = [key for key in subject.others if not re.search(route.deletes, key)]
     bad = [key for key in unread if not re.search(route.ignores_words, key)]
     bad += [key for key in subject.keys if re.search(route.refuses, key)]
@@ -53,8 +54,12 @@ def check(subject: Subject, consumer: Consumer) -> Result:
 
 def _applies(route: Route, subject: Subject) -> bool:
     keys = [key for key in subject.keys if not re.search(route.deletes, key)]
-    quantifiers = {"any": any, "all": all, "none": lambda hits: not any(hits)}
-    return all(quantifiers[c.how](re.search(c.pattern, key) is not None for key in keys) for c in route.when)
+    return all(_holds(condition, keys) for condition in route.when)
+
+
+def _holds(condition: Has, keys: list[str]) -> bool:
+    hits = (re.search(condition.pattern, key) is not None for key in keys)
+    return all(hits) if condition.how == "all" else any(hits) == (condition.how == "any")
 
 
 def _no_model(subject: Subject, consumer: Consumer) -> Result:
@@ -86,8 +91,6 @@ def _result(
         str(subject.path), consumer, subject.architecture.key, subject.candidates, tuple(findings),
         tuple(dict.fromkeys(refusals)), tuple(k for k in unread or () if k not in HARMLESS), counts=counts,
     )  # fmt: skip
-    from dataclasses import replace
-
     return replace(result, notes=notes(subject, consumer, route, result), mend=mend(subject, consumer, result))
 
 
@@ -99,48 +102,65 @@ def _kept(finding: Finding | None) -> dict[str, str]:
 # one module -------------------------------------------------------------------------------------------------------------
 
 
-def _judge(item: Item, consumer: Consumer, route: Route, known: Known, taken: dict[Site, str], refusals: list[str]) -> Finding:
+class Job(NamedTuple):
+    """What a check has at hand while it goes through the modules."""
+
+    architecture: Architecture
+    consumer: Consumer
+    route: Route
+    known: Known
+    taken: dict[Site, str]
+    """The first name found for each site."""
+    refusals: list[str]
+
+
+def _judge(item: Item, job: Job) -> Finding:
     """The verdict of one module; what makes the loader refuse the file goes to ``refusals``."""
+    route = job.route
     entries = [e for e in item.group.entries.values() if not re.search(route.deletes, e.key)]
-    site = known.sites.get(item.stem)
-    if site is None and re.search(route.also, item.stem) is None:
-        for entry in entries:
-            ignored = re.search(route.ignores_names, entry.key)
-            if not ignored or (_suffix(item, entry) not in route.reads and not re.search(route.ignores_words, entry.key)):
-                refusals.append(f"{route.error} for keys it does not know, first {entry.key}")
-        return Finding(item.stem, IGNORED, *_unknown_name(item, consumer, route, known))
     unread = [e for e in entries if _suffix(item, e) not in route.reads]
-    for entry in unread:
-        if not re.search(route.ignores_words, entry.key):
-            refusals.append(f"{route.error} for keys it does not read, first {entry.key}")
+    strange = [e.key for e in unread if not re.search(route.ignores_words, e.key)]
+    job.refusals.extend(f"{route.error} for keys it does not read, first {key}" for key in strange)
+    site = job.known.sites.get(item.stem)
+    if site is None and re.search(route.also, item.stem) is None:
+        strange = [e.key for e in entries if not re.search(route.ignores_names, e.key)]
+        job.refusals.extend(f"{route.error} for keys it does not know, first {key}" for key in strange)
+        return Finding(item.stem, IGNORED, *_unknown_name(item, job))
     if item.problem:
-        return _broken(item, route, refusals)
-    if route.needs_alpha and item.alpha is None and item.delta is not None:
-        refusals.append(f"KeyError: {item.stem} has no alpha")
+        return _broken(item, job)
+    return _misplaced(item, site, job) or effect(item, site, job.architecture, job.consumer, route, unread)
+
+
+def _misplaced(item: Item, site: Site | None, job: Job) -> Finding | None:
+    """A module that is known by name and still finds no place."""
+    if job.route.needs_alpha and item.alpha is None and item.delta is not None:
+        job.refusals.append(f"KeyError: {item.stem} has no alpha")
     if item.misfit:
-        if consumer.misfit == REJECTED:
-            refusals.append(f"size mismatch: {item.stem}: {item.misfit}")
+        if job.consumer.misfit == REJECTED:
+            job.refusals.append(f"size mismatch: {item.stem}: {item.misfit}")
         return Finding(item.stem, IGNORED, "shape", item.misfit)
     if site is not None and item.delta is not None:
-        first = taken.setdefault(site, item.stem)
+        first = job.taken.setdefault(site, item.stem)
         if first != item.stem:
-            return Finding(item.stem, IGNORED, "twice", f"another name for {first}: one of the two is lost")
-    return effect(item, site, consumer, route, unread)
+            return Finding(item.stem, IGNORED, "twice", "one of two names for the same weight is lost")
+    return None
 
 
 def _suffix(item: Item, entry: Entry) -> str:
     return entry.key[len(item.stem) :]
 
 
-def _broken(item: Item, route: Route, refusals: list[str]) -> Finding:
+def _broken(item: Item, job: Job) -> Finding:
     """Factors that do not go together. An up factor alone stops a loader that looks up its partner."""
     if any(slot == "up" for _, slot in item.group.entries):
-        refusals.append(f"{route.error}: {item.problem}")
+        job.refusals.append(f"{job.route.error}: {item.problem}")
     return Finding(item.stem, IGNORED, "broken", item.problem)
 
 
-def _unknown_name(item: Item, consumer: Consumer, route: Route, known: Known) -> tuple[str, str]:
-    for note in route.because:
+def _unknown_name(item: Item, job: Job) -> tuple[str, str]:
+    """(reason, sentence) for a name the loader does not look up."""
+    consumer, known = job.consumer, job.known
+    for note in job.route.because:
         if re.search(note.pattern, item.stem):
             return "name", note.text
     prefix = next((p for p in known.prefixes if p and item.stem.startswith(p)), None)
@@ -177,8 +197,11 @@ def names_of(arch: Architecture, route: Route) -> Known:
     sites: dict[str, Site] = {}
     for spelling in route.names:
         prefix = spelling.prefix.format(denoiser=arch.denoiser)
+        roots = arch.diffusers_roots if spelling.prefix == "{denoiser}." else ()
         for name, spans in spelled(arch, spelling):
-            sites.setdefault(prefix + name, Site(DENOISER, spans))
+            root = next(((r, component) for r, component in roots if name.startswith(r)), None)
+            stem = prefix + name if root is None else f"{root[1]}.{name[len(root[0]) :]}"
+            sites.setdefault(stem, Site(DENOISER, spans))
     prefixes = {s.prefix.format(denoiser=arch.denoiser) for s in route.names}
     for encoder in route.encoders:
         for prefix, own in _encoder_names(arch, encoder):

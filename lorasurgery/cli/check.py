@@ -43,12 +43,12 @@ Only headers and alphas are read. The answer comes from the loaders' own rules, 
 
 
 def check(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Adapter files, PEFT folders, folders of files, globs.", show_default=False)],
-    program: Annotated[str, typer.Option("--for", "-f", help="The program: comfyui, diffusers, sd-scripts, musubi, onetrainer, peft, lycoris, forge, sdnext.", show_default=False)],
-    arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
-    base: Annotated[Optional[Path], typer.Option("--base", help="The checkpoint it is to be loaded on (header only): its names and shapes count.", show_default=False)] = None,  # noqa: UP045
+    paths: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Adapter files, PEFT folders, folders of files, globs.", show_default=False)],  # noqa: E501  one option a line
+    program: Annotated[str, typer.Option("--for", "-f", help="The program: comfyui, diffusers, sd-scripts, musubi, onetrainer, peft, lycoris, forge, sdnext.", show_default=False)],  # noqa: E501  one option a line
+    arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045, E501
+    base: Annotated[Optional[Path], typer.Option("--base", help="The checkpoint it is to be loaded on (header only): its names and shapes count.", show_default=False)] = None,  # noqa: UP045, E501
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 unless every file loads completely.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, one object a line for several files.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, one object a line for several files.")] = False,  # noqa: E501  one option a line
 ) -> None:  # fmt: skip
     """Say what a program will do with adapter files."""
     from lorasurgery.checking.consumers import consumer
@@ -111,14 +111,17 @@ def _files(path: Path) -> Iterator[Path]:
             if not child.name.startswith(".") and (child.is_dir() or child.suffix.lower() in SUFFIXES):
                 yield from _files(child)
     elif not path.exists() and glob.has_magic(str(path)):
-        yield from (Path(found) for found in sorted(glob.glob(str(path), recursive=True)))
+        yield from (Path(found) for found in sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207  may be absolute
     else:
         yield path
 
 
 def _is_adapter(folder: Path) -> bool:
-    children = (folder, *(child for child in folder.iterdir() if child.is_dir()))
-    return any((child / CONFIG).is_file() for child in children)
+    """A PEFT folder, or one with a folder for each component of a pipeline; not a collection of adapters."""
+    if (folder / CONFIG).is_file():
+        return True
+    parts = [child.name for child in folder.iterdir() if (child / CONFIG).is_file()]
+    return bool(parts) and all(name.startswith(("transformer", "unet", "text_encoder")) for name in parts)
 
 
 def _show(result: Result) -> None:

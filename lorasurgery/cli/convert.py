@@ -59,7 +59,8 @@ def convert(
     qkv: Annotated[str, typer.Option("--qkv", help="Fused weights: auto (exact, else split names where the target reads them), fuse (a LoRA where the family cannot be fused exactly), split (split names).")] = "auto",
     rank: Annotated[Optional[int], typer.Option("--lokr-rank", "--rank", help="Cut LoRAs made from other families to this rank; the error is printed.", show_default=False)] = None,  # noqa: UP045
     energy: Annotated[Optional[float], typer.Option("--energy", help="Cut them to this share of the squared norm, e.g. 0.9999; the error is printed.", show_default=False)] = None,  # noqa: UP045
-    as_: Annotated[Optional[str], typer.Option("--as", help="lora: turn LoHa, LoKr and full differences into LoRA.", show_default=False)] = None,  # noqa: UP045
+    as_: Annotated[Optional[str], typer.Option("--as", help="Another family: lora (exact, or cut by --rank, --energy), lokr (the nearest; --factor), loha (exact from a LoRA), full (dense .diff).", show_default=False)] = None,  # noqa: UP045
+    factor: Annotated[Optional[int], typer.Option("--factor", help="For --as lokr: LyCORIS' factor, -1 for balanced; --rank and --energy are then w2's.", show_default=False)] = None,  # noqa: UP045
     lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the target cannot hold, and list it.")] = False,
     alpha: Annotated[Optional[str], typer.Option("--alpha", help="How the scale is written: keep (alpha tensors), fold (into the factors), header (configuration). Default: the layout's own.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
@@ -77,10 +78,11 @@ def convert(
     from lorasurgery.layouts.targets import layout
     from lorasurgery.surgery.convert import Options
 
-    if as_ not in (None, "lora"):
-        raise typer.BadParameter("only lora", param_hint="--as")
+    if as_ not in (None, "lora", "lokr", "loha", "full"):
+        raise typer.BadParameter("lora, lokr, loha or full", param_hint="--as")
     how = Options(
-        qkv=qkv, rank=rank, energy=energy, as_lora=as_ == "lora", lossy=lossy, drop=tuple(drop or ()), dtype=dtype,
+        qkv=qkv, rank=rank, energy=energy, as_lora=as_ == "lora",
+        family=None if as_ == "lora" else as_, factor=factor, lossy=lossy, drop=tuple(drop or ()), dtype=dtype,
         prefix=diffusers_prefix, fix_split_alpha=fix_split_alpha,
     )  # fmt: skip
     writing = SaveOptions(

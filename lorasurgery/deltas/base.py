@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import frexp, sqrt
+from math import frexp, prod, sqrt
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lorasurgery.errors import SurgeryError
@@ -91,40 +91,97 @@ def split_factor(factor: float) -> tuple[float, int]:
     return mantissa, exponent
 
 
-def multiplied(tensor: Tensor, factor: float, record: Record | None = None) -> Tensor:
+def multiplied(
+    tensor: Tensor, factor: float, record: Record | None = None, metric: Callable[[], Array] | None = None
+) -> Tensor:
     """``tensor`` times ``factor``, computed in float32 (float64 for F32 and F64 tensors) and rounded once to its dtype.
 
-    ``record`` gets the squared rounding error and the squared norm of the product when it is computed.
+    ``record`` gets the squared rounding error and the squared norm of the product when it is first computed; ``metric``
+    as in :func:`record_rounding`.
     """
     if factor == 1.0:
         return tensor
-    wide = "float64" if tensor.dtype in ("F32", "F64") else "float32"
+    recorded = once(record)
 
     def product() -> Array:
-        exact = tensor.array().astype(wide)
+        exact = tensor.array().astype(wide(tensor.dtype))
         exact *= factor
-        return _rounded(exact, tensor.dtype, record)
+        result = exact.astype(numpy_dtype(tensor.dtype))
+        record_rounding(exact, result, recorded, metric)
+        return result
 
     return computed(tensor.dtype, tensor.shape, product)
 
 
 def rounded(tensor: Tensor, dtype: str, record: Record | None = None) -> Tensor:
-    """``tensor`` in ``dtype``; ``record`` gets the squared rounding error and the squared norm when it is computed."""
+    """``tensor`` in ``dtype``; ``record`` gets the squared rounding error and the squared norm when first computed."""
     if dtype == tensor.dtype:
         return tensor
-    wide = "float64" if tensor.dtype in ("F32", "F64") else "float32"
-    return computed(dtype, tensor.shape, lambda: _rounded(tensor.array().astype(wide, copy=False), dtype, record))
+    recorded = once(record)
+
+    def values() -> Array:
+        exact = tensor.array().astype(wide(tensor.dtype), copy=False)
+        result = exact.astype(numpy_dtype(dtype))
+        record_rounding(exact, result, recorded)
+        return result
+
+    return computed(dtype, tensor.shape, values)
 
 
-def _rounded(exact: Array, dtype: str, record: Record | None) -> Array:
-    """``exact`` (float32 or float64) rounded to nearest even in ``dtype``."""
-    result = exact.astype(numpy_dtype(dtype))
-    if record is not None:
-        error = (result.astype(exact.dtype) - exact).ravel()
-        squared = float(error @ error)
-        if squared > 0.0:
-            record(squared, float(exact.ravel() @ exact.ravel()))
-    return result
+def wide(dtype: str) -> str:
+    """The dtype to calculate in: float32 holds every 16 and 8 bit value exactly."""
+    return "float64" if dtype in ("F32", "F64") else "float32"
+
+
+def record_rounding(exact: Array, result: Array, record: Record | None, metric: Callable[[], Array] | None = None) -> None:
+    """Tell ``record`` the squared error of ``result`` against ``exact``, and the squared norm of ``exact``.
+
+    ``metric``, a Gram matrix G (columns, columns) made when needed, measures x as sum((x G) * x): with G = D D^T that is
+    ||x D||^2, the effect on a product instead of on one factor. Nothing is recorded when nothing was rounded.
+    """
+    if record is None:
+        return
+    error = result.astype(exact.dtype) - exact
+    if not error.any():
+        return
+    if metric is None:
+        record(float((error * error).sum()), float((exact * exact).sum()))
+        return
+    gram = metric()
+    flat, off = exact.reshape(len(exact), -1), error.reshape(len(exact), -1)
+    record(float(((off @ gram) * off).sum()), float(((flat @ gram) * flat).sum()))
+
+
+def once(record: Record | None) -> Record | None:
+    """``record``, deaf after its first call: a tensor may be computed more than once."""
+    if record is None:
+        return None
+    called: list[bool] = []
+
+    def first(error: float, norm: float) -> None:
+        if not called:
+            called.append(True)
+            record(error, norm)
+
+    return first
+
+
+def factor_records(record: Record | None, factors: Sequence[Tensor]) -> Record | None:
+    """For a delta that is a product of several rounded factors: its squared relative error is the sum of theirs.
+
+    To first order, for independent roundings. The norm reported is the product of the factors' squared norms.
+    """
+    if record is None:
+        return None
+    norms: list[float] = []
+
+    def own(error: float, norm: float) -> None:
+        if not norms:
+            norms.append(prod(float((tensor.f64() ** 2).sum()) for tensor in factors))
+        if norm > 0.0:
+            record(error / norm * norms[0], norms[0])
+
+    return own
 
 
 def block_columns(tensors: Sequence[tuple[Tensor | None, int, int]], dtype: str) -> Tensor:

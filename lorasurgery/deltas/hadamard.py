@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, block_columns, multiplied, rounded
+from lorasurgery.deltas.base import CannotError, block_columns, factor_records, multiplied, rounded
 from lorasurgery.deltas.low_rank import LowRank, used_columns
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
 
@@ -69,7 +69,8 @@ class Hadamard:
 
     def cast(self, dtype: str, record: Record | None = None) -> Hadamard:
         """Every factor in ``dtype``."""
-        return Hadamard(**{name: rounded(tensor, dtype, record) for name, tensor in self.tensors.items()})
+        recorded = factor_records(record, list(self.tensors.values()))
+        return Hadamard(**{name: rounded(tensor, dtype, recorded) for name, tensor in self.tensors.items()})
 
     def dense(self) -> Float64:
         """The product in float64, of shape :attr:`shape`."""

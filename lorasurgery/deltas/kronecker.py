@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, multiplied, rounded
+from lorasurgery.deltas.base import CannotError, factor_records, multiplied, rounded
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
@@ -109,7 +109,8 @@ class Kronecker:
 
     def cast(self, dtype: str, record: Record | None = None) -> Kronecker:
         """Every factor in ``dtype``."""
-        return Kronecker(**{slot: rounded(tensor, dtype, record) for slot, tensor in self.tensors.items()})
+        recorded = factor_records(record, list(self.tensors.values()))
+        return Kronecker(**{slot: rounded(tensor, dtype, recorded) for slot, tensor in self.tensors.items()})
 
     def outer_array(self) -> Float64:
         """w1 in float64, (out_l, in_m)."""

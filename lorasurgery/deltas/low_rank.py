@@ -9,14 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, block_columns, multiplied, power_of_two, rounded, split_factor
-from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
+from lorasurgery.deltas.base import (
+    CannotError,
+    block_columns,
+    factor_records,
+    multiplied,
+    once,
+    power_of_two,
+    rounded,
+    split_factor,
+    wide,
+)
+from lorasurgery.io.tensors import Tensor, computed, numpy_dtype, same_values, stack, widest, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorasurgery.deltas.base import Record
-    from lorasurgery.io.tensors import Float64, Ranges, Shape
+    from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +70,44 @@ class LowRank:
             return self
         remainder, exponent = split_factor(factor)
         share = exponent // 2 if self.up.dtype == "F16" else 0
+        metric = self._metric if self.mid is None else None
         return replace(
             self,
-            up=multiplied(self.up, remainder * power_of_two(exponent - share), record),
+            up=multiplied(self.up, remainder * power_of_two(exponent - share), record, metric),
             down=multiplied(self.down, power_of_two(share), record),
         )
 
+    def _metric(self) -> Array:
+        """down @ down^T: what a change of ``up`` is measured with."""
+        down = self.down.array().astype(wide(self.down.dtype)).reshape(self.rank, -1)
+        gram: Array = down @ down.T
+        return gram
+
     def cast(self, dtype: str, record: Record | None = None) -> LowRank:
-        """Every factor in ``dtype``."""
-        mid = None if self.mid is None else rounded(self.mid, dtype, record)
-        return LowRank(rounded(self.up, dtype, record), rounded(self.down, dtype, record), mid)
+        """Every factor in ``dtype``; ``record`` gets the error of the product (for Tucker, the sum of the factors')."""
+        if self.mid is not None:
+            recorded = factor_records(record, list(self.tensors.values()))
+            return LowRank(**{slot: rounded(tensor, dtype, recorded) for slot, tensor in self.tensors.items()})
+        down = rounded(self.down, dtype)
+        up = self.up if self.up.dtype == dtype and self.down.dtype == dtype else self._cast_up(dtype, once(record))
+        return LowRank(up, down)
+
+    def _cast_up(self, dtype: str, record: Record | None) -> Tensor:
+        """``up`` in ``dtype``, and both factors' rounding measured as ||U' D' - U D||^2 by Gram matrices."""
+
+        def values() -> Array:
+            up, down = (t.array().astype(wide(t.dtype)).reshape(t.shape[0], -1) for t in (self.up, self.down))
+            new_up = up.astype(numpy_dtype(dtype))
+            if record is not None:
+                off_up = new_up.astype(up.dtype) - up
+                new_down = down.astype(numpy_dtype(dtype)).astype(down.dtype)
+                off_down = new_down - down
+                error = _inner(off_up, new_down, off_up, new_down) + _inner(up, off_down, up, off_down)
+                error += 2.0 * _inner(off_up, new_down, up, off_down)
+                record(max(error, 0.0), _inner(up, down, up, down))
+            return new_up.reshape(self.up.shape)
+
+        return computed(dtype, self.up.shape, values)
 
     def dense(self) -> Float64:
         """up @ down in float64, of shape :attr:`shape`."""
@@ -93,6 +131,11 @@ class LowRank:
 
         shape = (mid.shape[0], down.shape[1], *mid.shape[2:])
         return LowRank(self.up, computed("F64", shape, folded))
+
+
+def _inner(up: Array, down: Array, other_up: Array, other_down: Array) -> float:
+    """<up @ down, other_up @ other_down>, without forming either product."""
+    return float(((up.T @ other_up) * (down @ other_down.T)).sum())
 
 
 def _with_core(mid: Float64, up: Float64, down: Float64) -> Float64:

@@ -66,10 +66,12 @@ def rearranged_product(up: AnyArray, down: AnyArray, outer: tuple[int, int]) -> 
     by_outer = np.ascontiguousarray(right.transpose(1, 0, 2)).reshape(i1, rank * n2)
 
     def apply(w2: Array) -> Array:
-        return (by_inner @ w2).reshape(o1, rank * n2) @ by_outer.T
+        product: Array = (by_inner @ w2).reshape(o1, rank * n2) @ by_outer.T
+        return product
 
     def apply_t(w1: Array) -> Array:
-        return by_inner.T @ (w1 @ by_outer).reshape(o1 * rank, n2)
+        product: Array = by_inner.T @ (w1 @ by_outer).reshape(o1 * rank, n2)
+        return product
 
     return Rearranged(outer, (o2, n2), apply, apply_t, norm)
 
@@ -96,7 +98,9 @@ def rearranged_dense(matrix: AnyArray, outer: tuple[int, int]) -> Rearranged:
     return Rearranged(outer, (o2, n2), apply, apply_t, norm)
 
 
-def nearest_kronecker(of: Rearranged, *, rank: int | None = None, energy: float | None = None, seed: int = 0) -> NearestKronecker:
+def nearest_kronecker(
+    of: Rearranged, *, rank: int | None = None, energy: float | None = None, seed: int = 0
+) -> NearestKronecker:
     """The nearest Kronecker product; with ``rank`` or ``energy`` (of w2's squared norm) its right factor is low-rank.
 
     Without them the error is the optimum (see TOLERANCE). A low-rank right factor and w1 are improved in turn, each the best

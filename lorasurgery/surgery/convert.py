@@ -18,6 +18,7 @@ from lorasurgery.layouts.targets import layout
 from lorasurgery.surgery.families import held, uniform
 from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
+from lorasurgery.surgery.refamily import check_target, refamilied, refamilied_metadata
 from lorasurgery.surgery.regroup import regroup
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
@@ -45,6 +46,7 @@ def convert(adapter: Adapter, target: str, options: Options | None = None) -> tu
             candidates=adapter.candidates,
         )
     job = Job(adapter, layout(target), options)
+    check_target(job)
     result = _run(job)
     job.report.seconds = time.perf_counter() - started
     return result, job.report
@@ -74,6 +76,7 @@ def _run(job: Job) -> Adapter:
             f"{len(job.zero_parts)} parts of fused modules (first: of {job.zero_parts[0]}) are all zeros, the places of "
             "members that were not trained; they are not written"
         )
+    result = refamilied(job, result)
     if job.kept_split:
         name, reason = job.kept_split[0]
         job.report.warnings.append(
@@ -82,7 +85,8 @@ def _run(job: Job) -> Adapter:
         )
     if job.options.dtype != "keep":
         result = [_cast(job, module) for module in result]
-    return replace(job.adapter, modules={module.site: module for module in result}, layout=job.target.id, path=None)
+    made = {module.site: module for module in result}
+    return replace(job.adapter, modules=made, layout=job.target.id, path=None, metadata=refamilied_metadata(job))
 
 
 def _dropped(job: Job, module: Module) -> bool:

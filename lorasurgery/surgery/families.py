@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 def held(job: Job, module: Module) -> Module | None:
     """The module in a family the target holds; None when ``--lossy`` leaves it out."""
-    if module.delta is not None and (job.options.as_lora or not _holds(job, module)):
+    from lorasurgery.surgery.refamily import convertible, prepared
+
+    if job.options.family is not None and convertible(module.delta):
+        module = prepared(job, module)
+    elif module.delta is not None and (job.options.as_lora or not _holds(job, module)):
         lora = _as_lora(job, module)
         if lora is None:
             return None

@@ -52,7 +52,7 @@ def stack_modules(
     if not deltas:
         return replace(head, site=site, bias=bias, magnitude=magnitude)
     value, common = _common_scale(present, fold=fold)
-    recorded = _shares(present, value, record)
+    recorded = _shares(present, record)
     members = []
     for module, rows in parts:
         delta = None if module is None else module.delta
@@ -75,9 +75,8 @@ def _common_scale(modules: Sequence[Module], *, fold: bool) -> tuple[float, bool
     return usual, len(values) == 1
 
 
-def _shares(modules: Sequence[Module], value: float, record: Record | None) -> Callable[[Module], Record | None]:
+def _shares(modules: Sequence[Module], record: Record | None) -> Callable[[Module], Record | None]:
     """What the members of a stack give their rounding errors to: weighted by their shares of the stack's squared norm."""
-    scaled = [m for m in modules if m.delta is not None and m.scale.value != value]
 
     @cache
     def norms() -> dict[str, float]:
@@ -86,7 +85,7 @@ def _shares(modules: Sequence[Module], value: float, record: Record | None) -> C
     def of(module: Module) -> Record | None:
         def own(error: float, norm: float) -> None:
             if record is not None and norm > 0.0:
-                record(error / norm * norms()[module.name], sum(norms().values()) / len(scaled))
+                record(error / norm * norms()[module.name], sum(norms().values()))
 
         return own
 
@@ -94,7 +93,12 @@ def _shares(modules: Sequence[Module], value: float, record: Record | None) -> C
 
 
 def _squared_norm(delta: Delta) -> float:
-    """About the squared norm of a factored delta: exact for a full or Kronecker one, expected for a product of rank r."""
+    """The squared norm of a delta: exact for LoRA, full and whole Kronecker ones, an expectation for other products."""
+    if isinstance(delta, LowRank) and delta.mid is None:
+        from lorasurgery.linalg.low_rank import product_norm
+
+        up, down = (tensor.f64().reshape(tensor.shape[0], -1) for tensor in (delta.up, delta.down))
+        return product_norm(up, down) ** 2
     return prod(float((tensor.f64() ** 2).sum()) for tensor in delta.tensors.values()) / (delta.rank or 1)
 
 

@@ -26,6 +26,11 @@ class Options:
     """Cut them to this share of the squared norm."""
     as_lora: bool = False
     """Turn LoHa, LoKr and full differences into LoRA."""
+    family: str | None = None
+    """Turn every module that has such a form into ``lokr``, ``loha`` or ``full``; for ``lokr``, :attr:`rank` and
+    :attr:`energy` are w2's."""
+    factor: int | None = None
+    """For ``lokr``: LyCORIS' factor; None is -1, balanced, and leaves a LoKr as it is."""
     lossy: bool = False
     """Leave out what the target cannot hold (biases, norms, input-axis magnitudes) and list it."""
     drop: tuple[str, ...] = ()
@@ -39,7 +44,7 @@ class Options:
     @property
     def budget(self) -> Budget:
         """The cut that was asked for."""
-        return Budget(self.rank, self.energy)
+        return Budget() if self.family == "lokr" else Budget(self.rank, self.energy)
 
     def check(self) -> None:
         """Raises RequestError for values out of range."""
@@ -49,6 +54,12 @@ class Options:
             raise RequestError(f"the rank must be at least 1, not {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise RequestError(f"the energy must lie in (0, 1], not {self.energy}")
+        if self.family not in (None, "lokr", "loha", "full") or (self.family and self.as_lora):
+            raise RequestError(f"--as is one of lora, lokr, loha and full, not {self.family}")
+        if self.factor is not None and (self.family != "lokr" or (self.factor < 1 and self.factor != -1)):
+            raise RequestError("--factor is a number from 1 up, or -1 for balanced factors, with --as lokr")
+        if self.family == "full" and not self.budget.exact:
+            raise RequestError("a full difference has no rank to cut", hint="--as full alone, or --as lora --rank N")
         if self.dtype not in ("keep", *DTYPES):
             raise RequestError(f"--dtype is keep, fp32, fp16 or bf16, not {self.dtype}")
         try:

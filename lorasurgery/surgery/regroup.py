@@ -112,7 +112,8 @@ def _otherwise(job: Job, component: str, target: Target, reason: CannotError) ->
         bare = {id(s): without_magnitude(job, s, reason.message) for s in target.sources}
         pieces = tuple(p._replace(source=bare[id(p.source)] if p.source else None) for p in target.pieces)
         return _built(job, component, Target(target.spans, pieces))
-    if job.options.qkv != FUSE and job.options.budget.exact and not job.options.as_lora:
+    told = job.options.as_lora or job.options.family is not None
+    if job.options.qkv != FUSE and job.options.budget.exact and not told:
         raise job.refusal(module, reason.message, _hint(job, magnitude=False)) from reason
     return [_fused_to_lora(job, Site(component, target.spans), target)]
 

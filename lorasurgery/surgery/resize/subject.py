@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.deltas.base import _rounded as round_array
-from lorasurgery.io.tensors import BITS, computed
+from lorasurgery.io.tensors import BITS, cast_array, computed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lorasurgery.adapter import Module
+    from lorasurgery.adapter import Magnitude, Module
     from lorasurgery.deltas.base import Delta, Record
     from lorasurgery.io.tensors import Shape, Tensor
     from lorasurgery.linalg.factors import AnyArray, Array
@@ -22,6 +21,12 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.resize.sources import Source
 
 LINEAR, CONV, POINTWISE = "linear", "conv", "1x1"
+
+
+def kind_of(shape: Shape) -> str:
+    """``linear``, ``conv``, or ``1x1`` for a layer (out, in[, k...])."""
+    kernel = shape[2:]
+    return LINEAR if not kernel else POINTWISE if prod(kernel) == 1 else CONV
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +63,12 @@ class Subject:
     """What multiplies the singular values of ``source`` to give those of the change, without the scale."""
     note: str = ""
     """What the result is the best of, where that is not every LoRA of its rank."""
-    folds_scale: bool = False
-    """Whether the scale is taken into the factors and becomes 1."""
+    may_stay: bool = True
+    """Whether the module may stay as it is where nothing is cut; not when its family is to change."""
     reported: Callable[[Cut], float] | None = None
     """The relative error where the singular values do not give it."""
+    magnitude: Callable[[Cut], Magnitude | None] | None = None
+    """The DoRA magnitude that goes with the result; None: the module has none."""
     values: Array = field(init=False)
     """Singular values of the scaled change."""
 
@@ -71,8 +78,7 @@ class Subject:
     @property
     def kind(self) -> str:
         """``linear``, ``conv``, or ``1x1``."""
-        kernel = self.shape[2:]
-        return LINEAR if not kernel else POINTWISE if prod(kernel) == 1 else CONV
+        return kind_of(self.shape)
 
     @property
     def length(self) -> int:
@@ -129,5 +135,10 @@ def _padded(array: AnyArray, rank: int, axis: int) -> AnyArray:
 
 
 def _finished(array: AnyArray, shape: Shape, cut: Cut) -> AnyArray:
-    exact = array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
-    return round_array(exact.reshape(shape), cut.dtype, cut.record)
+    """In the file's shape and dtype; what rounding costs is recorded."""
+    result = cast_array(array, cut.dtype)
+    error = (result.astype(array.dtype) - array).ravel()
+    squared = float(error @ error)
+    if squared > 0.0:
+        cut.record(squared, float(array.ravel() @ array.ravel()))
+    return result.reshape(shape)

@@ -1,0 +1,177 @@
+"""From singular values to ranks: the policy for each module, or one budget for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorasurgery.errors import RequestError
+from lorasurgery.linalg.policies import References, fill, kj_knee, kohya, per_cost, within
+from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.resize.families import dtype_of
+from lorasurgery.surgery.resize.options import KJ, KOHYA
+from lorasurgery.surgery.resize.survey import named_rank, rank_asked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lorasurgery.linalg.factors import Array
+    from lorasurgery.linalg.policies import Recipe
+    from lorasurgery.linalg.policies.budget import Indices
+    from lorasurgery.surgery.resize.base import BaseModel
+    from lorasurgery.surgery.resize.options import ResizeOptions
+    from lorasurgery.surgery.resize.subject import Subject
+
+    Sizer = Callable[[Sequence["Choice"]], int]
+
+MEBIBYTE = 1 << 20
+ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which singular values of a module stay, and the rank that they are padded to."""
+
+    kept: Indices
+    rank: int
+    untouched: bool = False
+    """Nothing is cut: the module's own tensors stay (padded if ``rank`` is larger)."""
+
+
+def choose(
+    subjects: Sequence[Subject], options: ResizeOptions, base: BaseModel | None, size_of: Sizer
+) -> tuple[list[Choice], float | None]:
+    """A choice for each subject, and the global threshold where there is one.
+
+    ``size_of`` gives the bytes of the file that a list of choices makes. Raises RequestError when a size cannot be met, or
+    a recipe looks at a base model that is not given.
+    """
+    recipe = options.parsed_recipe()
+    threshold: float | None = None
+    if recipe is not None:
+        scores = _recipe_scores(subjects, recipe, options, base)
+        if recipe.size is None:
+            kept, threshold = within(scores, recipe.threshold or 0.0), recipe.threshold
+            kept = [k if k.size else _best(s, options.min_rank) for k, s in zip(kept, scores, strict=True)]
+        else:
+            kept, threshold = _by_size(subjects, scores, options, size_of, int(recipe.size * MEBIBYTE))
+    elif options.size is not None:
+        kept, threshold = _by_size(subjects, _file_scores(subjects, options), options, size_of, options.size)
+    elif options.policy == "params":
+        kept, threshold = _by_parameters(subjects, options)
+    else:
+        kept = [np.arange(_count(subject, options)) for subject in subjects]
+    choices = [_choice(subject, own, options) for subject, own in zip(subjects, kept, strict=True)]
+    if options.uniform and choices:
+        largest = max(choice.rank for choice in choices)
+        choices = [replace(choice, rank=largest if choice.rank else 0) for choice in choices]
+    return choices, threshold
+
+
+def cap_of(subject: Subject, options: ResizeOptions) -> int:
+    """The most singular values a module may keep: what it has, and what the options allow."""
+    asked = rank_asked(subject.module, subject.kind, options)
+    return subject.limit if asked is None else min(subject.limit, asked)
+
+
+def _count(subject: Subject, options: ResizeOptions) -> int:
+    """How many singular values the policy keeps of one module."""
+    cap = cap_of(subject, options)
+    if options.is_fixed or named_rank(subject.module, options):
+        return cap
+    if options.compat is not None:
+        limit = rank_asked(subject.module, subject.kind, options) or subject.length
+        unscaled, param = subject.source.values, 1.0 if options.param is None else options.param
+        if options.compat == KJ:
+            return min(kj_knee(unscaled, param, length=subject.length, limit=limit), subject.limit)
+        return min(kohya(unscaled, options.policy or "", param, length=subject.length, limit=limit), subject.limit)
+    return max(min(options.rule(subject.values), cap), options.min_rank)
+
+
+def _choice(subject: Subject, kept: Indices, options: ResizeOptions) -> Choice:
+    """With padding up to the rank that was asked for, where that is allowed."""
+    rank = len(kept)
+    fixed = options.is_fixed or named_rank(subject.module, options)
+    asked = rank_asked(subject.module, subject.kind, options) if fixed else None
+    if options.grow and asked is not None and rank < asked:
+        rank = max(rank, min(asked, subject.length))
+    enough = subject.limit if subject.old_rank is None else subject.old_rank
+    return Choice(kept, rank, untouched=subject.may_stay and len(kept) >= enough)
+
+
+def _best(scores: Array, count: int) -> Indices:
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _capped(scores: Array, cap: int) -> Array:
+    """All but the ``cap`` best out of the running."""
+    if cap >= len(scores):
+        return scores
+    return np.where(np.isin(np.arange(len(scores)), _best(scores, cap)), scores, -np.inf)
+
+
+def _file_scores(subjects: Sequence[Subject], options: ResizeOptions) -> list[Array]:
+    """Squared error that a byte (or a parameter: the same within one dtype) saves."""
+    found = []
+    for subject in subjects:
+        with_zeros = np.where(subject.values > 0.0, per_cost(subject.values, cost_of(subject, options)), -np.inf)
+        found.append(_capped(with_zeros, cap_of(subject, options)))
+    return found
+
+
+def _recipe_scores(
+    subjects: Sequence[Subject], recipe: Recipe, options: ResizeOptions, base: BaseModel | None
+) -> list[Array]:
+    if recipe.needs_base and base is None:
+        raise RequestError(f"the recipe {options.recipe!r} looks at the base model", hint="the base model's file or folder")
+    found = []
+    for subject in subjects:
+        references = References(subject.per_rank)
+        if base is not None and recipe.needs_base:
+            references = base.references(subject)
+        found.append(_capped(recipe.scores(subject.values, references), cap_of(subject, options)))
+    return found
+
+
+def cost_of(subject: Subject, options: ResizeOptions) -> int:
+    """Bytes of one rank in the result."""
+    delta = subject.module.delta
+    assert delta is not None  # noqa: S101  what has no delta is no subject
+    return subject.bytes_per_rank(dtype_of(delta, DTYPES.get(options.dtype, "keep")))
+
+
+def _by_parameters(subjects: Sequence[Subject], options: ResizeOptions) -> tuple[list[Indices], float]:
+    """At most this share of the parameters that the subjects have now."""
+    now = sum(t.size for s in subjects if s.module.delta is not None for t in s.module.delta.tensors.values())
+    costs = [float(subject.per_rank) for subject in subjects]
+    floors = [options.min_rank] * len(subjects)
+    try:
+        return fill(_file_scores(subjects, options), costs, now * (options.param or 1.0), floors)
+    except ValueError as error:
+        raise RequestError(f"{options.param:.2%} of {now} parameters are too few: {error}", hint="min rank 0") from error
+
+
+def _by_size(
+    subjects: Sequence[Subject], scores: Sequence[Array], options: ResizeOptions, size_of: Sizer, target: int
+) -> tuple[list[Indices], float]:
+    """The best that fits into ``target`` bytes. What the header adds with the ranks is measured and taken off again."""
+    costs = [float(cost_of(subject, options)) for subject in subjects]
+    floors = [options.min_rank] * len(subjects)
+    least = [_best(own, floor) for own, floor in zip(scores, floors, strict=True)]
+    smallest = size_of([_choice(s, k, options) for s, k in zip(subjects, least, strict=True)])
+    if smallest > target:
+        raise RequestError(
+            f"the smallest file there is has {smallest} bytes, {target} were asked for",
+            hint=f"a size from {smallest} bytes on" + ("" if options.min_rank == 0 else ", or min rank 0"),
+        )
+    budget = target - smallest + sum(c * len(k) for c, k in zip(costs, least, strict=True))
+    kept, threshold = fill(scores, costs, budget, floors)
+    for _ in range(ROUNDS):
+        excess = size_of([_choice(s, k, options) for s, k in zip(subjects, kept, strict=True)]) - target
+        if excess <= 0:
+            return kept, threshold
+        budget -= excess
+        kept, threshold = fill(scores, costs, budget, floors)
+    raise RequestError(f"no ranks make a file of {target} bytes", hint="a slightly larger size")

@@ -1,0 +1,186 @@
+"""Resize: measure every module, choose the ranks, and describe the result; nothing is multiplied before it is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
+from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.errors import RequestError
+from lorasurgery.io.tensors import computed, stack, zeros
+from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.resize.choose import Choice, choose
+from lorasurgery.surgery.resize.families import dtype_of
+from lorasurgery.surgery.resize.network_args import with_network_args
+from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
+from lorasurgery.surgery.resize.report import ModuleReport, ResizeReport
+from lorasurgery.surgery.resize.size import file_size
+from lorasurgery.surgery.resize.subject import Cut, Subject
+from lorasurgery.surgery.resize.survey import Survey, survey
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.surgery.resize.base import BaseModel
+
+
+def resize(
+    adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None
+) -> tuple[Adapter, ResizeReport]:
+    """The adapter with other ranks, in its own layout and families, and what that did to each module.
+
+    The result is the best approximation of its rank (Eckart-Young) except where the report's ``note`` says otherwise.
+    The singular values are computed now, the new factors when the result is saved, so both need little memory.
+    Raises RequestError for options, NotRepresentableError for modules that cannot be cut, BrokenModuleError for NaN.
+    """
+    started = time.perf_counter()
+    options.check()
+    found = survey(adapter, options, base)
+    return _resized(found, options, base, started)
+
+
+def resized_from(found: Survey, options: ResizeOptions, base: BaseModel | None = None) -> tuple[Adapter, ResizeReport]:
+    """The same from a survey that was made with the same options but for the ranks."""
+    return _resized(found, options, base, time.perf_counter())
+
+
+def _resized(found: Survey, options: ResizeOptions, base: BaseModel | None, started: float) -> tuple[Adapter, ResizeReport]:
+    if not found.subjects:
+        reasons = sorted({reason for _, reason in found.kept})
+        raise RequestError(
+            f"nothing to resize: {'; '.join(reasons) or 'the file has no modules'}", path=found.adapter.path,
+            hint="text encoders, full differences, or other patterns",
+        )  # fmt: skip
+    report = ResizeReport(kept=[(module.name, reason) for module, reason in found.kept])
+
+    def size_of(choices: Sequence[Choice]) -> int:
+        return file_size(_applied(found, choices, options, ResizeReport()))
+
+    choices, report.threshold = choose(found.subjects, options, base, size_of)
+    result = _applied(found, choices, options, report)
+    for subject, choice in zip(found.subjects, choices, strict=True):
+        report.modules.append(_reported(subject, choice, _cut(subject, choice, options, report)))
+    if options.size is not None or options.recipe is not None:
+        report.size = file_size(result)
+    if len(result) == 0:
+        raise RequestError("no module would be left", path=found.adapter.path, hint="a lower threshold, or min rank 1")
+    report.seconds = time.perf_counter() - started
+    return result, report
+
+
+def _applied(found: Survey, choices: Sequence[Choice], options: ResizeOptions, report: ResizeReport) -> Adapter:
+    """The adapter with these choices; its new factors are not computed yet."""
+    adapter = found.adapter
+    chosen = {s.module.site: (s, c) for s, c in zip(found.subjects, choices, strict=True)}
+    modules, pairs = {}, []
+    for site, module in adapter:
+        if site not in chosen:
+            modules[site] = _cast(module, options, report)
+            continue
+        subject, choice = chosen[site]
+        if choice.rank or module.bias is not None:
+            modules[site] = _cast(_cut_module(subject, choice, options, report), options, report)
+            pairs.append((subject, modules[site]))
+    return replace(adapter, modules=modules, metadata=with_network_args(adapter.metadata, pairs), path=None)
+
+
+def _cut_module(subject: Subject, choice: Choice, options: ResizeOptions, report: ResizeReport) -> Module:
+    module = subject.module
+    if not choice.rank:
+        return replace(module, delta=None, magnitude=None, scale=Scale(1.0, "none (1.0)"))
+    cut = _cut(subject, choice, options, report)
+    scale = module.scale.value * _rescale(options) / cut.factor if cut.factor else module.scale.value
+    if not choice.untouched:
+        done = replace(module, delta=subject.build(cut), scale=Scale(scale, module.scale.source))
+        return done if subject.magnitude is None else replace(done, magnitude=subject.magnitude(cut))
+    assert module.delta is not None  # noqa: S101  it has a rank
+    delta = _padded(module.delta, choice.rank)
+    if cut.factor != 1.0:
+        delta = delta.scaled(cut.factor, cut.record)
+    return module.with_delta(delta, scale)
+
+
+def _cut(subject: Subject, choice: Choice, options: ResizeOptions, report: ResizeReport) -> Cut:
+    """How to cut; ``factor`` goes into the factors and comes off the scale, so that the effect stays."""
+    module, wanted = subject.module, DTYPES.get(options.dtype, "keep")
+    assert module.delta is not None  # noqa: S101  it is a subject
+
+    def record(error: float, norm: float) -> None:
+        report.losses.record(module.name, error, norm)
+
+    old, factor = module.scale.value * _rescale(options), _rescale(options)
+    if options.alpha != KEEP_RATIO and old != 0.0 and choice.rank:
+        factor = old if options.alpha == "rank" else old * choice.rank / float(options.alpha)
+    elif subject.form != module.delta.family:  # another family's alpha has no ratio to keep
+        factor = old
+    return Cut(choice.kept, choice.rank, factor, options.factors == KOHYA, dtype_of(module.delta, wanted), record)
+
+
+def _rescale(options: ResizeOptions) -> float:
+    recipe = options.parsed_recipe()
+    return 1.0 if recipe is None else recipe.rescale
+
+
+def _padded(delta: Delta, rank: int) -> Delta:
+    """A LoRA's own factors with zero columns and rows: exact."""
+    if not isinstance(delta, LowRank) or delta.mid is not None or rank <= delta.rank:
+        return delta
+    more = rank - delta.rank
+    down = stack([delta.down, zeros(delta.down.dtype, (more, *delta.down.shape[1:]))])
+    turned = delta.up.reshape(*delta.up.shape[:2])
+
+    up = computed(turned.dtype, (turned.shape[0], rank), lambda: np.pad(turned.array(), ((0, 0), (0, more))))
+    return LowRank(up.reshape(delta.up.shape[0], rank, *delta.up.shape[2:]), down)
+
+
+def _cast(module: Module, options: ResizeOptions, report: ResizeReport) -> Module:
+    """Everything that is not in the asked dtype yet."""
+    if options.dtype == "keep":
+        return module
+    dtype, magnitude = DTYPES[options.dtype], module.magnitude
+
+    def record(error: float, norm: float) -> None:
+        report.losses.record(module.name, error, norm)
+
+    return replace(
+        module,
+        delta=None if module.delta is None else module.delta.cast(dtype, record),
+        magnitude=None if magnitude is None else Magnitude(magnitude.tensor.cast(dtype), magnitude.axis),
+        bias=None if module.bias is None else module.bias.cast(dtype),
+    )
+
+
+def _reported(subject: Subject, choice: Choice, cut: Cut) -> ModuleReport:
+    module, values = subject.module, subject.values
+    norm, total = subject.squared_norm, float(np.sum(values))
+    error = 0.0 if choice.untouched or norm == 0.0 else np.sqrt(subject.squared_error(choice.kept) / norm)
+    if subject.reported is not None and not choice.untouched:
+        error = subject.reported(cut)
+    kept = values[choice.kept]
+    smallest = float(kept[-1]) if kept.size else 0.0
+    action = "resized" if subject.form == module.family else f"to {NAMES[subject.form]}"
+    if choice.untouched:
+        action = "unchanged" if choice.rank <= (subject.old_rank or choice.rank) else "padded"
+    return ModuleReport(
+        name=module.name,
+        component=module.site.component,
+        kind=subject.kind,
+        was=module.family,
+        family="" if not choice.rank else module.family if choice.untouched else subject.form,
+        action=action if choice.rank else "left out",
+        old_rank=subject.old_rank,
+        new_rank=choice.rank,
+        relative_error=float(error),
+        squared_norm=norm,
+        sum_kept=float(np.sum(kept)) / total if total else 1.0,
+        max_ratio=float(values[0]) / smallest if smallest else 1.0,
+        note="" if choice.untouched else subject.note,
+    )
+
+
+NAMES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}

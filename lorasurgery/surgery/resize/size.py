@@ -1,0 +1,39 @@
+"""How many bytes the file of an adapter has, without computing or writing a tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorasurgery.api import KNOWN_TOP_LEVEL
+from lorasurgery.io.header import header_bytes
+from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
+from lorasurgery.layouts.emit import emit
+from lorasurgery.layouts.peft_config import header_metadata
+from lorasurgery.layouts.scales import HEADER_KEY
+from lorasurgery.layouts.targets import layout
+from lorasurgery.metadata import converted, with_lokr_factor
+from lorasurgery.report import Report
+
+if TYPE_CHECKING:
+    from lorasurgery.adapter import Adapter
+
+RESERVE = 1024
+"""Bytes kept free for what a command notes in the metadata."""
+
+
+def file_size(adapter: Adapter) -> int:
+    """Header and data of what :func:`lorasurgery.save` writes in the adapter's own layout, and :data:`RESERVE`.
+
+    For a PEFT folder, of its safetensors file. Raises NotRepresentableError as emitting does.
+    """
+    target, report = layout(adapter.layout), Report()
+    emitted = emit(adapter, target, report)
+    if target.carries_unknown:
+        emitted.tensors.update({left.key: left.tensor for left in adapter.leftovers if left.key not in KNOWN_TOP_LEVEL})
+    metadata = converted(adapter, adapter.metadata, emitted.written, source_layout=adapter.layout, target=target.id)
+    with_lokr_factor(adapter, metadata, emitted.tensors, explicit=None, buffer=target.carries_unknown)
+    if report.scale_written == "header":
+        metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
+    if MODEL_HASH in adapter.metadata or target.id == "sd-scripts":
+        metadata |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
+    return len(header_bytes(emitted.tensors, metadata)) + sum(t.nbytes for t in emitted.tensors.values()) + RESERVE

@@ -1,0 +1,129 @@
+"""Which modules of an adapter can and shall be cut, and their singular values."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
+from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.linalg.threads import map_threads
+from lorasurgery.surgery.resize.dora import dora_subject
+from lorasurgery.surgery.resize.families import subject_of
+from lorasurgery.surgery.resize.options import KOHYA
+from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
+
+if TYPE_CHECKING:
+    from lorasurgery.adapter import Adapter, Module
+    from lorasurgery.surgery.resize.base import BaseModel
+    from lorasurgery.surgery.resize.options import ResizeOptions
+    from lorasurgery.surgery.resize.subject import Subject
+
+
+@dataclass(slots=True)
+class Survey:
+    """What can be cut, and what stays with the reason."""
+
+    adapter: Adapter
+    subjects: list[Subject] = field(default_factory=list)
+    kept: list[tuple[Module, str]] = field(default_factory=list)
+
+
+def survey(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None) -> Survey:
+    """Sort the modules and measure those that shall be cut, on N threads with one BLAS thread each.
+
+    Raises NotRepresentableError for DoRA modules without a base, for LoHa where anything but a fixed rank is asked,
+    BrokenModuleError for NaN and infinity.
+    """
+    found = Survey(adapter)
+    wanted: list[Module] = []
+    for module in adapter.modules.values():
+        reason = _stays(module, options)
+        if reason is None:
+            _refuse(adapter, module, options, base)
+            wanted.append(module)
+        else:
+            found.kept.append((module, reason))
+
+    def one(module: Module) -> Subject:
+        shape = expected_shape(adapter.architecture, module.site)
+        kind = kind_of(shape)
+        needed = rank_asked(module, kind, options) if options.is_fixed else None
+        try:
+            if module.magnitude is not None and base is not None:
+                return dora_subject(module, shape, needed, base.weight(module.site), options.dora)
+            return subject_of(module, shape, needed, as_lora=options.as_lora)
+        except ValueError as error:
+            raise BrokenModuleError(
+                f"{module.name}: {error}", key=module.name, path=adapter.path, hint="an earlier checkpoint of the training run"
+            ) from error
+
+    workers = options.workers or min(os.cpu_count() or 1, 8)
+    found.subjects = map_threads(one, wanted, workers)
+    return found
+
+
+def rank_asked(module: Module, kind: str, options: ResizeOptions) -> int | None:
+    """The rank that the options name for a module of this kind: by its name, else by its kind; None: none."""
+    for pattern, rank in options.ranks:
+        if named(module, pattern):
+            return rank
+    conv = options.rank if options.conv_rank is None else options.conv_rank
+    pointwise = conv if options.compat == KOHYA else options.rank
+    return {
+        LINEAR: options.rank,
+        CONV: conv,
+        POINTWISE: pointwise if options.pointwise_rank is None else options.pointwise_rank,
+    }[kind]
+
+
+def named(module: Module, pattern: str) -> bool:
+    """Whether the expression is found in the module's name, as the file spells it or as the model does."""
+    return bool(re.search(pattern, module.name) or re.search(pattern, module.site.spans[0].weight))
+
+
+def _stays(module: Module, options: ResizeOptions) -> str | None:
+    """Why a module is left as it is; None if it is to be cut."""
+    delta = module.delta
+    encoder = module.site.component not in (DENOISER, SECOND_DENOISER)
+    excluded = options.include and not any(named(module, p) for p in options.include)
+    reasons = (
+        (delta is None, "a bias has no rank"),
+        (isinstance(delta, Opaque), f"{module.family} needs the base weight"),
+        (isinstance(delta, Full) and len(delta.shape) < 2, "a norm has no rank"),
+        (bool(excluded) or any(named(module, p) for p in options.exclude), "excluded"),
+        (isinstance(delta, Full) and not options.full, "a full difference"),
+        (encoder and not options.text_encoders, "a text encoder's"),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def _refuse(adapter: Adapter, module: Module, options: ResizeOptions, base: BaseModel | None) -> None:
+    """Raises for what needs the base model or another family."""
+    if module.magnitude is not None and (options.dora == "refuse" or base is None):
+        raise NotRepresentableError(
+            f"{module.name}: its DoRA magnitude belongs to the change it has now; a smaller one needs another magnitude, "
+            "which only the base model can give",
+            module=module.name,
+            path=adapter.path,
+            hint="the base model with dora recompute or fold, or exclude these modules",
+        )
+    if module.family == "loha" and not options.as_lora and not (options.is_fixed or named_rank(module, options)):
+        raise NotRepresentableError(
+            f"{module.name}: a LoHa has no singular values of its own to choose a rank by",
+            module=module.name,
+            path=adapter.path,
+            hint="as LoRA, or a fixed rank",
+        )
+    if isinstance(module.delta, Kronecker) and module.magnitude is not None and options.dora == "recompute":
+        raise RequestError("a LoKr's magnitude cannot be recomputed", hint="dora fold")
+
+
+def named_rank(module: Module, options: ResizeOptions) -> bool:
+    """Whether :attr:`ResizeOptions.ranks` decides this module."""
+    return any(named(module, pattern) for pattern, _ in options.ranks)

@@ -79,6 +79,7 @@ WITHOUT_REFERENCE = {
     "cosmos-predict2-14b",
     "cosmos-predict2-2b-video",
     "cosmos-predict2-14b-video",
+    "mochi",
     "pixart-sigma",
     "pixart-alpha",
 }

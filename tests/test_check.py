@@ -34,7 +34,7 @@ def result_of(path: Path, program: str, arch: str | None = None) -> Result:
 def small(of: Model, layout: str, *, alpha: float | None = 2.0) -> Builder:
     """A file with a fused weight's modules, where there is one, and two plain ones, in blocks."""
     build = Builder.start(of, layout)
-    blocks = [w for w in (*fused_weights(of)[:1], *plain_weights(of)[-2:])]
+    blocks = (*fused_weights(of)[:1], *plain_weights(of)[-2:])
     for weight in dict.fromkeys(blocks):
         for name in modules_of(of, layout, weight):
             build.add(name, "lora", rank=4, alpha=alpha)

@@ -7,16 +7,20 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures
 from lorasurgery.architectures.table import NAMINGS, flat
 from lorasurgery.checking.comfyui import COMFYUI
-from lorasurgery.checking.engine import Known, names_of
-from lorasurgery.checking.rules import Route
+from lorasurgery.checking.names import names_of
 from tests.oracle import REFERENCES
+
+if TYPE_CHECKING:
+    from lorasurgery.checking.names import Known
+    from lorasurgery.checking.rules import Route
 
 MAPS = Path(__file__).parent / "fixtures" / "reference" / "comfyui_key_maps.json.gz"
 PREFIXES = (
@@ -26,14 +30,19 @@ PREFIXES = (
 )  # fmt: skip
 NO_WEIGHT_HERE = {
     "flux1": r"(to_qkv_mlp_proj|single_transformer_blocks[._]\d+[._]attn[._]to_out|linear1_qkv|controlnet_x_embedder"
-    r"|guidance_embedder[._]linear_\d|single_transformer_blocks[._]\d+[._]attn_to_out)$",
-    "flux2": r"linear1_qkv$|norm1|[._]net[._]|to_[qkv]$|proj_mlp$|norm[._]linear$|blocks[._]\d+[._]proj_out$|time_text_embed|controlnet",
-    "chroma": r"linear1_qkv$|norm1|linear_(in|out)$|norm[._]linear$|attn[._]to_out$|to_qkv_mlp|time_text_embed|norm_out|controlnet",
-    **dict.fromkeys(("sd1", "sd2", "sdxl"), r"(class|add)_embedding[._]linear_\d$|conv_shortcut$|(down|up)samplers[._]\d[._]conv$"),
-    "sd3": r"attn2[._]|norm_|last|to_add_out|ff_context|pos_embed$|norm1_context", "z-image": r"context_refiner[._]\d[._]adaLN",
-    "lumina2": r"attention[._](to_|norm_)|adaLN_modulation[._]0|all_|attention[._]to_out|adaLN_modulation_0|2-1",
+    r"|guidance_embedder[._]linear_\d)$",
+    "flux2": r"linear1_qkv$|norm1|[._]net[._]|to_[qkv]$|proj_mlp$|norm[._]linear$|blocks[._]\d+[._]proj_out$|time_text_embed"
+    r"|controlnet",
+    "chroma": r"linear1_qkv$|norm1|linear_(in|out)$|norm[._]linear$|attn[._]to_out$|to_qkv_mlp|time_text_embed|norm_out"
+    r"|controlnet",
+    **dict.fromkeys(
+        ("sd1", "sd2", "sdxl"), r"(class|add)_embedding[._]linear_\d$|conv_shortcut$|(down|up)samplers[._]\d[._]conv$"
+    ),
+    "sd3": r"attn2[._]|norm_|last|to_add_out|ff_context|pos_embed$|norm1_context",
+    "z-image": r"context_refiner[._]\d[._]adaLN",
+    "lumina2": r"attention[._](to_|norm_)|adaLN_modulation[._]0|all_|attention[._]to_out|2-1",
     "auraflow": r"positional_encoding$|register_tokens$",
-}  # fmt: skip
+}
 """Aliases whose weight the model does not have (ComfyUI lists them for the whole family), or that no trainer writes."""
 
 
@@ -92,3 +101,32 @@ def test_rows_are_comfyuis(key: str) -> None:
             assert sum(s.stop - s.start for s in site.spans) == count, stem
             assert (len(site.spans) > 1) == (function is not None), stem
             assert min(s.start for s in site.spans) == start, stem
+
+
+ENCODERS = {
+    "sd1": ("lora_te_", "lora_te1_", "text_encoder."),
+    "sdxl": ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2."),
+    "flux1-dev": ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder."),
+    "sd3-medium": ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder.", "text_encoder_2."),
+    "chroma": ("lora_te1_",),
+    "lumina2": (),
+}
+"""Prefixes of ``model_lora_keys_clip`` besides the encoders' own names."""
+
+
+@pytest.mark.parametrize("key", ENCODERS)
+def test_text_encoder_prefixes(key: str) -> None:
+    _, known = usual(key)
+    stems = [stem for stem, site in known.sites.items() if site.component != DENOISER]
+    found = {m[0] for stem in stems if (m := re.match(r"lora_te\d?_|text_encoder(_\d)?\.", stem))}
+    assert found == set(ENCODERS[key])
+    assert all(stem.startswith(("text_encoders.", *ENCODERS[key])) for stem in stems)
+
+
+def test_clip_aliases_are_attention_and_mlp_only() -> None:
+    _, known = usual("sdxl")
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in known.sites
+    assert "lora_te2_text_projection" in known.sites
+    assert "lora_te1_text_model_embeddings_token_embedding" not in known.sites
+    assert "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding" in known.sites
+    assert "lora_te1_encoder_layers_0_self_attn_q_proj" not in known.sites

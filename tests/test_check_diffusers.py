@@ -58,13 +58,16 @@ WORDS = {
     "LoKr alpha": (*LOKR, ".alpha"), "LoHa alpha": (*LOHA, ".alpha"), "A/B and diff_b": (*AB, ".diff_b"),
 }  # fmt: skip
 """The suffixes of a module, its factors first. What else is there is lost where the module loads at all."""
+UNET = ("input_blocks.4", "middle_block.1")
+"""The attention blocks of the UNets that are tried."""
 LOST = (".dora_scale", ".diff_b")
 
 
 Loaded = tuple[torch.Tensor, torch.Tensor]
 """Row numbers, and the first column of the delta in those rows."""
 FUSED = {
-    "to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }  # fmt: skip
 """What FLUX.2 fuses for a LoKr."""
 
@@ -100,7 +103,7 @@ def names(arch: Architecture, naming: str, which: str) -> dict[str, Spans]:
         around = not any(word in parts[0] for word in ("block", "layers", "refiner", "stream"))
         if len(arch.shapes[spans[0].weight]) != 2 or (which == "block" and around) or (numbers[:1] != [0] and not around):
             continue
-        if arch.denoiser == "unet" and which == "block" and "attn" not in name:
+        if arch.denoiser == "unet" and not parts[0].startswith(("time_embed", "label_emb")) and ".".join(parts[:2]) not in UNET:
             continue
         found[name] = spans
     return dict(list(found.items())[:1]) if which == "one" else found

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FIXTURE = Path(__file__).parent / "fixtures" / "producers" / "lycoris_dylora.safetensors"
-DYLORA = {"ss_network_module": "networks.dylora", "ss_network_dim": "8", "ss_network_alpha": "3.0",
-          "ss_network_args": '{"unit": "2", "conv_dim": "8"}', "ss_training_comment": "cats", "modelspec.title": "x"}  # fmt: skip
+DYLORA = {
+    "ss_network_module": "networks.dylora",
+    "ss_network_dim": "8",
+    "ss_network_alpha": "3.0",
+    "ss_network_args": '{"unit": "2", "conv_dim": "8"}',
+    "ss_training_comment": "cats",
+}
 RANK, ALPHA = 8, 3.0
 EPSILON = {"BF16": 2.0**-8, "F16": 2.0**-10, "F32": 2.0**-22}
 
@@ -224,6 +229,7 @@ def test_kinds(tmp_path: Path) -> None:
     assert kind(many, plain) == "unordered"
     assert kind(falling, plain) == "ordered"
     assert kind({k: t for k, t in made(decay=1.0).items() if "linear" in k}, {}) == "unknown"
+    write(tmp_path / "k.safetensors", many, plain)
     assert "networks.lora" in rerun(tmp_path / "k.safetensors", "--rank", 1, "--dry-run")["reason"]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import lorasurgery
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHAPES = {
     "blocks.0.attn.qkv_x": (9216, 3072),

@@ -104,6 +104,7 @@ UNET = (
     *(Spelling(p, DIFFUSERS, replace=UNET_DOTTED) for p in ("", "unet.")),
 )
 FLUX1 = _route(*FLUX, *(Spelling(p, DIFFUSERS, p.endswith("_"), FLUX2_NAMES) for p, *_ in FLUX), t5=("lora_te2_", "lora_te3_"))
+TENCENT = tuple(Spelling(p, replace=HUNYUAN) for p in ("transformer.", "diffusion_model."))
 TABLES = r"scale_shift_table(_a2v_ca_(video|audio))?$|_embeddings_connector\.learnable_registers$"
 
 COMFYUI = Consumer(
@@ -119,7 +120,7 @@ COMFYUI = Consumer(
         ("flux1", (BFL, XLABS_FILE, FLUX1)),
         ("chroma", (_route(*_aliases("transformer. lycoris_ lora_transformer_ -", without="^distilled"), t5=("lora_te1_",)),)),
         ("flux2", (_route(*_aliases("transformer. lycoris_ lora_transformer_ -", without="^time_guidance|_modulation")),)),
-        ("hunyuan-video hunyuan-video-1.5", (_route(*(Spelling(p, replace=HUNYUAN) for p in ("transformer.", "diffusion_model."))),)),
+        ("hunyuan-video hunyuan-video-1.5", (_route(*TENCENT),)),
         ("qwen-image", (_route(*_aliases("- transformer. lycoris_", ORIGINAL)),)),
         ("hidream", (_route(*_aliases("transformer. lycoris_", ORIGINAL), t5=("lora_te3_",)),)),
         ("kandinsky5", (_route(*_aliases("- transformer.", ORIGINAL)),)),

@@ -68,6 +68,7 @@ def _unet(*names: Spelling, when: tuple[Has, ...] = ()) -> Route:
 
 
 NAMES = Spelling("lora_unet_", DIFFUSERS, flat=True, without=r"^add_embedding")
+ORIGINAL_NAMES = Spelling("lora_unet_", flat=True)
 AROUND = Spelling("lora_unet_", ORIGINAL, flat=True, only=r"^(time_embed\.|label_emb\.|input_blocks\.0\.0$|out\.2$)")
 SGM = Has(r"_(input|output)_blocks_|_middle_block_")
 NO_DOWN = Has(r"_(down|up)_blocks_|_mid_block_", "none")
@@ -152,9 +153,13 @@ LUMINA = Route(
     ),
 )
 HIDREAM = Route(
-    (Spelling("diffusion_model.", DIFFUSERS),), AB | VECTOR | {".lora_B.bias"}, (Has("diffusion_model"), Has("^diffusion_model", "all")),
-    deletes=DORA, ignores_words=NEEDS_LORA, ignores_names=NEEDS_LORA,
-)  # fmt: skip
+    (Spelling("diffusion_model.", DIFFUSERS),),
+    AB | VECTOR | {".lora_B.bias"},
+    (Has("diffusion_model"), Has("^diffusion_model", "all")),
+    deletes=DORA,
+    ignores_words=NEEDS_LORA,
+    ignores_names=NEEDS_LORA,
+)
 ANIMA_AROUND = Spelling("diffusion_model.", DIFFUSERS, without=r"blocks\.|^text_conditioner")
 ANIMA = plain(names=(Spelling("diffusion_model."), ANIMA_AROUND, *PLAIN.names), when=(Has(r"^diffusion_model\."),))
 MODEL_ONLY = plain(note="its pipeline has no load_lora_weights: use pipe.transformer.load_lora_adapter(FILE)")
@@ -166,7 +171,7 @@ DIFFUSERS_LIBRARY = Consumer(
     "diffusers/loaders/lora_pipeline.py, lora_conversion_utils.py, peft.py (0.42.1)",
     table(
         ("sd1 sd2", (_unet(NAMES, AROUND), UNET)),
-        ("sdxl", (_unet(Spelling("lora_unet_", flat=True), when=(SGM, NO_DOWN)), _unet(NAMES, AROUND), UNET)),
+        ("sdxl", (_unet(ORIGINAL_NAMES, when=(SGM, NO_DOWN)), _unet(NAMES, AROUND), UNET)),
         ("sd3 auraflow kandinsky5 cosmos-predict2", (PLAIN,)),
         ("flux1 chroma", FLUX1),
         ("flux2", FLUX2),

@@ -33,13 +33,18 @@ OTHERS = r"^(?!lora_unet_|diffusion_model\.)|position_embedding|text_projection|
 FINAL = r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
 
 DOTTED_KOHYA = Route(
-    (Spelling("transformer.", DIFFUSERS),), KOHYA | AB, (DOWN, Has(r"^transformer\.")), deletes=DORA,
+    (Spelling("transformer.", DIFFUSERS),),
+    KOHYA | AB,
+    (DOWN, Has(r"^transformer\.")),
+    deletes=DORA,
     because=(Note(r"^(?!transformer\.)", "beside keys with transformer. all others are dropped"),),
-)  # fmt: skip
+)
 MIXTURE = Route(
     (
         Spelling("lora_transformer_", DIFFUSERS, flat=True, only=r"\.attn\.(to|add)_"),
-        Spelling("lora_transformer_", DIFFUSERS, flat=True, only=r"^(context_embedder|norm_out|proj_out|x_embedder|time_text_embed)"),
+        Spelling(
+            "lora_transformer_", DIFFUSERS, flat=True, only=r"^(context_embedder|norm_out|proj_out|x_embedder|time_text_embed)"
+        ),
     ),
     KOHYA | ALPHA,
     (DOWN, Has(r"^lora_transformer_.*(lora_down|lora_up|alpha)")),
@@ -48,9 +53,11 @@ MIXTURE = Route(
     ignores_names=r"^(lora_transformer_(single_)?transformer_blocks_|lora_te1_|lora_unet_)",
     ignores_words=NOTHING,
     needs_alpha=True,
-    because=(Note(r"^lora_transformer_", "the converter knows attention and embedders only; feed-forward, norm and proj_out of a block overwrite each other"),),
+    because=(
+        Note(r"^lora_transformer_", "the converter knows attention and embedders only; the rest of a block overwrites itself"),
+    ),
     error="AssertionError or KeyError",
-)  # fmt: skip
+)
 KOHYA_FILE = Route(
     tuple(Spelling(p, flat=f, only=BLOCKS) for p, f in (("lora_unet_", True), ("diffusion_model.", False))),
     KOHYA | ALPHA,
@@ -66,23 +73,41 @@ KOHYA_FILE = Route(
     because=(EMBEDDERS,),
 )
 XLABS_FILE = Route(
-    tuple(Spelling(p, "alias") for p in ("", "diffusion_model.")), XLABS, (Has("processor"),), deletes=DORA,
-)  # fmt: skip
+    tuple(Spelling(p, "alias") for p in ("", "diffusion_model.")),
+    XLABS,
+    (Has("processor"),),
+    deletes=DORA,
+)
 CONTROL = Route(
-    (Spelling(""),), AB | {".lora_B.bias", ".scale"}, (Has(r"query_norm\.scale"),), deletes=DORA, ignores_words=ANYTHING,
+    (Spelling(""),),
+    AB | {".lora_B.bias", ".scale"},
+    (Has(r"query_norm\.scale"),),
+    deletes=DORA,
+    ignores_words=ANYTHING,
     complete=tuple(
         f"{s}_blocks.{{i}}.{n}"
-        for s, names in (("double", ("img_attn.qkv", "txt_attn.qkv", "img_mlp.0", "img_mod.lin")), ("single", ("linear1", "linear2")))
+        for s, names in (
+            ("double", ("img_attn.qkv", "txt_attn.qkv", "img_mlp.0", "img_mod.lin")),
+            ("single", ("linear1", "linear2")),
+        )
         for n in names
     ),
     every_block=True,
-    wrong=(Note(r"^final_layer\.adaLN_modulation", "the converter exchanges the halves of lora_A too, which mixes up the rank"),),
+    wrong=(
+        Note(r"^final_layer\.adaLN_modulation", "the converter exchanges the halves of lora_A too, which mixes up the rank"),
+    ),
     error="KeyError",
-)  # fmt: skip
+)
 FAL = Route(
-    (Spelling("base_model.model.", without=r"adaLN|norm\."),), AB | {".lora_B.bias"}, (Has("base_model"),), deletes=DORA,
-    ignores_names=NOTHING, ignores_words=NOTHING, complete=tuple(f"base_model.model.{c}" for c in CONTROL.complete), every_block=True,
-)  # fmt: skip
+    (Spelling("base_model.model.", without=r"adaLN|norm\."),),
+    AB | {".lora_B.bias"},
+    (Has("base_model"),),
+    deletes=DORA,
+    ignores_names=NOTHING,
+    ignores_words=NOTHING,
+    complete=tuple(f"base_model.model.{c}" for c in CONTROL.complete),
+    every_block=True,
+)
 FLUX1_PLAIN = replace(PLAIN, reads=PLAIN.reads | ALPHA, ignores_names=ANYTHING, ignores_words=ANYTHING)
 NOTHING_LEFT = replace(
     refuse(DOWN.pattern), when=(DOWN, Has(r"^(lora_unet_|lora_te1?_|diffusion_model\.|text_encoders\.clip_l)", "none"))
@@ -94,25 +119,61 @@ SWAP = Note(
     r"final_layer[._]adaLN_modulation", "the converter does not exchange the halves of the final layer's scale and shift"
 )
 FLUX2_KOHYA = Route(
-    (Spelling("lora_unet_", flat=True, only=BLOCKS), Spelling("lora_unet_", flat=True, only=r"^(img_in|txt_in|time_in\.|final_layer\.linear)")),
+    (
+        Spelling("lora_unet_", flat=True, only=BLOCKS),
+        Spelling("lora_unet_", flat=True, only=r"^(img_in|txt_in|time_in\.|final_layer\.linear)"),
+    ),
     KOHYA | ALPHA,
     (DOWN,),
     deletes=DORA,
     because=(Note(r"^(?!lora_unet_)", "a file with lora_down is read under lora_unet_ only"),),
-)  # fmt: skip
+)
 BFL = tuple(Spelling(p) for p in ("diffusion_model.", "base_model.model."))
 EXPANDED = tuple(Spelling(p, DIFFUSERS, only=r"transformer_blocks\.") for p in ("diffusion_model.", "base_model.model."))
 LYCORIS = Route(
-    (Spelling("lycoris_", DIFFUSERS, flat=True, only=r"transformer_blocks\.\d+\.(attn\.(to|add)_|ff)"),), LOKR | ALPHA,
-    (Has(r"\.lokr_"), Has("^lycoris_")), deletes=DORA, ignores_names=NOTHING, ignores_words=NOTHING,
-)  # fmt: skip
+    (Spelling("lycoris_", DIFFUSERS, flat=True, only=r"transformer_blocks\.\d+\.(attn\.(to|add)_|ff)"),),
+    LOKR | ALPHA,
+    (Has(r"\.lokr_"), Has("^lycoris_")),
+    deletes=DORA,
+    ignores_names=NOTHING,
+    ignores_words=NOTHING,
+)
 FLUX2 = (
     FLUX2_KOHYA,
     LYCORIS,
-    Route(BFL, LOKR | ALPHA, (Has(r"\.lokr_"), Has(r"^(diffusion_model|base_model\.model)\.")), deletes=DORA, ignores_names=NOTHING, ignores_words=NOTHING, wrong=(SWAP,)),
-    Route((Spelling("", DIFFUSERS),), LOKR | ALPHA, (Has(r"\.lokr_"), Has(r"^transformer\.", "none")), deletes=DORA, ignores_words=NOTHING),
-    Route((Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_names="lora|lokr", ignores_words="lora|lokr"),
-    Route((*BFL, *EXPANDED), AB, (Has(r"^(diffusion_model|base_model\.model)\."),), deletes=DORA, ignores_names=NOTHING, ignores_words=NOTHING, wrong=(SWAP,)),
+    Route(
+        BFL,
+        LOKR | ALPHA,
+        (Has(r"\.lokr_"), Has(r"^(diffusion_model|base_model\.model)\.")),
+        deletes=DORA,
+        ignores_names=NOTHING,
+        ignores_words=NOTHING,
+        wrong=(SWAP,),
+    ),
+    Route(
+        (Spelling("", DIFFUSERS),),
+        LOKR | ALPHA,
+        (Has(r"\.lokr_"), Has(r"^transformer\.", "none")),
+        deletes=DORA,
+        ignores_words=NOTHING,
+    ),
+    Route(
+        (Spelling("transformer.", DIFFUSERS),),
+        LOKR,
+        (Has(r"\.lokr_"),),
+        deletes=DORA,
+        ignores_names="lora|lokr",
+        ignores_words="lora|lokr",
+    ),
+    Route(
+        (*BFL, *EXPANDED),
+        AB,
+        (Has(r"^(diffusion_model|base_model\.model)\."),),
+        deletes=DORA,
+        ignores_names=NOTHING,
+        ignores_words=NOTHING,
+        wrong=(SWAP,),
+    ),
     PLAIN,
-)  # fmt: skip
+)
 __all__ = ["ENCODERS", "FLUX1", "FLUX2", "NEEDS_LORA"]

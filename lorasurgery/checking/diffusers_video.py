@@ -14,40 +14,62 @@ PASSED = rf"{NORMS}|\.diff(_b)?$"
 
 WAN_DOTTED = tuple(
     Route(
-        (Spelling("diffusion_model.", only=f"{IN_BLOCKS}|{AROUND}"),), words | ALPHA | {".diff_b"},
-        (Has(r"^diffusion_model\.blocks\."), when), ignores_names=PASSED, ignores_words=PASSED, refuses=rf"{AROUND}\.alpha$",
+        (Spelling("diffusion_model.", only=f"{IN_BLOCKS}|{AROUND}"),),
+        words | ALPHA | {".diff_b"},
+        (Has(r"^diffusion_model\.blocks\."), when),
+        ignores_names=PASSED,
+        ignores_words=PASSED,
+        refuses=rf"{AROUND}\.alpha$",
     )
     for words, when in ((AB, Has("lora_A")), (KOHYA, Has("lora_A", "none")))
-)  # fmt: skip
+)
 MUSUBI_NAMES = tuple(f"lora_unet_blocks_{{i}}_{n.replace('.', '_')}" for n in (*WAN_BLOCK, "ffn.0", "ffn.2"))
 WAN_MUSUBI = Route(
-    (Spelling("lora_unet_", flat=True, only=IN_BLOCKS),), KOHYA | ALPHA, (Has("^lora_unet_"),), ignores_names=NOTHING,
-    ignores_words=NOTHING, needs_alpha=True, complete=MUSUBI_NAMES, error="KeyError or ValueError",
-)  # fmt: skip
+    (Spelling("lora_unet_", flat=True, only=IN_BLOCKS),),
+    KOHYA | ALPHA,
+    (Has("^lora_unet_"),),
+    ignores_names=NOTHING,
+    ignores_words=NOTHING,
+    needs_alpha=True,
+    complete=MUSUBI_NAMES,
+    error="KeyError or ValueError",
+)
 WAN = (*WAN_DOTTED, refuse(r"^diffusion_model\."), WAN_MUSUBI, PLAIN)
 
 QKV = Has("img_attn_qkv")
 HUNYUAN = (
     Route(
-        tuple(Spelling(p, SD_SCRIPTS) for p in ("transformer.", "diffusion_model.", "")), AB | {".lora_B.bias"}, (QKV,), deletes=DORA,
-        ignores_names=NEEDS_LORA, ignores_words=NEEDS_LORA,
+        tuple(Spelling(p, SD_SCRIPTS) for p in ("transformer.", "diffusion_model.", "")),
+        AB | {".lora_B.bias"},
+        (QKV,),
+        deletes=DORA,
+        ignores_names=NEEDS_LORA,
+        ignores_words=NEEDS_LORA,
         wrong=(
             Note(r"final_layer\.adaLN_modulation", "the converter exchanges the halves of lora_A too, which mixes up the rank"),
         ),
         refuses=r"self_attn_qkv\.lora|_attn_qkv\.(alpha|lora_down|lora_up)",
     ),
     PLAIN,
-)  # fmt: skip
+)
 
 LTX = (
     Route(
-        (Spelling("diffusion_model.", DIFFUSERS),), AB | VECTOR | {".lora_B.bias"}, (Has(r"^diffusion_model\."), Has(r"^diffusion_model\.", "all")),
-        deletes=DORA, ignores_names=NEEDS_LORA, ignores_words=NEEDS_LORA,
-        because=(Note(r"patchify_proj|adaln_single", "the converter changes the prefix only, and Diffusers has other names for these"),),
+        (Spelling("diffusion_model.", DIFFUSERS),),
+        AB | VECTOR | {".lora_B.bias"},
+        (Has(r"^diffusion_model\."), Has(r"^diffusion_model\.", "all")),
+        deletes=DORA,
+        ignores_names=NEEDS_LORA,
+        ignores_words=NEEDS_LORA,
+        because=(
+            Note(
+                r"patchify_proj|adaln_single", "the converter changes the prefix only, and Diffusers has other names for these"
+            ),
+        ),
     ),
     refuse(r"^diffusion_model\."),
     PLAIN,
-)  # fmt: skip
+)
 CONNECTORS, PROJECTION = r"_embeddings_connector|^text_embedding_projection|^connectors", r"^text_embedding_projection\."
 LTX2 = (
     plain(

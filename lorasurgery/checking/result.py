@@ -21,7 +21,8 @@ class Finding(NamedTuple):
     status: str
     """``loads``, ``changed`` (loads with another strength or effect), ``ignored``, ``rejected`` (with the whole file)."""
     reason: str = ""
-    """``prefix``, ``name``, ``suffix``, ``shape``, ``strength``, ``dora``, ``bias``, ``effect``, ``twice``, ``broken``, ``file``."""
+    """``prefix``, ``name``, ``suffix``, ``shape``, ``strength``, ``dora``, ``bias``, ``effect``, ``twice``, ``broken`` or
+    ``file``."""
     text: str = ""
 
 

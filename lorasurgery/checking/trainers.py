@@ -133,7 +133,9 @@ LYCORIS_ROUTE = Route(
     | {".diff", ".diff_b", ".w_norm", ".b_norm", ".on_input"},
 )
 LYCORIS_KOHYA = Route(
-    (Spelling("lora_unet_", SD_SCRIPTS, flat=True),), LYCORIS_ROUTE.reads, (Has(r"^lora_(unet|te\d?)_"), Has("^lycoris_", "none")),
+    (Spelling("lora_unet_", SD_SCRIPTS, flat=True),),
+    LYCORIS_ROUTE.reads,
+    (Has(r"^lora_(unet|te\d?)_"), Has("^lycoris_", "none")),
     (EncoderSpelling("{sd_scripts}_", flat=True),),
     note="read by lycoris.kohya inside sd-scripts; create_lycoris_from_weights reads the prefix lycoris_",
 )  # fmt: skip

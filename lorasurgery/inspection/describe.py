@@ -16,7 +16,7 @@ from lorasurgery.inspection.gguf import describe_gguf, is_gguf
 from lorasurgery.inspection.lokr import lokr_factor
 from lorasurgery.inspection.models import identify
 from lorasurgery.inspection.structure import Structure, read_structure
-from lorasurgery.inspection.trainers import trainer
+from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
 from lorasurgery.io.peft_folder import CONFIG, is_peft_folder, read_peft_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES
@@ -101,14 +101,14 @@ def _with_scalars(raw: RawFile) -> RawFile:
 def _structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None, *, keep: bool) -> Structure:
     """The structure of a file, remembered by everything it is made from: keys, shapes, scalars and what the metadata says."""
     if keep:
-        return read_structure(raw, configs)
+        return replace(read_structure(raw, configs), signs=key_signs(raw.tensors))
     said = ("ss_base_model_version", "modelspec.architecture", "lora_adapter_metadata", "ss_lokr_factor")
     shapes = tuple((name, t.dtype, t.shape, t.tobytes() if t.size == 1 else b"") for name, t in raw.tensors.items())
     key = (shapes, tuple(raw.metadata.get(name) for name in said), str(configs))
     if key not in _known:
         if len(_known) >= KEPT:
             _known.pop(next(iter(_known)))
-        _known[key] = replace(read_structure(raw, configs), sources=())
+        _known[key] = replace(read_structure(raw, configs), signs=key_signs(raw.tensors), sources=())
     return _known[key]
 
 
@@ -143,7 +143,7 @@ def _adapter(opened: Opened, found: Structure, *, tags: bool) -> Description:
     if _dylora(raw.metadata):
         modules = tuple(replace(m, family="dylora") if m.family == "lora" else m for m in modules)
     factor = lokr_factor(raw, modules)
-    written_by = trainer(raw.metadata, raw.tensors, found.layout, peft_folder=opened.container == "peft-folder")
+    written_by = trainer(raw.metadata, found.signs, found.layout, peft_folder=opened.container == "peft-folder")
     return Description(
         kind="adapter",
         summary=_summary(found, _count(m.family for m in modules)),

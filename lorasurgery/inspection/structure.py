@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.deltas.base import Delta
     from lorasurgery.inspection.description import ModuleInfo
+    from lorasurgery.inspection.trainers import Signature
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
     from lorasurgery.layouts.group import Group
@@ -47,6 +48,8 @@ class Structure:
     embeddings: tuple[str, ...]
     unexplained: tuple[tuple[str, str], ...]
     findings: tuple[Finding, ...]
+    signs: tuple[Signature, ...] = ()
+    """Signatures of programs in the keys."""
     sources: tuple[Module, ...] = ()
     """The modules that could be read, with their tensors."""
 
@@ -124,7 +127,7 @@ def _explained(
         embeddings,
         tuple(lost),
         tuple(findings),
-        tuple(module for module in read.values() if not isinstance(module, str)),
+        sources=tuple(module for module in read.values() if not isinstance(module, str)),
     )
 
 

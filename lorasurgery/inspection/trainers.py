@@ -64,7 +64,7 @@ SIGNATURES = (
     Signature("Diffusers", KEY, r"^unet\..*\.lora\.(down|up)\.weight$", 3, "lora.down names"),
     Signature("Diffusers", LAYOUT, r"^diffusers$", 1, "its key layout"),
     Signature("PEFT", KEY, r"^base_model\.model\.", 2, "base_model.model. names"),
-    Signature("DiffSynth-Studio", KEY, r"^(?!base_model).*\.lora_[AB]\.default\.weight$", 2, "adapter name kept in the keys"),
+    Signature("DiffSynth-Studio", KEY, r"\.lora_[AB]\.default\.weight$", 2, "adapter name kept in the keys"),
     Signature("XLabs x-flux", KEY, r"\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$", 4, "processor names"),
     Signature("Black Forest Labs", LAYOUT, r"^bfl$", 3, "its key layout"),
     Signature("VideoX-Fun", KEY, r"^lora_unet__", 4, "lora_unet__ names"),
@@ -81,28 +81,30 @@ PROCESSORS = (
 )
 
 
-def trainer(metadata: Mapping[str, str], keys: Iterable[str], layout: str, *, peft_folder: bool) -> Trainer | None:
-    """The program with the weightiest evidence, or None."""
+def key_signs(keys: Iterable[str]) -> tuple[Signature, ...]:
+    """The signatures that a file's keys bear."""
+    text = "\n".join(keys)
+    return tuple(sign for sign in SIGNATURES if sign.where == KEY and re.search(sign.pattern, text, re.MULTILINE))
+
+
+def trainer(metadata: Mapping[str, str], signs: tuple[Signature, ...], layout: str, *, peft_folder: bool) -> Trainer | None:
+    """The program with the weightiest evidence, or None; ``signs`` are those of the keys."""
     entries = [f"{key}={value[:2000]}" for key, value in metadata.items()]
-    names = "\n".join(keys)
     scores: dict[str, int] = {"PEFT": 2} if peft_folder else {}
     evidence: dict[str, list[str]] = {"PEFT": ["adapter_config.json"]} if peft_folder else {}
     for sign in SIGNATURES:
-        if _matches(sign, entries, names, layout):
+        if sign in signs or _matches(sign, entries, layout):
             scores[sign.program] = scores.get(sign.program, 0) + sign.weight
             evidence.setdefault(sign.program, []).append(sign.says)
     if not scores:
         return None
     best = max(scores, key=lambda name: scores[name])
-    after = tuple(sign.program for sign in PROCESSORS if _matches(sign, entries, names, layout))
+    after = tuple(sign.program for sign in PROCESSORS if _matches(sign, entries, layout))
     return Trainer(best, tuple(evidence[best]), after)
 
 
-def _matches(sign: Signature, entries: list[str], keys: str, layout: str) -> bool:
-    """``keys``: one a line."""
-    pattern = re.compile(sign.pattern, re.MULTILINE)
+def _matches(sign: Signature, entries: list[str], layout: str) -> bool:
+    """Whether the metadata or the layout bears a signature."""
     if sign.where == METADATA:
-        return any(pattern.match(entry) for entry in entries)
-    if sign.where == KEY:
-        return pattern.search(keys) is not None
-    return bool(pattern.match(layout))
+        return any(re.match(sign.pattern, entry) for entry in entries)
+    return sign.where == LAYOUT and re.match(sign.pattern, layout) is not None

@@ -170,7 +170,7 @@ def _leading(of: Rearranged, seed: int) -> Array:
         diagonal.append(size)
         right, rest = _orthogonal(of.apply_t(left.reshape(of.outer)).reshape(-1), rights)
         if step < 20 or step % 10 == 0 or step == steps - 1 or rest == 0.0:
-            small = np.diag(diagonal) + np.diag(above, 1)
+            small = np.diag([*diagonal, 0.0])[:-1] + np.diag([*above, rest], 1)[:-1]  # (steps, steps + 1)
             turned, values, _ = np.linalg.svd(small)
             vector = turned[:, 0]
             if rest * abs(vector[-1]) <= TOLERANCE * values[0]:

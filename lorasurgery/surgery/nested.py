@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SD_SCRIPTS, LYCORIS = "sd-scripts", "LyCORIS"
 SPLIT_COMMENT = "split from DyLoRA, rank "
 """How sd-scripts' ``extract_lora_from_dylora`` begins ``ss_training_comment``."""
+CLEAR, ENOUGH = 6.0, 64
+"""Standard deviations of the rank correlation that mean an order, and components that make its absence mean something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +168,9 @@ def verdict(of: Origin, curves: Sequence[PrefixCurve]) -> tuple[str, str]:
     mean, score = order_score(norms)
     if falling_share(norms) > 0.95:
         return "ordered", f"{said}; the components' norms fall in every module, as an SVD writes them"
-    if score < -6 and mean < -0.1:
+    if score < -CLEAR and mean < -0.1:
         return "ordered", f"{said}; the first components are the larger ones (rank correlation {mean:.2f}), as if nested"
-    if sum(len(n) >= 3 for n in norms) * 1.0 and abs(score) < 6 and sum(len(n) for n in norms) >= 64:
+    if sum(len(n) for n in norms) >= ENOUGH and abs(score) < CLEAR:
         return "unordered", (
             f"{said}; the components are in no order (rank correlation {mean:.2f}), so its first ones are no better than "
             "others: an ordinary LoRA. --svd keeps the best of that rank"

@@ -36,7 +36,8 @@ Written by `python -m scripts.docs_parts.compatibility` from the rules of `loras
 
 A row is a file as a trainer leaves it: LoRA modules of every matrix inside the model's blocks, in one layout. A column is
 a program. `all`: every module loads with the effect it was trained for. `n/m`: only so many load, in silence. `none`:
-the file is accepted and changes nothing. `refused`: an error (PEFT takes folders only). `-`: the program has no such model. `?`: not known here.
+the file is accepted and changes nothing. `refused`: an error (PEFT takes folders only). `-`: the program has no such model.
+`?`: not known here.
 
 `lorasurgery convert FILE OUT --target LAYOUT` makes an `all` of every other cell that has a model, except where noted;
 `lorasurgery check FILE --for PROGRAM` says the same of a real file, with its own families, alphas and missing blocks.
@@ -74,9 +75,9 @@ TAIL = """
 | `notes` | remarks |
 | `mend` | the command that makes a file which loads completely, or null |
 
-`reason` is `prefix`, `name`, `suffix`, `shape`, `strength`, `dora`, `bias`, `effect`, `twice`, `broken` or `file`. A file that cannot be
-read gives `schema`, `input`, `for` and `error`. Exit codes: 0 checked; 1 unreadable, or not complete under `--strict`; 3 some of a
-batch unreadable.
+`reason` is `prefix`, `name`, `suffix`, `shape`, `strength`, `dora`, `bias`, `effect`, `twice`, `broken` or `file`. A file
+that cannot be read gives `schema`, `input`, `for` and `error`. Exit codes: 0 checked; 1 unreadable, or not complete under
+`--strict`; 3 some of a batch unreadable.
 """
 
 

@@ -11,7 +11,7 @@ from lorasurgery.errors import RequestError
 from lorasurgery.linalg.policies import References, fill, kj_knee, kohya, per_cost, within
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.families import dtype_of
-from lorasurgery.surgery.resize.options import KJ, KOHYA
+from lorasurgery.surgery.resize.options import KJ
 from lorasurgery.surgery.resize.survey import named_rank, rank_asked
 
 if TYPE_CHECKING:
@@ -121,9 +121,7 @@ def _file_scores(subjects: Sequence[Subject], options: ResizeOptions) -> list[Ar
     return found
 
 
-def _recipe_scores(
-    subjects: Sequence[Subject], recipe: Recipe, options: ResizeOptions, base: BaseModel | None
-) -> list[Array]:
+def _recipe_scores(subjects: Sequence[Subject], recipe: Recipe, options: ResizeOptions, base: BaseModel | None) -> list[Array]:
     if recipe.needs_base and base is None:
         raise RequestError(f"the recipe {options.recipe!r} looks at the base model", hint="the base model's file or folder")
     found = []

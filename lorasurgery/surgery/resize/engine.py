@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.resize.base import BaseModel
 
 
-def resize(
-    adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None
-) -> tuple[Adapter, ResizeReport]:
+def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None) -> tuple[Adapter, ResizeReport]:
     """The adapter with other ranks, in its own layout and families, and what that did to each module.
 
     The result is the best approximation of its rank (Eckart-Young) except where the report's ``note`` says otherwise.

@@ -89,7 +89,7 @@ def _lokr(module: Module, delta: Kronecker, shape: Shape, needed: int | None) ->
         old, limit = delta.w2_b.shape[0], min(delta.w2_b.shape[0], *sides)
     else:
         source = dense_source(lambda: _flat(delta.inner_array()), None, slot)
-        old, limit = None, max(min(min(sides), (prod(sides) - 1) // sum(sides)), 1)
+        old, limit = None, max(min(*sides, (prod(sides) - 1) // sum(sides)), 1)
     gain = float(np.linalg.norm(delta.outer_array()))
 
     def build(cut: Cut) -> Delta:

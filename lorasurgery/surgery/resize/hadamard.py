@@ -49,8 +49,10 @@ def loha_subject(module: Module, delta: Hadamard, shape: Shape, needed: int | No
         return _error(arms, cut)
 
     limit = min(delta.rank, *sides)
+    doubled = (2 * sides[0], 2 * sides[1])
+    product = _Product(arms)
     return Subject(
-        module, _Product(arms), "loha", delta.rank, limit, (2 * sides[0], 2 * sides[1]), build, shape, note=EACH_ARM, reported=error
+        module, product, "loha", delta.rank, limit, doubled, build, shape, note=EACH_ARM, reported=error
     )  # fmt: skip
 
 

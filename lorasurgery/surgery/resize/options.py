@@ -115,10 +115,7 @@ class ResizeOptions:
         self._check_policy()
         self.parsed_recipe()
         for pattern in (*self.include, *self.exclude, *(p for p, _ in self.ranks)):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise RequestError(f"{pattern!r} is no regular expression ({error})") from error
+            _check_pattern(pattern)
 
     def _check_choices(self) -> None:
         choices = (
@@ -158,6 +155,13 @@ class ResizeOptions:
 
 
 _PROBE = np.array([2.0, 1.0])
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RequestError(f"{pattern!r} is no regular expression ({error})") from error
 
 
 def _positive(text: str) -> bool:

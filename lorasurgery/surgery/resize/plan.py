@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-
 from lorasurgery.surgery.resize.engine import resized_from
 from lorasurgery.surgery.resize.options import ResizeOptions
 from lorasurgery.surgery.resize.size import file_size
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Adapter
 
+EVERY = 1 << 20
+"""A rank that keeps every singular value."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -53,24 +54,22 @@ def plan(adapter: Adapter, options: ResizeOptions | None = None, ranks: Sequence
     ``options``: which modules and how; what they say about ranks is not looked at. Raises as :func:`resize` does.
     """
     chosen = replace(
-        options or ResizeOptions(), rank=None, conv_rank=None, pointwise_rank=None, ranks=(), recipe=None, compat=None,
-        policy="energy", param=1.0, size=None,
+        options or ResizeOptions(), rank=EVERY, conv_rank=None, pointwise_rank=None, ranks=(), recipe=None, compat=None,
+        policy=None, param=None, size=None,
     )  # fmt: skip
     chosen.check()
     found = survey(adapter, chosen)
     lohas = any(subject.form == "loha" for subject in found.subjects)
     rows = []
     for rank in sorted(ranks):
-        result, report = resized_from(found, replace(chosen, policy=None, param=None, rank=rank))
+        result, report = resized_from(found, replace(chosen, rank=rank))
         size, worst = file_size(result), report.worst()
         by_size = None
         if not lohas:
-            _, spread = resized_from(found, replace(chosen, policy=None, param=None, size=size))
+            _, spread = resized_from(found, replace(chosen, rank=None, size=size))
             by_size = spread.relative_error
         assert worst is not None  # noqa: S101  there is a module
         rows.append(PlanRow(rank, size, report.relative_error, worst.relative_error, by_size))
         if set(report.actions()) == {"unchanged"}:
             break
     return Plan(tuple(rows))
-
-

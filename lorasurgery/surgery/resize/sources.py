@@ -69,14 +69,16 @@ class FactoredSource:
         if self.core is None:
             return self._exact()[0][:, kept] * weights
         small = self.core.left[:, kept]
-        return wide(self.up).astype(small.dtype, copy=False) @ (small * weights.astype(small.dtype))
+        product: AnyArray = wide(self.up).astype(small.dtype, copy=False) @ (small * weights.astype(small.dtype))
+        return product
 
     def right(self, kept: Indices, weights: Array) -> AnyArray:
         """One product with ``down``."""
         if self.core is None:
             return weights[:, None] * self._exact()[2][kept]
         small = self.core.right[kept]
-        return (small * weights.astype(small.dtype)[:, None]) @ wide(self.down).astype(small.dtype, copy=False)
+        product: AnyArray = (small * weights.astype(small.dtype)[:, None]) @ wide(self.down).astype(small.dtype, copy=False)
+        return product
 
     def shrink(self, count: int) -> None:
         """Forget the small matrices beyond the first ``count``."""
@@ -99,7 +101,8 @@ class ComputedSource:
 
     def left(self, kept: Indices, weights: Array) -> AnyArray:
         """Columns of U."""
-        return _columns(self._triple(kept)[0], kept) * weights
+        columns: AnyArray = _columns(self._triple(kept)[0], kept) * weights
+        return columns
 
     def right(self, kept: Indices, weights: Array) -> AnyArray:
         """Rows of Vt."""

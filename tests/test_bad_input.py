@@ -559,7 +559,7 @@ def test_bad_target_and_usage(tmp_path: Path) -> None:
         (["convert", path, "out"], "--target"),
         (["convert", "-t", "comfyui"], "one input and one output"),
         (["convert", path, path, path, "-t", "comfyui"], "one input and one output"),
-        (["convert", path, "out", "-t", "comfyui", "--as", "loha"], "only lora"),
+        (["convert", path, "out", "-t", "comfyui", "--as", "oft"], "lora, lokr, loha or full"),
         (["convert", path, "-o", "out", "--out-dir", "there", "-t", "comfyui"], "either --output or --out-dir"),
         (["convert", path, "out", "-t", "comfyui", "--lokr-rank", "many"], "many"),
         (["transmogrify"], "transmogrify"),

@@ -148,6 +148,13 @@ def test_split_qkv_is_pointed_out(tmp_path: Path) -> None:
     assert any("split_qkv" in note for note in result_of(path, "comfyui").notes)
 
 
+def test_numbered_modules_are_read_nowhere(tmp_path: Path) -> None:
+    tensors = {}
+    for i in range(3):
+        tensors[f"unet:{i}:up"], tensors[f"unet:{i}:down"] = zeros(320, 4), zeros(4, 320)
+    assert "numbered" in result_of(made(tmp_path, tensors), "comfyui").verdict
+
+
 def test_unknown_is_said(tmp_path: Path) -> None:
     result = result_of(made(tmp_path, z_image(*AB)), "forge")
     assert not result.known

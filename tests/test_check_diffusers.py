@@ -60,6 +60,7 @@ WORDS = {
 """The suffixes of a module, its factors first. What else is there is lost where the module loads at all."""
 UNET = ("input_blocks.4", "middle_block.1")
 """The attention blocks of the UNets that are tried."""
+SELECTIONS = {"A/B": ("block", "all", "one"), "down/up alpha": ("block", "all", "one"), "A/B alpha": ("block", "all")}
 LOST = (".dora_scale", ".diff_b")
 
 
@@ -240,11 +241,5 @@ def disagreements(key: str, spelling: str, words: str, which: str) -> list[tuple
 def test_the_verdicts_are_what_the_pipeline_does(key: str) -> None:
     own = architectures()[key].sd_scripts == SD_SCRIPTS
     spellings = [s for s, (_, naming, _) in SPELLINGS.items() if own or naming != SD_SCRIPTS]
-    cases = [
-        (s, words, which)
-        for s in spellings
-        for words in WORDS
-        for which in ("block", "all", "one")
-        if which != "one" or words in ("A/B", "down/up alpha")
-    ]
+    cases = [(s, words, which) for s in spellings for words in WORDS for which in SELECTIONS.get(words, ("block",))]
     assert [wrong for case in cases for wrong in disagreements(key, *case)] == []

@@ -320,6 +320,15 @@ def test_as_rank_and_energy(tmp_path: Path) -> None:
     assert cut["error"]["worst_module"] == TO_Q
 
 
+def test_as_other_families(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", lora())
+    made = convert(source, "sd-scripts", "--as", "lokr", "--factor", 16)
+    assert (made["families"], made["actions"]) == ({"lokr": 1}, {"to LoKr": 1})
+    assert 0 < made["error"]["total"] < 1
+    for family in ("loha", "full"):
+        assert convert(source, "comfyui", "--as", family)["families"] == {family: 1}
+
+
 def test_lossy_and_strict(tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", {**lora(), "lora_unet_layers_0_attention_norm1.w_norm": np.zeros(DIM, "f2")})
     report = convert(source, "diffusers", "--lossy")

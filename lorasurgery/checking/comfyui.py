@@ -123,6 +123,7 @@ COMFYUI = Consumer(
         ("hunyuan-video hunyuan-video-1.5", (_route(*TENCENT),)),
         ("qwen-image", (_route(*_aliases("- transformer. lycoris_", ORIGINAL)),)),
         ("hidream", (_route(*_aliases("transformer. lycoris_", ORIGINAL), t5=("lora_te3_",)),)),
+        ("mochi", (_route(*_aliases("-", ORIGINAL)),)),
         ("kandinsky5", (_route(*_aliases("- transformer.", ORIGINAL)),)),
         ("z-image", (_route(*Z, also=r"^(diffusion_model|transformer)\.(x|cap)_pad_token$"),)),
         ("lumina2", (_route(*_aliases("transformer. lycoris_ -", ORIGINAL, only=LUMINA)),)),

@@ -172,7 +172,8 @@ DIFFUSERS_LIBRARY = Consumer(
     table(
         ("sd1 sd2", (_unet(NAMES, AROUND), UNET)),
         ("sdxl", (_unet(ORIGINAL_NAMES, when=(SGM, NO_DOWN)), _unet(NAMES, AROUND), UNET)),
-        ("sd3 auraflow kandinsky5 cosmos-predict2", (PLAIN,)),
+        ("sd3 auraflow kandinsky5 cosmos-predict2 mochi", (PLAIN,)),
+        ("pixart", ()),
         ("flux1 chroma", FLUX1),
         ("flux2", FLUX2),
         ("z-image", (Z_LOKR, Z_LOKR_PLAIN, Z_FLAT, *_z_dotted(), PLAIN)),
@@ -187,6 +188,7 @@ DIFFUSERS_LIBRARY = Consumer(
         ("ltx2", LTX2),
         ("anima", (ANIMA, PLAIN)),
     ),
+    unknown=True,
     layout="diffusers",
     header=True,
     misfit="rejected",

@@ -33,6 +33,9 @@ def check(subject: Subject, consumer: Consumer) -> Result:
         return _no_model(subject, consumer)
     if consumer.folder and not subject.layout_folder:
         return _result(subject, consumer, [], [f"{consumer.name} reads a folder with adapter_config.json, not a file"], None)
+    if subject.numbered:
+        text = f"the modules are numbered, not named; {consumer.name} does not read that"
+        return _result(subject, consumer, [Finding(i.stem, IGNORED, "name", text) for i in subject.items], [], None)
     route = next((r for r in routes if _applies(r, subject)), None)
     if route is None:
         return _result(subject, consumer, [], [f"{consumer.name} has no way to read these keys"], None)
@@ -61,10 +64,10 @@ def _holds(condition: Has, keys: list[str]) -> bool:
 
 def _no_model(subject: Subject, consumer: Consumer) -> Result:
     arch = subject.architecture.name
-    refusals = () if consumer.unknown else (f"{consumer.name} {consumer.version} has no loader for {arch}",)
-    status = IGNORED if consumer.unknown else REJECTED
+    known = not consumer.unknown or subject.architecture.id in consumer.models
+    refusals = () if not known else (f"{consumer.name} {consumer.version} has no loader for {arch}",)
+    status = REJECTED if known else IGNORED
     findings = tuple(Finding(i.stem, status, "file", f"{consumer.name} has no loader for it") for i in subject.items)
-    known = not consumer.unknown
     return Result(
         str(subject.path), consumer, subject.architecture.key, subject.candidates, findings, refusals,
         notes=consumer.facts, known=known, counts=Counter(f.status for f in findings),

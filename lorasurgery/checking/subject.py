@@ -73,6 +73,8 @@ class Subject:
     """Other architectures the same keys fit."""
     layout_folder: bool
     """A PEFT folder."""
+    numbered: bool
+    """The modules are numbered instead of named (cloneofsimo/lora)."""
     items: tuple[Item, ...]
     others: tuple[str, ...]
     """Keys that end in no known suffix."""
@@ -118,7 +120,9 @@ def subject_of(
     )
     items = tuple(_item(own, *built[stem], best.architecture, rules) for stem, own in groups.items())
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
-    return Subject(raw.path, best.architecture, tuple(kin), configs is not None, items, tuple(others), raw.metadata)
+    return Subject(
+        raw.path, best.architecture, tuple(kin), configs is not None, named_raw is not raw, items, tuple(others), raw.metadata
+    )
 
 
 def _built(own: Group, path: Path) -> tuple[Delta | None, str]:

@@ -6,11 +6,10 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.io.peft_folder import CONFIG
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+CONFIG = "adapter_config.json"
 SUFFIXES = frozenset({".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin", ".gguf"})
 """Of files in a folder; a file that is named itself may have any."""
 COMPONENTS = ("transformer", "unet", "text_encoder")

@@ -24,8 +24,10 @@ SHADES, BARS = " .:-=+*#%@", "▁▂▃▄▅▆▇█"
 DEAD, NOT_FINITE = "x", "!"
 COLD, HOT = (48, 18, 92), (252, 206, 37)
 """Colours of the weakest and the strongest module."""
-LONGEST = 24
-"""Bars of one sparkline."""
+SMOOTH = ("256", "truecolor")
+"""Terminals with enough colours; the others get shades of characters."""
+LONGEST, SHORT, NARROW = 24, 10, 90
+"""Bars of one sparkline, and on a terminal narrower than NARROW columns."""
 LETTERS = ascii_lowercase + ascii_uppercase
 
 
@@ -34,7 +36,7 @@ def show_spectrum(screen: Console, own: Spectrum) -> None:
     for component in dict.fromkeys(m.component for m in own.modules):
         modules = [m for m in own.modules if m.component == component]
         _heat_map(screen, component, modules)
-        screen.print(_kinds(modules))
+        screen.print(_kinds(modules, LONGEST if screen.width >= NARROW else SHORT))
     if own.energy:
         words = ", ".join(f"rank {rank}: {share:.1%}" for rank, share in own.energy)
         screen.print(Text(f"energy kept when every module is cut to  {words}"))
@@ -59,7 +61,7 @@ def _heat_map(screen: Console, component: str, modules: Sequence[ModuleSpectrum]
     for block in blocks:
         line = Text(plain(block.ljust(width)) + " ")
         for kind in kinds:
-            line.append_text(_cell(cells.get((block, kind)), low, high, colours=screen.color_system is not None))
+            line.append_text(_cell(cells.get((block, kind)), low, high, colours=screen.color_system in SMOOTH))
         screen.print(line, no_wrap=True, crop=True)
 
 
@@ -85,13 +87,14 @@ def _letters(modules: Sequence[ModuleSpectrum]) -> dict[str, str]:
     return dict(zip(kinds, LETTERS + "?" * len(kinds), strict=False))
 
 
-def _kinds(modules: Sequence[ModuleSpectrum]) -> Table:
+def _kinds(modules: Sequence[ModuleSpectrum], bars: int) -> Table:
     """One row a kind: mean norm, effective rank, rank for 90 % of the energy, and the mean spectrum as bars."""
     letters = _letters(modules)
     table = Table(box=None, header_style="cyan", padding=(0, 2, 0, 0))
     for header, justify in (("", "left"), ("module", "left"), ("count", "right"), ("norm", "right"),
-                            ("effective rank", "right"), ("rank for 90 %", "right"), ("singular values", "left")):  # fmt: skip
-        table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold")
+                            ("eff. rank", "right"), ("90 % rank", "right"), ("singular values", "left")):  # fmt: skip
+        table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold",
+                         no_wrap=header in ("", "singular values"))  # fmt: skip
     for kind in dict.fromkeys(m.kind for m in modules):
         own = [m for m in modules if m.kind == kind and m.state == "ok"]
         if not own:
@@ -99,15 +102,15 @@ def _kinds(modules: Sequence[ModuleSpectrum]) -> Table:
         ranks = [rank for m in own for share, rank in m.ranks if share == 0.9]
         table.add_row(
             letters.get(kind, ""), Text(plain(kind)), str(len(own)), f"{fmean(m.norm or 0.0 for m in own):.3g}",
-            f"{fmean(m.effective_rank or 0.0 for m in own):.1f}", f"{fmean(ranks):.0f}" if ranks else "", _bars(own),
+            f"{fmean(m.effective_rank or 0.0 for m in own):.1f}", f"{fmean(ranks):.0f}" if ranks else "", _bars(own, bars),
         )  # fmt: skip
     return table
 
 
-def _bars(modules: Sequence[ModuleSpectrum]) -> str:
+def _bars(modules: Sequence[ModuleSpectrum], most: int) -> str:
     """The mean of the spectra, each over its largest value; bars are evenly spread over the ranks."""
     length = max(len(m.singular_values) for m in modules)
-    columns = min(length, LONGEST)
+    columns = min(length, most)
     text = ""
     for column in range(columns):
         at = column * length // columns

@@ -197,7 +197,9 @@ def _blocks(modules: Sequence[ModuleInfo]) -> Table:
         for (component, block), own in blocks.items()
     ]  # fmt: skip
     headers = ("component", "block", "modules", "families", "rank", "alpha", "scale", "size")
-    return _table("modules by block", headers, rows, right=(2, 4, 5, 6, 7))
+    if len({component for component, _ in blocks}) > 1:
+        return _table("modules by block", headers, rows, right=(2, 4, 5, 6, 7))
+    return _table("modules by block", headers[1:], [row[1:] for row in rows], right=(1, 3, 4, 5, 6))
 
 
 def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:

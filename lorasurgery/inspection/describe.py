@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorasurgery.api import read_any
 from lorasurgery.errors import NotAnAdapterError
 from lorasurgery.inspection.checks import findings
 from lorasurgery.inspection.description import NONE, Description, Finding, Key, Numbers
@@ -18,8 +17,8 @@ from lorasurgery.inspection.models import identify
 from lorasurgery.inspection.structure import Structure, read_structure
 from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
-from lorasurgery.io.peft_folder import CONFIG, is_peft_folder, read_peft_folder
-from lorasurgery.io.sniff import TORCH_SUFFIXES
+from lorasurgery.io.header import read_safetensors
+from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
 from lorasurgery.io.tensors import FileSource, of_bytes
 from lorasurgery.layouts.scales import PeftConfig
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.io.header import RawFile
 
+CONFIG = "adapter_config.json"
 SMALL = 8
 """Bytes of the largest scalar."""
 KEPT = 64
@@ -72,14 +72,25 @@ def describe(path: str | Path, *, keys: bool = False, tags: bool = False, spectr
 
 
 def _open(path: Path) -> Opened:
-    if path.is_dir() and is_peft_folder(path):
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        from lorasurgery.io.torchfile import read_torch
+
+        return Opened(_with_scalars(read_torch(path)), "pytorch", path.stat().st_size, None, {})
+    return Opened(_with_scalars(read_safetensors(path)), "safetensors", path.stat().st_size, None, {})
+
+
+def _open_folder(path: Path) -> Opened:
+    """A PEFT folder."""
+    from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder
+
+    if is_peft_folder(path):
         raw, fields = read_peft_folder(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         configs = {component: PeftConfig.from_dict(own, CONFIG) for component, own in fields.items()}
         return Opened(_with_scalars(raw), "peft-folder", size, configs, fields)
-    raw = read_any(path)
-    container = "pytorch" if path.suffix.lower() in TORCH_SUFFIXES else "safetensors"
-    return Opened(_with_scalars(raw), container, path.stat().st_size, None, {})
+    raise a_folder(path)
 
 
 def _with_scalars(raw: RawFile) -> RawFile:

@@ -10,8 +10,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lorasurgery.inspection.description import LokrFactor
-from lorasurgery.layouts.peft_config import factorization
-from lorasurgery.metadata import FACTOR, FACTOR_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
 
 AUTOMATIC = -1
+FACTOR, FACTOR_KEY = "lokr_factor", "ss_lokr_factor"
 
 
 def lokr_factor(raw: RawFile, modules: Sequence[ModuleInfo]) -> LokrFactor | None:
@@ -61,5 +60,7 @@ def _gives(factor: int, shape: tuple[int, ...], kernel: tuple[int, ...], outer: 
         columns = columns // size if columns % (outer[1] * size) == 0 else columns
     if factor == 0 or factor < AUTOMATIC:
         return False
+    from lorasurgery.layouts.peft_config import factorization
+
     rows, across = factorization(out, factor), factorization(columns, factor)
     return outer[0] in rows and outer[1] == across[0]

@@ -103,14 +103,7 @@ def _explained(
     read, layout = parsed(raw, whole, arch, parts.configs, findings)
     broken = {**parts.broken, **{stem: reason for stem, reason in read.items() if isinstance(reason, str)}}
     findings += _broken(broken)
-    infos = []
-    rules = scale_rules(raw, parts.configs)
-    for stem, own in parts.groups.items():
-        module = read.get(stem)
-        if module is not None and not isinstance(module, str):
-            infos.append(module_info(module, own, arch, parts.configs))
-        else:
-            infos.append(_odd(own, parts.deltas.get(stem), rules, arch, found[stem], broken.get(stem)))
+    infos = [_info(raw, parts, arch, own, found[own.stem], read.get(own.stem)) for own in parts.groups.values()]
     lost += [
         (entry.key, f"{arch.name} has no such module")
         for stem, place in found.items() if place is None for entry in parts.groups[stem].entries.values()
@@ -129,6 +122,16 @@ def _explained(
         tuple(findings),
         sources=tuple(module for module in read.values() if not isinstance(module, str)),
     )
+
+
+def _info(
+    raw: RawFile, parts: _Parts, arch: Architecture, own: Group, place: Found | None, read: Module | str | None
+) -> ModuleInfo:
+    """A module's row, whether it could be read or not (``read`` is then the reason)."""
+    if read is not None and not isinstance(read, str):
+        return module_info(read, own, arch, parts.configs)
+    problem = parts.broken.get(own.stem, read)
+    return _odd(own, parts.deltas.get(own.stem), scale_rules(raw, parts.configs), arch, place, problem)
 
 
 def _odd(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.errors import BrokenModuleError, SurgeryError
 from lorasurgery.inspection.description import Finding
+from lorasurgery.inspection.lokr import FACTOR
 from lorasurgery.io.header import RawFile
 from lorasurgery.layouts.detect import expected_shape, fits
 from lorasurgery.layouts.group import build, group
@@ -15,7 +16,6 @@ from lorasurgery.layouts.names import index
 from lorasurgery.layouts.parse import FLAGS, parse
 from lorasurgery.layouts.scales import ScaleRules, header_configs
 from lorasurgery.layouts.words import split_key
-from lorasurgery.metadata import FACTOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

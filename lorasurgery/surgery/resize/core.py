@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lorasurgery.linalg.factors import as_float64
 from lorasurgery.linalg.low_rank import GRAM_LIMIT, factored_svd
 
 if TYPE_CHECKING:
@@ -44,13 +45,23 @@ class Measured(NamedTuple):
 
 def wide(tensor: Tensor) -> AnyArray:
     """The values as (rows, -1) in float32, or float64 for tensors wider than that; exact."""
-    rows = tensor.shape[0]
-    if tensor.dtype == "BF16" and tensor.compute is None:  # three times as fast as ml_dtypes' conversion
-        bits = np.frombuffer(tensor.tobytes(), np.uint16).astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32).reshape(rows, -1)
-    array = tensor.array()
-    return array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False).reshape(rows, -1)
+    array = matrix(tensor)
+    return array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
+
+
+def matrix(tensor: Tensor) -> AnyArray:
+    """The values as (rows, -1) in the tensor's dtype."""
+    return tensor.array().reshape(tensor.shape[0], -1)
+
+
+def _root(gram: Array) -> Array:
+    """``L`` with ``L L^T = gram``, by Cholesky, ten times as fast as the eigenvalues that singular matrices need."""
+    try:
+        root: Array = np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:
+        spread, basis = np.linalg.eigh(gram)
+        root = basis * np.sqrt(np.maximum(spread, 0.0))
+    return root
 
 
 def measure(up: AnyArray, down: AnyArray, needed: int | None, *, narrow: bool = True) -> Measured:
@@ -60,16 +71,15 @@ def measure(up: AnyArray, down: AnyArray, needed: int | None, *, narrow: bool = 
     are for all of them. ``narrow`` allows float32 small matrices where that costs nothing a 16-bit result could hold.
     Raises ``ValueError`` for factors with NaN or infinity.
     """
-    left, right = up.astype(np.float64, copy=False), down.astype(np.float64, copy=False)
+    left, right = as_float64(up), as_float64(down)
     up_gram, down_gram = left.T @ left, right @ right.T
     if not (np.isfinite(up_gram).all() and np.isfinite(down_gram).all()):
         raise ValueError("its factors hold NaN or infinity")
     rank, most = len(down_gram), min(up.shape[0], down.shape[1])
-    spread, basis = np.linalg.eigh(down_gram)
-    root = basis * np.sqrt(np.maximum(spread, 0.0))
+    root = _root(down_gram)
     squares, vectors = np.linalg.eigh(root.T @ up_gram @ root)
     values = np.sqrt(np.maximum(squares[::-1], 0.0))
-    bound = float(np.sqrt(np.linalg.norm(up_gram) * max(spread[-1], 0.0)))
+    bound = float(np.sqrt(np.linalg.norm(up_gram) * np.linalg.norm(down_gram)))
     if bound == 0.0:
         count = min(rank, most)
         return Measured(np.zeros(count), Core(np.zeros((rank, count)), np.zeros((count, rank))))

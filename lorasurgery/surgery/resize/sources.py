@@ -13,7 +13,7 @@ import numpy as np
 
 from lorasurgery.linalg.low_rank import factored_svd
 from lorasurgery.linalg.randomized import dense_svd
-from lorasurgery.surgery.resize.core import Core, measure, wide
+from lorasurgery.surgery.resize.core import Core, matrix, measure, wide
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ class FactoredSource:
     @classmethod
     def of(cls, up: Tensor, down: Tensor, needed: int | None, slot: Slot, *, narrow: bool) -> FactoredSource:
         """Measure it now; raises ``ValueError`` for NaN and infinity."""
-        return cls(up, down, *measure(wide(up), wide(down), needed, narrow=narrow), slot)
+        return cls(up, down, *measure(matrix(up), matrix(down), needed, narrow=narrow), slot)
 
     def left(self, kept: Indices, weights: Array) -> AnyArray:
         """One product with ``up``."""
@@ -106,7 +106,8 @@ class ComputedSource:
 
     def right(self, kept: Indices, weights: Array) -> AnyArray:
         """Rows of Vt."""
-        return weights[:, None] * _columns(self._triple(kept)[2].T, kept).T
+        rows: AnyArray = weights[:, None] * _columns(self._triple(kept)[2].T, kept).T
+        return rows
 
     def _triple(self, kept: Indices) -> Triple:
         return self.slot.get(self, lambda: self.decompose(int(kept[-1]) + 1))
@@ -135,15 +136,15 @@ class Slot:
         return held
 
 
-def dense_source(matrix: Callable[[], AnyArray], needed: int | None, slot: Slot) -> ComputedSource:
-    """A matrix (out, in) that ``matrix`` yields; ``needed`` None asks for every singular value."""
-    factors = dense_svd(matrix(), rank=needed)
+def dense_source(whole: Callable[[], AnyArray], needed: int | None, slot: Slot) -> ComputedSource:
+    """A matrix (out, in) that ``whole`` yields; ``needed`` None asks for every singular value."""
+    factors = dense_svd(whole(), rank=needed)
     squares = factors.singular_values**2
     error = min(factors.relative_error, 1.0 - 1e-12)
     residual = 0.0 if needed is None else float(np.sum(squares)) * error**2 / (1.0 - error**2)
 
     def decompose(count: int) -> Triple:
-        found = dense_svd(matrix(), rank=count, dtype=np.float64)
+        found = dense_svd(whole(), rank=count, dtype=np.float64)
         root = np.sqrt(found.singular_values)
         root[root == 0.0] = 1.0
         return found.up / root, found.singular_values, found.down / root[:, None]

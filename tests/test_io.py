@@ -225,7 +225,9 @@ def test_peft_folders(tmp_path: Path) -> None:
     write_peft_folder(tmp_path / "one", {"transformer": ({"r": 1}, weights)}, {"format": "pt"})
     raw, configs = read_peft_folder(tmp_path / "one")
     assert (list(raw.tensors), configs) == (list(weights), {"": {"r": 1}})
-    write_peft_folder(tmp_path / "two", {"transformer": ({"r": 1}, weights), "text_encoder": ({"r": 2}, weights)}, {"format": "pt"})
+    write_peft_folder(
+        tmp_path / "two", {"transformer": ({"r": 1}, weights), "text_encoder": ({"r": 2}, weights)}, {"format": "pt"}
+    )
     raw, configs = read_peft_folder(tmp_path / "two")
     assert sorted(raw.tensors) == ["text_encoder.a.lora_A.weight", "transformer.a.lora_A.weight"]
     assert configs == {"transformer": {"r": 1}, "text_encoder": {"r": 2}}

@@ -24,9 +24,9 @@ SHAPES = {
 def test_official_files_become_diffusers_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = {}
-    for name, (out, width) in SHAPES.items():
+    for name, (rows, width) in SHAPES.items():
         tensors[f"{name}.lora_A"] = torch.randn(4, width).bfloat16()
-        tensors[f"{name}.lora_B"] = torch.randn(out, 4).bfloat16()
+        tensors[f"{name}.lora_B"] = torch.randn(rows, 4).bfloat16()
     source = tmp_path / "mochi.safetensors"
     save_file(tensors, source)
     adapter = lorasurgery.load(source)

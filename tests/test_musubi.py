@@ -50,7 +50,8 @@ def test_other_is_what_musubi_writes(case: str, tmp_path: Path) -> None:
         ours = next(
             (written[k], written[k.replace("lora_A", "lora_B")])
             for k in expected
-            if k.endswith("lora_A.weight") and k.replace(".", "_").startswith(stem.replace("lora_unet", "diffusion_model") + "_lora")
+            if k.endswith("lora_A.weight")
+            and k.replace(".", "_").startswith(stem.replace("lora_unet", "diffusion_model") + "_lora")
         )
         scale = 2.0 / before[f"{stem}.lora_down.weight"].shape[0]
         truth = scale * before[f"{stem}.lora_up.weight"].double() @ before[f"{stem}.lora_down.weight"].double()

@@ -91,8 +91,9 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
     if module.delta is not None:
         delta, alpha, scale = _scaled(module, module.delta, policy, target, record)
         for slot, tensor in delta.tensors.items():
-            fitted = target.any_shape or not isinstance(delta, LowRank)
-            tensors[stem + _suffix(delta, slot, words)] = tensor if fitted else _fitted(delta, slot, tensor, shape)
+            if isinstance(delta, LowRank) and not target.any_shape:
+                tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
+            tensors[stem + _suffix(delta, slot, words)] = tensor
         if alpha is not None:
             tensors[f"{stem}.alpha"] = alpha
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)

@@ -360,7 +360,7 @@ def test_a_share_of_the_parameters_goes_where_it_counts():
     _, report = check(adapter, ResizeOptions(policy="params", param=0.5, **EXACT))
     costs = {"attn.out": 2 * D, "mlp.down": 5 * D}
     spent = sum(costs[m.name] * m.new_rank for m in report.modules)
-    assert 0.5 * 12 * 7 * D - 2 * D < spent <= 0.5 * 12 * 7 * D
+    assert 0.5 * 12 * 7 * D - 5 * D < spent <= 0.5 * 12 * 7 * D
     values = {m.name: np.linalg.svd(dense(m), compute_uv=False)[:12] for m in adapter.modules.values()}
     best = min(
         sum(np.sum(values[n][k:] ** 2) for n, k in zip(costs, ks, strict=True))
@@ -401,10 +401,9 @@ def test_a_size_is_met_within_a_percent_from_below(tmp_path, layout, share):
     save(result, tmp_path / "out.safetensors")
     size = (tmp_path / "out.safetensors").stat().st_size
     assert 0.99 * target <= size <= target
-    assert size <= report.size <= target
-    flat, _ = resize(adapter, ResizeOptions(rank=max(int(16 * share) - 1, 1)))
-    assert report.relative_error < resize(adapter, ResizeOptions(rank=max(int(16 * share) - 1, 1)))[1].relative_error
-    del flat
+    assert abs(size - report.size) < 64
+    _, flat = resize(adapter, ResizeOptions(rank=max(int(16 * share) - 1, 1)))
+    assert report.relative_error < flat.relative_error
 
 
 def test_a_size_that_is_too_small_is_refused_and_one_too_large_cuts_nothing():
@@ -443,7 +442,7 @@ def test_metadata_says_what_is_true(tmp_path):
 # LoKr and LoHa that stay ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("whole1", "whole2"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("whole1", "whole2"), [(a, b) for a in (True, False) for b in (True, False)])
 @pytest.mark.parametrize("how", [{"rank": 2}, {"policy": "energy", "param": 0.7}])
 def test_a_lokr_keeps_w1_and_gets_the_best_w2(whole1, whole2, how):
     make = Maker()
@@ -521,7 +520,6 @@ def test_a_base_is_read_in_every_layout(tmp_path, names, prefix):
 
 def test_text_encoders_of_a_base(tmp_path):
     shapes = TEXT_ENCODERS["clip_l"].shapes
-    small = {"attn.in_proj_weight": (3 * 768, 768), "attn.out_proj.weight": (768, 768), "mlp.c_fc.weight": (3072, 768)}
     rng = np.random.default_rng(0)
     arch = replace(ARCH, encoders=(replace(ARCH.encoders[0], table="clip_g"),))
     wide = TEXT_ENCODERS["clip_g"].shapes["text_model.encoder.layers.0.self_attn.q_proj"][0]
@@ -541,7 +539,6 @@ def test_text_encoders_of_a_base(tmp_path):
     base = open_base(tmp_path / "pipeline", ARCH)
     site = Site("clip_l", (ARCH.namings["original"]["attn.out"][0]._replace(weight=name, stop=len(weight)),))
     assert np.array_equal(base.weight(site)(), weight)
-    del small
 
 
 def test_a_scaled_fp8_base(tmp_path):

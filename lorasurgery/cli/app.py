@@ -8,19 +8,20 @@ import os
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import sys
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from lorasurgery.cli.check import check
-from lorasurgery.cli.convert import convert
-from lorasurgery.cli.inspect import inspect
-from lorasurgery.cli.meta import meta
 from lorasurgery.cli.render import show_error
-from lorasurgery.cli.rerank import rerank
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.version import __version__
+
+COMMANDS = ("convert", "inspect", "check", "rerank", "meta")
+"""Every command, in the order of --help; each is the object of its name in the module of its name."""
 
 FAILED, USAGE, STOPPED = 1, 2, 130
 
@@ -45,21 +46,33 @@ class _Commands(TyperGroup):
             raise typer.Exit(STOPPED) from error
 
 
-app = typer.Typer(
-    name="lorasurgery",
-    cls=_Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Surgery on LoRA-family adapter files. Nothing is lost in silence; every result says whether it is exact.",
-    epilog="Exit codes: 0 done, 1 refused or failed, 2 usage, 3 some files of a batch failed.",
-)
-app.command()(convert)
-app.command()(inspect)
-app.command()(check)
-app.command()(rerank)
-app.add_typer(meta)
+@cache
+def application(only: str | None = None) -> typer.Typer:
+    """The typer application with every command, or with ``only`` one, so that the others need not be imported."""
+    app = typer.Typer(
+        name="lorasurgery",
+        cls=_Commands,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        help="Surgery on LoRA-family adapter files. Nothing is lost in silence; every result says whether it is exact.",
+        epilog="Exit codes: 0 done, 1 refused or failed, 2 usage, 3 some files of a batch failed.",
+    )
+    app.callback()(_options)
+    for name in COMMANDS if only is None else (only,):
+        command = getattr(import_module(f"lorasurgery.cli.{name}"), name)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command)
+        else:
+            app.command()(command)
+    return app
+
+
+def __getattr__(name: str) -> typer.Typer:
+    if name == "app":
+        return application()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _version(asked: bool) -> None:
@@ -68,7 +81,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
@@ -77,4 +89,5 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    application(first if first in COMMANDS else None)()

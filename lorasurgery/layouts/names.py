@@ -6,7 +6,7 @@ underscores, and which naming to try first; the name itself is looked up in the 
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
@@ -109,13 +109,11 @@ class NameIndex:
         return None
 
     def _in_denoiser(self, stem: str) -> Found | None:
-        for prefix in PREFIXES:
-            if stem.startswith(prefix.text):
-                body = stem[len(prefix.text) :]
-                for naming in (*prefix.order, ALIAS):
-                    spans = self._names(naming, is_flat=prefix.flat).get(body)
-                    if spans is not None:
-                        return Found(Site(prefix.component, spans), naming, prefix.layout)
+        for prefix, body in prefixed(stem):
+            for naming in (*prefix.order, ALIAS):
+                spans = self._names(naming, is_flat=prefix.flat).get(body)
+                if spans is not None:
+                    return Found(Site(prefix.component, spans), naming, prefix.layout)
         return None
 
     def _in_root(self, stem: str) -> Found | None:
@@ -132,6 +130,12 @@ class NameIndex:
         for naming in (ORIGINAL, DIFFUSERS, SD_SCRIPTS, ALIAS):
             for is_flat in (False, True):
                 yield from self._names(naming, is_flat=is_flat)
+
+
+@lru_cache(maxsize=1 << 14)
+def prefixed(stem: str) -> tuple[tuple[Prefix, str], ...]:
+    """The denoiser prefixes a spelled name can begin with, and what follows each: the same for every architecture."""
+    return tuple((prefix, stem[len(prefix.text) :]) for prefix in PREFIXES if stem.startswith(prefix.text))
 
 
 def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     Sizer = Callable[[Sequence["Choice"]], int]
 
 MEBIBYTE = 1 << 20
-ROUNDS = 6
+ROUNDS = 20
+"""Each takes off what the last one was too large by: a few bytes of the header, so two or three are enough."""
+RESERVE = 1024
+"""Bytes, or 1/512 of a small file, kept free for what a command notes in the metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,19 +160,27 @@ def _by_size(
     """The best that fits into ``target`` bytes. What the header adds with the ranks is measured and taken off again."""
     costs = [float(cost_of(subject, options)) for subject in subjects]
     floors = [options.min_rank] * len(subjects)
+    goal = target - min(RESERVE, target // 512)
+
+    def excess(kept: Sequence[Indices]) -> int:
+        return size_of([_choice(s, k, options) for s, k in zip(subjects, kept, strict=True)]) - goal
+
     least = [_best(own, floor) for own, floor in zip(scores, floors, strict=True)]
-    smallest = size_of([_choice(s, k, options) for s, k in zip(subjects, least, strict=True)])
-    if smallest > target:
+    over = excess(least)
+    if over > 0:
         raise RequestError(
-            f"the smallest file there is has {smallest} bytes, {target} were asked for",
-            hint=f"a size from {smallest} bytes on" + ("" if options.min_rank == 0 else ", or min rank 0"),
+            f"the smallest file there is has {over + goal} bytes, {target} were asked for",
+            hint=f"a size from {(over + goal) * 513 // 512} bytes on" + ("" if options.min_rank == 0 else ", or min rank 0"),
         )
-    budget = target - smallest + sum(c * len(k) for c, k in zip(costs, least, strict=True))
-    kept, threshold = fill(scores, costs, budget, floors)
+    kept, threshold, budget = least, float("inf"), _spent(least, costs) - over
     for _ in range(ROUNDS):
-        excess = size_of([_choice(s, k, options) for s, k in zip(subjects, kept, strict=True)]) - target
-        if excess <= 0:
-            return kept, threshold
-        budget -= excess
         kept, threshold = fill(scores, costs, budget, floors)
-    raise RequestError(f"no ranks make a file of {target} bytes", hint="a slightly larger size")
+        over = excess(kept)
+        if over <= 0:
+            return kept, threshold
+        budget = _spent(kept, costs) - over
+    return least, float("inf")
+
+
+def _spent(kept: Sequence[Indices], costs: Sequence[float]) -> float:
+    return sum(cost * len(own) for cost, own in zip(costs, kept, strict=True))

@@ -57,16 +57,16 @@ def _resized(found: Survey, options: ResizeOptions, base: BaseModel | None, star
     report = ResizeReport(kept=[(module.name, reason) for module, reason in found.kept])
 
     def size_of(choices: Sequence[Choice]) -> int:
-        return file_size(_applied(found, choices, options, ResizeReport()))
+        return file_size(_applied(found, choices, options, ResizeReport()), options.layout)
 
     choices, report.threshold = choose(found.subjects, options, base, size_of)
     result = _applied(found, choices, options, report)
     for subject, choice in zip(found.subjects, choices, strict=True):
         report.modules.append(_reported(subject, choice, _cut(subject, choice, options, report)))
-    if options.size is not None or options.recipe is not None:
-        report.size = file_size(result)
     if len(result) == 0:
         raise RequestError("no module would be left", path=found.adapter.path, hint="a lower threshold, or min rank 1")
+    if options.has_size:
+        report.size = file_size(result, options.layout)
     report.seconds = time.perf_counter() - started
     return result, report
 
@@ -98,6 +98,8 @@ def _cut_module(subject: Subject, choice: Choice, options: ResizeOptions, report
         return done if subject.magnitude is None else replace(done, magnitude=subject.magnitude(cut))
     assert module.delta is not None  # noqa: S101  it has a rank
     delta = _padded(module.delta, choice.rank)
+    if options.dtype != "keep":
+        delta = delta.cast(DTYPES[options.dtype], cut.record)
     if cut.factor != 1.0:
         delta = delta.scaled(cut.factor, cut.record)
     return module.with_delta(delta, scale)

@@ -55,7 +55,9 @@ class ResizeOptions:
     compat: str | None = None
     """``kohya``: sd-scripts' counts; ``kj``: KJNodes' knee. See :mod:`lorasurgery.linalg.policies.compat`."""
     size: int | None = None
-    """Bytes of the file that :func:`lorasurgery.save` writes in the adapter's own layout: at most so many."""
+    """Bytes of the file that :func:`lorasurgery.save` writes: at most so many."""
+    layout: str | None = None
+    """The layout in which that is counted; None: the adapter's own."""
     recipe: str | None = None
     """As resize_lora: ``fro_ckpt=1,thr=-3.5``."""
     ranks: tuple[tuple[str, int], ...] = ()
@@ -100,6 +102,12 @@ class ResizeOptions:
     def is_fixed(self) -> bool:
         """Whether each module's rank is known before its singular values."""
         return self.policy is None and self.size is None and self.recipe is None
+
+    @property
+    def has_size(self) -> bool:
+        """Whether the file's size decides."""
+        recipe = self.parsed_recipe()
+        return self.size is not None or (recipe is not None and recipe.size is not None)
 
     def check(self) -> None:
         """Raises RequestError for values out of range and options that contradict each other."""

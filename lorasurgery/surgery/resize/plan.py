@@ -27,7 +27,7 @@ class PlanRow:
     rank: int
     """Of every module."""
     size: int
-    """Bytes of the file in the adapter's own layout."""
+    """Bytes of the file, in the layout of the options."""
     relative_error: float
     """Of all modules that can be cut together."""
     worst: float
@@ -63,7 +63,7 @@ def plan(adapter: Adapter, options: ResizeOptions | None = None, ranks: Sequence
     rows = []
     for rank in sorted(ranks):
         result, report = resized_from(found, replace(chosen, rank=rank))
-        size, worst = file_size(result), report.worst()
+        size, worst = file_size(result, chosen.layout), report.worst()
         by_size = None
         if not lohas:
             _, spread = resized_from(found, replace(chosen, rank=None, size=size))

@@ -56,7 +56,7 @@ class ResizeReport:
     threshold: float | None = None
     """The score above which singular values stayed, where one decided for the whole file."""
     size: int | None = None
-    """Bytes of the file in the adapter's own layout, where a size was asked for."""
+    """Bytes of the file, where a size was asked for."""
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 

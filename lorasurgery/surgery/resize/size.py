@@ -13,19 +13,20 @@ from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.layouts.targets import layout
 from lorasurgery.metadata import converted, with_lokr_factor
 from lorasurgery.report import Report
+from lorasurgery.surgery.convert import convert
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter
 
-RESERVE = 1024
-"""Bytes kept free for what a command notes in the metadata."""
 
+def file_size(adapter: Adapter, layout_name: str | None = None) -> int:
+    """Header and data of what :func:`lorasurgery.save` writes in a layout (None: the adapter's own).
 
-def file_size(adapter: Adapter) -> int:
-    """Header and data of what :func:`lorasurgery.save` writes in the adapter's own layout, and :data:`RESERVE`.
-
-    For a PEFT folder, of its safetensors file. Raises NotRepresentableError as emitting does.
+    For a PEFT folder, of its safetensors file. Raises RequestError for a layout that cannot be written, and what
+    :func:`lorasurgery.convert` raises.
     """
+    if layout_name is not None and layout(layout_name).id != adapter.layout:
+        adapter = convert(adapter, layout_name)[0]
     target, report = layout(adapter.layout), Report()
     emitted = emit(adapter, target, report)
     if target.carries_unknown:
@@ -36,4 +37,4 @@ def file_size(adapter: Adapter) -> int:
         metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
     if MODEL_HASH in adapter.metadata or target.id == "sd-scripts":
         metadata |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
-    return len(header_bytes(emitted.tensors, metadata)) + sum(t.nbytes for t in emitted.tensors.values()) + RESERVE
+    return len(header_bytes(emitted.tensors, metadata)) + sum(t.nbytes for t in emitted.tensors.values())

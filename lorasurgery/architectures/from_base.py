@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import architectures
-from lorasurgery.architectures.table import NAMINGS, Architecture, Names, Part, Row, row
+from lorasurgery.architectures.table import DIFFUSERS, NAMINGS, SD_SCRIPTS, Architecture, Names, Part, Row, row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +59,7 @@ def _resized(arch: Architecture, naming: str, shapes: Mapping[str, Shape]) -> Ar
     if all(shape == base.shape for base, shape in own.items() if shape is not None):
         return arch
     rows = tuple(
-        Row(base.name, shape, _scaled(base.diffusers, shape[0]), _scaled(base.sd_scripts, shape[0]))
+        Row(base.name, shape, _scaled(base.in_naming(DIFFUSERS), shape[0]), _scaled(base.in_naming(SD_SCRIPTS), shape[0]))
         for base, shape in own.items()
         if shape is not None
     )

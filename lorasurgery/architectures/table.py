@@ -251,22 +251,32 @@ def name_pattern(name: str) -> str:
     return _NUMBER.sub("#", flat(name))
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A row with its block prefixes filled in."""
+class Base(NamedTuple):
+    """A row with its block prefixes, (original, Diffusers, sd-scripts); its names are put together when asked for."""
 
-    name: str
-    shape: Shape
-    diffusers: Names
-    sd_scripts: Names
+    row: Row
+    prefixes: tuple[str, str, str]
+
+    @property
+    def name(self) -> str:
+        """The original module name."""
+        return _join(self.prefixes[0], self.row.name)
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in[, k...]) or (dim,)."""
+        return self.row.shape
 
     def in_naming(self, naming: str) -> Names:
-        """Its names in one naming."""
-        if naming == DIFFUSERS:
-            return self.diffusers
-        if naming == SD_SCRIPTS:
-            return self.sd_scripts
-        return Names((Part(self.name, self.shape[0]),))
+        """Its names in one naming; a row without names of its own keeps the original one under that naming's prefix."""
+        if naming == ORIGINAL:
+            return Names((Part(self.name, self.shape[0]),))
+        own = self.row.diffusers if naming == DIFFUSERS else self.row.sd_scripts
+        prefix = self.prefixes[1 if naming == DIFFUSERS else 2]
+        if own is None or not own.parts:
+            swap = own is not None and own.swap_halves
+            return Names((Part(_join(prefix, self.row.name), self.shape[0]),), swap)
+        return Names(tuple(Part(_join(prefix, p.name), p.rows) for p in own.parts), own.swap_halves)
 
 
 def _join(prefix: str, name: str) -> str:
@@ -278,26 +288,13 @@ def _expand(
 ) -> Iterator[Base]:
     for item in rows:
         if isinstance(item, Row):
-            yield Base(
-                _join(prefixes[0], item.name),
-                item.shape,
-                _placed(item, item.diffusers, prefixes[1]),
-                _placed(item, item.sd_scripts, prefixes[2]),
-            )
+            yield Base(item, prefixes)
             continue
+        names = (item.name, item.name if item.diffusers is None else item.diffusers,
+                 item.name if item.sd_scripts is None else item.sd_scripts)  # fmt: skip
         for i in range(item.start, item.start + (1 if once else item.count)):
-            own = (item.name, item.diffusers, item.sd_scripts)
-            inner = tuple(_join(p, (item.name if o is None else o).format(i=i)) for p, o in zip(prefixes, own, strict=True))
-            yield from _expand(item.rows, (inner[0], inner[1], inner[2]), once=once)
-
-
-def _placed(item: Row, names: Names | None, prefix: str) -> Names:
-    """The names of one naming with the block prefix; a row without names of its own keeps the original one."""
-    rows = item.shape[0]
-    if names is None or not names.parts:
-        swap = names is not None and names.swap_halves
-        return Names((Part(_join(prefix, item.name), rows),), swap)
-    return Names(tuple(Part(_join(prefix, p.name), p.rows) for p in names.parts), names.swap_halves)
+            original, diffusers, trained = (_join(p, n.format(i=i)) for p, n in zip(prefixes, names, strict=True))
+            yield from _expand(item.rows, (original, diffusers, trained), once=once)
 
 
 class _Namings(Mapping[str, Mapping[str, Spans]]):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ENOUGH = 0.5
 """A table that explains less than this share of a file's modules is not taken to be its architecture."""
+SAMPLE = 24
+"""Modules looked at before tables are compared in full."""
 NEAR = 0.8
 """Tables whose names cover at least this share of the best one's are compared in full."""
 
@@ -72,7 +74,7 @@ def detect(
     hinted = {arch.key for arch in architectures().values() if _said(metadata) & set(arch.metadata_names)}
     matches = [score(arch, stems) for arch in (_hinted(hinted) if among is None else among)]
     if among is None and not any(m.fitting == m.total for m in matches):  # the metadata is silent or wrong
-        matches = [score(arch, stems) for arch in _near(stems)]
+        matches = [score(arch, stems) for arch in _fitting_a_sample(_near(stems), stems)]
         if not any(m.fitting == m.total for m in matches):
             matches += [score(arch, stems) for arch in plugins()]
     if not any(m.named for m in matches):
@@ -87,6 +89,14 @@ def detect(
     if whole and len({m.architecture.id for m in whole}) < len({m.architecture.id for m in ties}):
         ties = whole
     return ties[0], ties[1:]
+
+
+def _fitting_a_sample(candidates: list[Architecture], stems: Mapping[str, Shape | None]) -> list[Architecture]:
+    """The candidates that fit at least half as many of a few modules as the best: wider and narrower models fall out."""
+    sample = dict(list(stems.items())[:: max(len(stems) // SAMPLE, 1)])
+    fitting = {arch.key: score(arch, sample).fitting for arch in candidates} if len(stems) > SAMPLE else {}
+    best = max(fitting.values(), default=0)
+    return [arch for arch in candidates if not best or 2 * fitting[arch.key] >= best]
 
 
 def _said(metadata: Mapping[str, str]) -> set[str]:

@@ -33,10 +33,12 @@ OURS = """
 import os, sys
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
-from lorasurgery.api import SaveOptions, load, save
+from lorasurgery.api import load, save
+from lorasurgery.report import Report
 from lorasurgery.surgery.resize import ResizeOptions, resize
-result, report = resize(load(sys.argv[1]), ResizeOptions(rank=int(sys.argv[3]), workers=int(sys.argv[4])))
-save(result, sys.argv[2], options=SaveOptions(force=True))
+adapter = load(sys.argv[1])
+result, _ = resize(adapter, ResizeOptions(rank=int(sys.argv[3]), workers=int(sys.argv[4])))
+save(result, sys.argv[2], report=Report(input=sys.argv[1], source_layout=adapter.layout))
 """
 
 
@@ -77,7 +79,9 @@ def apart(function: Any, *args: object) -> Any:  # noqa: ANN401  whatever the fu
 def ours(source: Path, out: Path, rank: int, workers: int) -> tuple[float, float]:
     """Seconds and peak MiB of the whole process."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", OURS, str(source), str(out), str(rank), str(workers)])
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-c", OURS, str(source), str(out), str(rank), str(workers)]
+    process = subprocess.Popen(command)  # noqa: S603  our own interpreter
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit("resize failed")
@@ -91,7 +95,7 @@ def peer(name: str, old: int, new: int, threads: int) -> float:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     total = 0.0
-    for (out, width), count in Counter(shapes().values()).items():  # type: ignore[misc]  # all of them are matrices
+    for (out, width), count in Counter(shapes().values()).items():
         up, down = torch.randn(out, old), torch.randn(old, width)
         up *= torch.logspace(0, -2, old)
         started = time.perf_counter()
@@ -124,12 +128,14 @@ def excess(source: Path, out: Path, rank: int) -> float:
     return worst
 
 
-def measure(folder: Path, old: int, new: int, options: argparse.Namespace) -> dict[str, object]:
-    """One case: medians over the rounds."""
+def measure(folder: Path, case: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One case, ``old:new``: medians over the rounds."""
+    old, new = map(int, case.split(":"))
     source, out = folder / f"{old}.safetensors", folder / "out.safetensors"
     apart(make, source, old)
     ours(source, out, new, options.threads)  # warms the page cache
-    runs, peers = [], {name: [] for name in options.peers}  # type: dict[str, list[float]]
+    runs: list[tuple[float, float]] = []
+    peers: dict[str, list[float]] = {name: [] for name in options.peers}
     for number in range(options.rounds):
         runs.append(ours(source, out, new, options.threads))
         for name in options.peers:
@@ -161,7 +167,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(Path(folder), *map(int, case.split(":")), options) for case in options.cases]  # type: ignore[arg-type]
+        rows = [measure(Path(folder), case, options) for case in options.cases]
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -170,7 +176,7 @@ def main() -> None:
             f"{row['ranks']}, {row['input_mb']} MB: {row['ours_s']} s ({row['range_s']}), peak {row['peak_mib']} MiB "
             f"(input {row['input_mib']}), excess {row['excess']:.1e}"
         )
-        for name, found in row["peers"].items():  # type: ignore[attr-defined]
+        for name, found in row["peers"].items():
             print(f"    {name:12} {found['seconds']:>8} s  {found['ratio']:>7} x")
 
 

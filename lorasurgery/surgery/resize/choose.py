@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
 from lorasurgery.linalg.policies import References, fill, kj_knee, kohya, per_cost, within
 from lorasurgery.surgery.options import DTYPES
@@ -69,7 +70,7 @@ def choose(
     choices = [_choice(subject, own, options) for subject, own in zip(subjects, kept, strict=True)]
     if options.uniform and choices:
         largest = max(choice.rank for choice in choices)
-        choices = [replace(choice, rank=largest if choice.rank else 0) for choice in choices]
+        choices = [_at_rank(subject, c, largest) for subject, c in zip(subjects, choices, strict=True)]
     return choices, threshold
 
 
@@ -101,7 +102,16 @@ def _choice(subject: Subject, kept: Indices, options: ResizeOptions) -> Choice:
     if options.grow and asked is not None and rank < asked:
         rank = max(rank, min(asked, subject.length))
     enough = subject.limit if subject.old_rank is None else subject.old_rank
-    return Choice(kept, rank, untouched=subject.may_stay and len(kept) >= enough)
+    return _at_rank(subject, Choice(kept, len(kept), untouched=subject.may_stay and len(kept) >= enough), rank)
+
+
+def _at_rank(subject: Subject, choice: Choice, rank: int) -> Choice:
+    """The same singular values, padded; only a plain LoRA's own tensors can be."""
+    if not choice.rank or rank == choice.rank or (choice.untouched and subject.old_rank is None):
+        return choice
+    delta = subject.module.delta
+    plain = isinstance(delta, LowRank) and delta.mid is None and subject.module.magnitude is None
+    return replace(choice, rank=rank, untouched=choice.untouched and plain)
 
 
 def _best(scores: Array, count: int) -> Indices:

@@ -57,11 +57,10 @@ def matrix(tensor: Tensor) -> AnyArray:
 def _root(gram: Array) -> Array:
     """``L`` with ``L L^T = gram``, by Cholesky, ten times as fast as the eigenvalues that singular matrices need."""
     try:
-        root: Array = np.linalg.cholesky(gram)
+        return as_float64(np.linalg.cholesky(gram))
     except np.linalg.LinAlgError:
         spread, basis = np.linalg.eigh(gram)
-        root = basis * np.sqrt(np.maximum(spread, 0.0))
-    return root
+        return as_float64(basis * np.sqrt(np.maximum(spread, 0.0)))
 
 
 def measure(up: AnyArray, down: AnyArray, needed: int | None, *, narrow: bool = True) -> Measured:

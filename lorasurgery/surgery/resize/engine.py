@@ -12,6 +12,7 @@ from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import computed, stack, zeros
+from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.choose import Choice, choose
 from lorasurgery.surgery.resize.families import dtype_of
@@ -19,8 +20,9 @@ from lorasurgery.surgery.resize.network_args import with_network_args
 from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
 from lorasurgery.surgery.resize.report import ModuleReport, ResizeReport
 from lorasurgery.surgery.resize.size import file_size
+from lorasurgery.surgery.resize.sources import FactoredSource
 from lorasurgery.surgery.resize.subject import Cut, Subject
-from lorasurgery.surgery.resize.survey import Survey, survey
+from lorasurgery.surgery.resize.survey import CORE_BYTES, Survey, survey, workers_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +62,7 @@ def _resized(found: Survey, options: ResizeOptions, base: BaseModel | None, star
         return file_size(_applied(found, choices, options, ResizeReport()), options.layout)
 
     choices, report.threshold = choose(found.subjects, options, base, size_of)
+    _prepare(found, choices, options)
     result = _applied(found, choices, options, report)
     for subject, choice in zip(found.subjects, choices, strict=True):
         report.modules.append(_reported(subject, choice, _cut(subject, choice, options, report)))
@@ -69,6 +72,17 @@ def _resized(found: Survey, options: ResizeOptions, base: BaseModel | None, star
         report.size = file_size(result, options.layout)
     report.seconds = time.perf_counter() - started
     return result, report
+
+
+def _prepare(found: Survey, choices: Sequence[Choice], options: ResizeOptions) -> None:
+    """Compute what the survey had to forget, on all threads, where what is needed of it is small enough to be held."""
+    pairs = [
+        (subject.source, choice.kept)
+        for subject, choice in zip(found.subjects, choices, strict=True)
+        if isinstance(subject.source, FactoredSource) and subject.source.core is None and not choice.untouched
+    ]
+    if sum(8 * source.down.shape[0] * len(kept) for source, kept in pairs) <= CORE_BYTES:
+        map_threads(lambda pair: pair[0].prepare(pair[1]), pairs, workers_of(options))
 
 
 def _applied(found: Survey, choices: Sequence[Choice], options: ResizeOptions, report: ResizeReport) -> Adapter:
@@ -116,7 +130,7 @@ def _cut(subject: Subject, choice: Choice, options: ResizeOptions, report: Resiz
     old, factor = module.scale.value * _rescale(options), _rescale(options)
     if options.alpha != KEEP_RATIO and old != 0.0 and choice.rank:
         factor = old if options.alpha == "rank" else old * choice.rank / float(options.alpha)
-    elif subject.form != module.delta.family:  # another family's alpha has no ratio to keep
+    elif subject.form != module.family:  # another family's alpha has no ratio to keep
         factor = old
     return Cut(choice.kept, choice.rank, factor, options.factors == KOHYA, dtype_of(module.delta, wanted), record)
 
@@ -174,7 +188,7 @@ def _reported(subject: Subject, choice: Choice, cut: Cut) -> ModuleReport:
         family="" if not choice.rank else module.family if choice.untouched else subject.form,
         action=action if choice.rank else "left out",
         old_rank=subject.old_rank,
-        new_rank=choice.rank,
+        new_rank=subject.length if choice.untouched and subject.old_rank is None else choice.rank,
         relative_error=float(error),
         squared_norm=norm,
         sum_kept=float(np.sum(kept)) / total if total else 1.0,

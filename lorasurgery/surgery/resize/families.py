@@ -91,6 +91,8 @@ def _lokr(module: Module, delta: Kronecker, shape: Shape, needed: int | None) ->
         source = dense_source(lambda: _flat(delta.inner_array()), None, slot)
         old, limit = None, max(min(*sides, (prod(sides) - 1) // sum(sides)), 1)
     gain = float(np.linalg.norm(delta.outer_array()))
+    if not np.isfinite(gain):
+        raise ValueError("its w1 holds NaN or infinity")
 
     def build(cut: Cut) -> Delta:
         left, right = low_rank_factors(source, cut, (out_k, cut.rank), (cut.rank, sides[1]))

@@ -64,12 +64,13 @@ def plan(adapter: Adapter, options: ResizeOptions | None = None, ranks: Sequence
     for rank in sorted(ranks):
         result, report = resized_from(found, replace(chosen, rank=rank))
         size, worst = file_size(result, chosen.layout), report.worst()
-        by_size = None
-        if not lohas:
+        unchanged = set(report.actions()) == {"unchanged"}
+        by_size = report.relative_error if unchanged else None
+        if not lohas and not unchanged:
             _, spread = resized_from(found, replace(chosen, rank=None, size=size))
             by_size = spread.relative_error
         assert worst is not None  # noqa: S101  there is a module
         rows.append(PlanRow(rank, size, report.relative_error, worst.relative_error, by_size))
-        if set(report.actions()) == {"unchanged"}:
+        if unchanged:
             break
     return Plan(tuple(rows))

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     """(U: (out, k), S: (k,), Vt: (k, in))."""
 
 
+NEGLIGIBLE = 1e-13
+"""Of the largest: products of singular values below it are rounding."""
+
+
 class Source(Protocol):
     """A matrix with its singular values, and its singular vectors on demand."""
 
@@ -57,15 +61,26 @@ class FactoredSource:
     values: Array
     core: Core | None
     slot: Slot
+    narrow: bool
+    accurate: bool = True
+    """Whether the Gram route is; ``core`` may then be given up for its memory and computed again."""
     residual: float = 0.0
 
     @classmethod
     def of(cls, up: Tensor, down: Tensor, needed: int | None, slot: Slot, *, narrow: bool) -> FactoredSource:
         """Measure it now; raises ``ValueError`` for NaN and infinity."""
-        return cls(up, down, *measure(matrix(up), matrix(down), needed, narrow=narrow), slot)
+        values, core = measure(matrix(up), matrix(down), needed, narrow=narrow)
+        return cls(up, down, values, core, slot, narrow, accurate=core is not None)
+
+    def prepare(self, kept: Indices) -> None:
+        """Make sure of the small matrices for these singular values."""
+        needed = int(kept[-1]) + 1 if kept.size else 0
+        if self.accurate and needed and (self.core is None or self.core.left.shape[1] < needed):
+            self.core = measure(matrix(self.up), matrix(self.down), needed, narrow=self.narrow).core
 
     def left(self, kept: Indices, weights: Array) -> AnyArray:
         """One product with ``up``."""
+        self.prepare(kept)
         if self.core is None:
             return self._exact()[0][:, kept] * weights
         small = self.core.left[:, kept]
@@ -74,19 +89,15 @@ class FactoredSource:
 
     def right(self, kept: Indices, weights: Array) -> AnyArray:
         """One product with ``down``."""
+        self.prepare(kept)
         if self.core is None:
             return weights[:, None] * self._exact()[2][kept]
         small = self.core.right[kept]
         product: AnyArray = (small * weights.astype(small.dtype)[:, None]) @ wide(self.down).astype(small.dtype, copy=False)
         return product
 
-    def shrink(self, count: int) -> None:
-        """Forget the small matrices beyond the first ``count``."""
-        if self.core is not None:
-            self.core = Core(self.core.left[:, :count].copy(), self.core.right[:count].copy())
-
     def _exact(self) -> Triple:
-        return self.slot.get(self, lambda: factored_svd(wide(self.up), wide(self.down)))
+        return self.slot.get(self, len(self.values), lambda: factored_svd(wide(self.up), wide(self.down)))
 
 
 @dataclass(slots=True)
@@ -110,7 +121,8 @@ class ComputedSource:
         return rows
 
     def _triple(self, kept: Indices) -> Triple:
-        return self.slot.get(self, lambda: self.decompose(int(kept[-1]) + 1))
+        needed = int(kept[-1]) + 1
+        return self.slot.get(self, needed, lambda: self.decompose(needed))
 
 
 def _columns(matrix: AnyArray, kept: Indices) -> AnyArray:
@@ -124,15 +136,16 @@ class Slot:
 
     def __init__(self) -> None:
         self._owner: object = None
+        self._count = 0
         self._triple: Triple | None = None
 
-    def get(self, owner: object, compute: Callable[[], Triple]) -> Triple:
-        """The owner's decomposition, computed unless it was the last one asked for."""
+    def get(self, owner: object, count: int, compute: Callable[[], Triple]) -> Triple:
+        """The owner's first ``count`` singular triples, computed unless they were the last asked for."""
         held = self._triple
-        if self._owner is not owner or held is None:
-            self._owner, self._triple = None, None
+        if self._owner is not owner or held is None or self._count < count:
+            self._triple = None
             held = compute()
-            self._owner, self._triple = owner, held
+            self._owner, self._count, self._triple = owner, count, held
         return held
 
 
@@ -154,7 +167,7 @@ def dense_source(whole: Callable[[], AnyArray], needed: int | None, slot: Slot) 
 
 def kronecker_source(w1: Callable[[], Array], w2: Callable[[], Array], slot: Slot) -> ComputedSource:
     """``kron(w1, w2)``: singular values are the products of those of ``w1: (a, b)`` and ``w2: (c, d)``, vectors likewise."""
-    first, second = np.linalg.svd(w1(), compute_uv=False), np.linalg.svd(w2(), compute_uv=False)
+    first, second = (np.linalg.svd(_finite(part()), compute_uv=False) for part in (w1, w2))
     values = np.sort(np.outer(first, second), axis=None)[::-1].copy()
     values[values <= NEGLIGIBLE * values[0]] = 0.0
 
@@ -171,5 +184,7 @@ def kronecker_source(w1: Callable[[], Array], w2: Callable[[], Array], slot: Slo
     return ComputedSource(decompose, values, 0.0, slot)
 
 
-NEGLIGIBLE = 1e-13
-"""Of the largest: products of singular values below it are rounding."""
+def _finite(array: Array) -> Array:
+    if not np.isfinite(array).all():
+        raise ValueError("its factors hold NaN or infinity")
+    return array

@@ -16,6 +16,7 @@ from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.resize.dora import dora_subject
 from lorasurgery.surgery.resize.families import subject_of
 from lorasurgery.surgery.resize.options import KOHYA
+from lorasurgery.surgery.resize.sources import FactoredSource
 from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.resize.base import BaseModel
     from lorasurgery.surgery.resize.options import ResizeOptions
     from lorasurgery.surgery.resize.subject import Subject
+
+
+CORE_BYTES = 48 << 20
+"""Small matrices of all modules that may be held together; beyond it they are computed again once the ranks are known."""
 
 
 @dataclass(slots=True)
@@ -63,9 +68,29 @@ def survey(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
                 f"{module.name}: {error}", key=module.name, path=adapter.path, hint="an earlier checkpoint of the training run"
             ) from error
 
-    workers = options.workers or min(os.cpu_count() or 1, 8)
-    found.subjects = map_threads(one, wanted, workers)
+    keep = sum(_core_bytes(adapter, module, options) for module in wanted) <= CORE_BYTES
+
+    def measured(module: Module) -> Subject:
+        subject = one(module)
+        if not keep and isinstance(subject.source, FactoredSource):
+            subject.source.core = None
+        return subject
+
+    found.subjects = map_threads(measured, wanted, workers_of(options))
     return found
+
+
+def _core_bytes(adapter: Adapter, module: Module, options: ResizeOptions) -> int:
+    """What the small matrices of a module take."""
+    rank = 0 if module.delta is None else module.delta.rank or 0
+    asked = rank_asked(module, kind_of(expected_shape(adapter.architecture, module.site)), options)
+    needed = min(rank, asked) if options.is_fixed and asked is not None else rank
+    return 8 * rank * needed
+
+
+def workers_of(options: ResizeOptions) -> int:
+    """How many threads work."""
+    return options.workers or min(os.cpu_count() or 1, 8)
 
 
 def rank_asked(module: Module, kind: str, options: ResizeOptions) -> int | None:

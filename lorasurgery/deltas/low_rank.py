@@ -17,6 +17,7 @@ from lorasurgery.deltas.base import (
     once,
     power_of_two,
     rounded,
+    sketch_of,
     split_factor,
     wide,
 )
@@ -70,18 +71,16 @@ class LowRank:
             return self
         remainder, exponent = split_factor(factor)
         share = exponent // 2 if self.up.dtype == "F16" else 0
-        metric = self._metric if self.mid is None else None
+        sketch = self._sketch if self.mid is None else None
         return replace(
             self,
-            up=multiplied(self.up, remainder * power_of_two(exponent - share), record, metric),
+            up=multiplied(self.up, remainder * power_of_two(exponent - share), record, sketch),
             down=multiplied(self.down, power_of_two(share), record),
         )
 
-    def _metric(self) -> Array:
-        """down @ down^T: what a change of ``up`` is measured with."""
-        down = self.down.array().astype(wide(self.down.dtype)).reshape(self.rank, -1)
-        gram: Array = down @ down.T
-        return gram
+    def _sketch(self) -> Array:
+        """What a change of ``up`` is measured with."""
+        return sketch_of(self.down.array().astype(wide(self.down.dtype)).reshape(self.rank, -1))
 
     def cast(self, dtype: str, record: Record | None = None) -> LowRank:
         """Every factor in ``dtype``; ``record`` gets the error of the product (for Tucker, the sum of the factors')."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
-from lorasurgery.io.finite import computed_bytes
+from lorasurgery.io.ahead import Ahead
 from lorasurgery.io.hashes import CHUNK, HashingThread, legacy_hash, legacy_window
 from lorasurgery.io.header import header_bytes, serialiser_order
 
@@ -80,10 +80,12 @@ def write_safetensors(
 def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str | None:
     """Copy every tensor's bytes to ``fd`` in order; the sha256 of them when asked."""
     hashing = HashingThread() if hashes else None
+    order = serialiser_order(tensors)
+    ahead = Ahead(tensors, order)
     try:
-        for name in serialiser_order(tensors):
+        for name in order:
             tensor = tensors[name]
-            for item in tensor.regions if tensor.compute is None else (computed_bytes(name, tensor),):
+            for item in tensor.regions if tensor.compute is None else (ahead.get(name),):
                 if hashing is not None:
                     hashing.add(item)
                 if isinstance(item, bytes):
@@ -92,6 +94,7 @@ def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str 
                     _copy(fd, item)
         return None if hashing is None else hashing.hexdigest()
     finally:
+        ahead.close()
         if hashing is not None:
             hashing.close()
 

@@ -2,8 +2,8 @@
 
     python scripts/bench_parts/resize.py [--rounds 3] [--cases 32:16 128:32] [--peers sd-scripts svd_lowrank] [--json]
 
-The file is a LoRA of SDXL's UNet in sd-scripts layout (fp16, generated from the architecture's table: 700 linear and 1x1
-modules). Ours is the whole process: start, read, decompose, choose, write, hash. The peers are the decompositions alone,
+The file is a LoRA in sd-scripts layout (fp16, generated from the architecture's table; 700 modules for SDXL's UNet). Ours
+is the whole process: start, read, decompose, choose, write, hash. The peers are the decompositions alone,
 in float32 on one thread for each core of ours (``--threads``), without start, reading and writing:
 
 - ``sd-scripts``: ``torch.linalg.svd(up @ down)`` with full matrices, as ``networks/resize_lora.py`` does it;
@@ -28,7 +28,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-MODULES = 700
 OURS = """
 import os, sys
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -42,16 +41,16 @@ save(result, sys.argv[2], report=Report(input=sys.argv[1], source_layout=adapter
 """
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Module name -> (out, in): the transformer's modules of SDXL's UNet, as sd-scripts trains them."""
+def shapes(arch: str) -> dict[str, tuple[int, ...]]:
+    """Module name -> (out, in): the transformer blocks' matrices, as sd-scripts trains them."""
     from lorasurgery.architectures import named
 
-    table = named("sdxl")[0].shapes
-    found = {n: s for n, s in table.items() if len(s) == 2 and ("transformer_blocks" in n or "proj_" in n)}
-    return dict(list(found.items())[:MODULES])
+    table = named(arch)[0].shapes
+    parts = ("transformer_blocks.", "double_blocks.", "single_blocks.")
+    return {n: s for n, s in table.items() if len(s) == 2 and any(part in n for part in parts)}
 
 
-def make(path: Path, rank: int) -> None:
+def make(path: Path, rank: int, arch: str) -> None:
     """The file. Singular values fall by 100 over the rank. Runs in a process of its own: memory is not given back."""
     import numpy as np
 
@@ -62,7 +61,7 @@ def make(path: Path, rank: int) -> None:
     rng = np.random.default_rng(0)
     decay = np.geomspace(1.0, 0.01, rank, dtype=np.float32)
     tensors = {}
-    for name, (out, width) in shapes().items():
+    for name, (out, width) in shapes(arch).items():
         stem = f"lora_unet_{flat(name)}"
         tensors[f"{stem}.lora_down.weight"] = of_array(rng.standard_normal((rank, width), np.float32) / 30, "F16")
         tensors[f"{stem}.lora_up.weight"] = of_array(rng.standard_normal((out, rank), np.float32) * decay / 30, "F16")
@@ -88,14 +87,14 @@ def ours(source: Path, out: Path, rank: int, workers: int) -> tuple[float, float
     return time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
-def peer(name: str, old: int, new: int, threads: int) -> float:
+def peer(name: str, old: int, new: int, threads: int, arch: str) -> float:
     """Seconds for all modules: one of each shape, times how many there are."""
     import torch
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     total = 0.0
-    for (out, width), count in Counter(shapes().values()).items():
+    for (out, width), count in Counter(shapes(arch).values()).items():
         up, down = torch.randn(out, old), torch.randn(old, width)
         up *= torch.logspace(0, -2, old)
         started = time.perf_counter()
@@ -132,7 +131,7 @@ def measure(folder: Path, case: str, options: argparse.Namespace) -> dict[str, A
     """One case, ``old:new``: medians over the rounds."""
     old, new = map(int, case.split(":"))
     source, out = folder / f"{old}.safetensors", folder / "out.safetensors"
-    apart(make, source, old)
+    apart(make, source, old, options.arch)
     ours(source, out, new, options.threads)  # warms the page cache
     runs: list[tuple[float, float]] = []
     peers: dict[str, list[float]] = {name: [] for name in options.peers}
@@ -140,7 +139,7 @@ def measure(folder: Path, case: str, options: argparse.Namespace) -> dict[str, A
         runs.append(ours(source, out, new, options.threads))
         for name in options.peers:
             if number == 0 or name != "sd-scripts":
-                peers[name].append(apart(peer, name, old, new, options.threads))
+                peers[name].append(apart(peer, name, old, new, options.threads, options.arch))
     seconds = statistics.median(s for s, _ in runs)
     return {
         "ranks": f"{old} -> {new}",
@@ -162,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=["32:16", "128:32"])
+    parser.add_argument("--arch", default="sdxl", help="sdxl, flux1-dev, ...")
     parser.add_argument("--peers", nargs="*", default=["sd-scripts", "svd_lowrank"])
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 2))
     parser.add_argument("--json", action="store_true")

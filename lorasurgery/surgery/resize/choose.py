@@ -74,6 +74,11 @@ def choose(
     return choices, threshold
 
 
+def fixed_choice(subject: Subject, options: ResizeOptions) -> Choice:
+    """The choice for one module where the options name its rank."""
+    return _choice(subject, np.arange(_count(subject, options)), options)
+
+
 def cap_of(subject: Subject, options: ResizeOptions) -> int:
     """The most singular values a module may keep: what it has, and what the options allow."""
     asked = rank_asked(subject.module, subject.kind, options)
@@ -180,7 +185,7 @@ def _by_size(
     if over > 0:
         raise RequestError(
             f"the smallest file there is has {over + goal} bytes, {target} were asked for",
-            hint=f"a size from {(over + goal) * 513 // 512} bytes on" + ("" if options.min_rank == 0 else ", or min rank 0"),
+            hint=f"a size from {with_reserve(over + goal)} bytes on" + ("" if options.min_rank == 0 else ", or min rank 0"),
         )
     kept, threshold, budget = least, float("inf"), _spent(least, costs) - over
     for _ in range(ROUNDS):
@@ -190,6 +195,11 @@ def _by_size(
             return kept, threshold
         budget = _spent(kept, costs) - over
     return least, float("inf")
+
+
+def with_reserve(size: int) -> int:
+    """The size to ask for so that a file of ``size`` bytes fits."""
+    return size + min(RESERVE, size // 511 + 1)
 
 
 def _spent(kept: Sequence[Indices], costs: Sequence[float]) -> float:

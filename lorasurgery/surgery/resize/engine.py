@@ -1,20 +1,26 @@
-"""Resize: measure every module, choose the ranks, and describe the result; nothing is multiplied before it is written."""
+"""Resize: measure every module, choose the ranks, and describe the result.
+
+Where the options name the ranks, results are made while the factors are in memory, up to ``HELD`` bytes of them; all others
+are computed when they are written. Neither needs more memory than the file and a few small matrices.
+"""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.errors import RequestError
-from lorasurgery.io.tensors import computed, stack, zeros
+from lorasurgery.errors import RequestError, SurgeryError
+from lorasurgery.io.tensors import computed, of_array, stack, zeros
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.options import DTYPES
-from lorasurgery.surgery.resize.choose import Choice, choose
+from lorasurgery.surgery.resize.choose import Choice, choose, cost_of, fixed_choice
 from lorasurgery.surgery.resize.families import dtype_of
 from lorasurgery.surgery.resize.network_args import with_network_args
 from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
@@ -30,33 +36,66 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta
     from lorasurgery.surgery.resize.base import BaseModel
 
+HELD = 96 << 20
+"""Bytes of results that may be held in memory until they are written."""
+
 
 def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None) -> tuple[Adapter, ResizeReport]:
     """The adapter with other ranks, in its own layout and families, and what that did to each module.
 
     The result is the best approximation of its rank (Eckart-Young) except where the report's ``note`` says otherwise.
-    The singular values are computed now, the new factors when the result is saved, so both need little memory.
+    The singular values are computed now, most of the new factors when the result is saved.
     Raises RequestError for options, NotRepresentableError for modules that cannot be cut, BrokenModuleError for NaN.
     """
     started = time.perf_counter()
     options.check()
-    found = survey(adapter, options, base)
-    return _resized(found, options, base, started)
+    report = ResizeReport()
+    held = Held(options, report) if options.is_fixed and not options.uniform else None
+    found = survey(adapter, options, base, None if held is None else held.make)
+    return _resized(found, options, base, report, started)
 
 
 def resized_from(found: Survey, options: ResizeOptions, base: BaseModel | None = None) -> tuple[Adapter, ResizeReport]:
     """The same from a survey that was made with the same options but for the ranks."""
-    return _resized(found, options, base, time.perf_counter())
+    return _resized(found, options, base, ResizeReport(), time.perf_counter())
 
 
-def _resized(found: Survey, options: ResizeOptions, base: BaseModel | None, started: float) -> tuple[Adapter, ResizeReport]:
+class Held:
+    """Makes results while their factors are at hand, as many as fit into ``HELD`` bytes; the rest wait for the writer."""
+
+    def __init__(self, options: ResizeOptions, report: ResizeReport) -> None:
+        self._options, self._report, self._left, self._lock = options, report, HELD, Lock()
+
+    def make(self, subject: Subject) -> None:
+        """Compute the result of a subject, unless it stays as it is or needs more than its factors."""
+        choice = fixed_choice(subject, self._options)
+        source = subject.source
+        if choice.untouched or subject.magnitude is not None or not isinstance(source, FactoredSource):
+            return
+        if source.fresh is None or source.core is None:
+            return
+        size = choice.rank * cost_of(subject, self._options)
+        with self._lock:
+            if size > self._left:
+                return
+            self._left -= size
+        made = subject.build(_cut(subject, choice, self._options, self._report))
+        if isinstance(made, LowRank):
+            with suppress(SurgeryError):  # a value out of range is told when it is written, with its key
+                up, down = (of_array(tensor.array(), tensor.dtype) for tensor in (made.up, made.down))
+                subject.ready = LowRank(up, down)
+
+
+def _resized(
+    found: Survey, options: ResizeOptions, base: BaseModel | None, report: ResizeReport, started: float
+) -> tuple[Adapter, ResizeReport]:
     if not found.subjects:
         reasons = sorted({reason for _, reason in found.kept})
         raise RequestError(
             f"nothing to resize: {'; '.join(reasons) or 'the file has no modules'}", path=found.adapter.path,
             hint="text encoders, full differences, or other patterns",
         )  # fmt: skip
-    report = ResizeReport(kept=[(module.name, reason) for module, reason in found.kept])
+    report.kept = [(module.name, reason) for module, reason in found.kept]
 
     def size_of(choices: Sequence[Choice]) -> int:
         return file_size(_applied(found, choices, options, ResizeReport()), options.layout)
@@ -79,7 +118,10 @@ def _prepare(found: Survey, choices: Sequence[Choice], options: ResizeOptions) -
     pairs = [
         (subject.source, choice.kept)
         for subject, choice in zip(found.subjects, choices, strict=True)
-        if isinstance(subject.source, FactoredSource) and subject.source.core is None and not choice.untouched
+        if isinstance(subject.source, FactoredSource)
+        and subject.source.core is None
+        and subject.ready is None
+        and not choice.untouched
     ]
     if sum(8 * source.down.shape[0] * len(kept) for source, kept in pairs) <= CORE_BYTES:
         map_threads(lambda pair: pair[0].prepare(pair[1]), pairs, workers_of(options))
@@ -108,7 +150,8 @@ def _cut_module(subject: Subject, choice: Choice, options: ResizeOptions, report
     cut = _cut(subject, choice, options, report)
     scale = module.scale.value * _rescale(options) / cut.factor if cut.factor else module.scale.value
     if not choice.untouched:
-        done = replace(module, delta=subject.build(cut), scale=Scale(scale, module.scale.source))
+        delta = subject.build(cut) if subject.ready is None else subject.ready
+        done = replace(module, delta=delta, scale=Scale(scale, module.scale.source))
         return done if subject.magnitude is None else replace(done, magnitude=subject.magnitude(cut))
     assert module.delta is not None  # noqa: S101  it has a rank
     delta = _padded(module.delta, choice.rank)

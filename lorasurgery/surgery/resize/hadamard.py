@@ -48,6 +48,8 @@ def loha_subject(module: Module, delta: Hadamard, shape: Shape, needed: int | No
     def error(cut: Cut) -> float:
         return _error(arms, cut)
 
+    for arm in arms:
+        arm.fresh = None
     limit = min(delta.rank, *sides)
     doubled = (2 * sides[0], 2 * sides[1])
     product = _Product(arms)

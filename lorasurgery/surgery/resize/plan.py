@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.surgery.resize.choose import with_reserve
 from lorasurgery.surgery.resize.engine import resized_from
 from lorasurgery.surgery.resize.options import ResizeOptions
 from lorasurgery.surgery.resize.size import file_size
@@ -67,7 +68,7 @@ def plan(adapter: Adapter, options: ResizeOptions | None = None, ranks: Sequence
         unchanged = set(report.actions()) == {"unchanged"}
         by_size = report.relative_error if unchanged else None
         if not lohas and not unchanged:
-            _, spread = resized_from(found, replace(chosen, rank=None, size=size))
+            _, spread = resized_from(found, replace(chosen, rank=None, size=with_reserve(size)))
             by_size = spread.relative_error
         assert worst is not None  # noqa: S101  there is a module
         rows.append(PlanRow(rank, size, report.relative_error, worst.relative_error, by_size))

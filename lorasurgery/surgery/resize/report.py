@@ -46,13 +46,13 @@ class ModuleReport:
 
 @dataclass(slots=True)
 class ResizeReport:
-    """The outcome. Rounding errors arrive in ``losses`` while the result is written."""
+    """The outcome. Rounding errors of factors that are not computed yet arrive in ``losses`` while they are written."""
 
     modules: list[ModuleReport] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
     """(module, why it stays as it is)."""
     losses: Losses = field(default_factory=Losses)
-    """Squared rounding errors of the new factors, by module."""
+    """Squared rounding errors of the new factors, by module, estimated from every 16th element."""
     threshold: float | None = None
     """The score above which singular values stayed, where one decided for the whole file."""
     size: int | None = None

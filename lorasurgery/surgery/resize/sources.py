@@ -7,10 +7,12 @@ and ``weights * Vt[kept]`` when the result is written. Nothing between the two i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from lorasurgery.linalg.factors import as_float64
 from lorasurgery.linalg.low_rank import factored_svd
 from lorasurgery.linalg.randomized import dense_svd
 from lorasurgery.surgery.resize.core import Core, matrix, measure, wide
@@ -65,12 +67,15 @@ class FactoredSource:
     accurate: bool = True
     """Whether the Gram route is; ``core`` may then be given up for its memory and computed again."""
     residual: float = 0.0
+    fresh: tuple[AnyArray, AnyArray] | None = None
+    """The factors just measured, for whoever makes the result at once; to be given up then."""
 
     @classmethod
     def of(cls, up: Tensor, down: Tensor, needed: int | None, slot: Slot, *, narrow: bool) -> FactoredSource:
         """Measure it now; raises ``ValueError`` for NaN and infinity."""
-        values, core = measure(matrix(up), matrix(down), needed, narrow=narrow)
-        return cls(up, down, values, core, slot, narrow, accurate=core is not None)
+        left, right = as_float64(matrix(up)), as_float64(matrix(down))
+        values, core = measure(left, right, needed, narrow=narrow)
+        return cls(up, down, values, core, slot, narrow, accurate=core is not None, fresh=(left, right))
 
     def prepare(self, kept: Indices) -> None:
         """Make sure of the small matrices for these singular values."""
@@ -84,7 +89,8 @@ class FactoredSource:
         if self.core is None:
             return self._exact()[0][:, kept] * weights
         small = self.core.left[:, kept]
-        product: AnyArray = wide(self.up).astype(small.dtype, copy=False) @ (small * weights.astype(small.dtype))
+        factor = wide(self.up) if self.fresh is None else self.fresh[0]
+        product: AnyArray = factor.astype(small.dtype, copy=False) @ (small * weights.astype(small.dtype))
         return product
 
     def right(self, kept: Indices, weights: Array) -> AnyArray:
@@ -93,11 +99,12 @@ class FactoredSource:
         if self.core is None:
             return weights[:, None] * self._exact()[2][kept]
         small = self.core.right[kept]
-        product: AnyArray = (small * weights.astype(small.dtype)[:, None]) @ wide(self.down).astype(small.dtype, copy=False)
+        factor = wide(self.down) if self.fresh is None else self.fresh[1]
+        product: AnyArray = (small * weights.astype(small.dtype)[:, None]) @ factor.astype(small.dtype, copy=False)
         return product
 
     def _exact(self) -> Triple:
-        return self.slot.get(self, len(self.values), lambda: factored_svd(wide(self.up), wide(self.down)))
+        return self.slot.get(len(self.values), lambda: factored_svd(wide(self.up), wide(self.down)))
 
 
 @dataclass(slots=True)
@@ -122,7 +129,7 @@ class ComputedSource:
 
     def _triple(self, kept: Indices) -> Triple:
         needed = int(kept[-1]) + 1
-        return self.slot.get(self, needed, lambda: self.decompose(needed))
+        return self.slot.get(needed, lambda: self.decompose(needed))
 
 
 def _columns(matrix: AnyArray, kept: Indices) -> AnyArray:
@@ -132,21 +139,24 @@ def _columns(matrix: AnyArray, kept: Indices) -> AnyArray:
 
 
 class Slot:
-    """Room for one decomposition: the two factors of a module are written one after the other."""
+    """Room for one decomposition until both factors of its module are written."""
 
     def __init__(self) -> None:
-        self._owner: object = None
-        self._count = 0
         self._triple: Triple | None = None
+        self._count = self._uses = 0
+        self._lock = Lock()
 
-    def get(self, owner: object, count: int, compute: Callable[[], Triple]) -> Triple:
-        """The owner's first ``count`` singular triples, computed unless they were the last asked for."""
-        held = self._triple
-        if self._owner is not owner or held is None or self._count < count:
-            self._triple = None
-            held = compute()
-            self._owner, self._count, self._triple = owner, count, held
-        return held
+    def get(self, count: int, compute: Callable[[], Triple]) -> Triple:
+        """The first ``count`` singular triples: computed the first time, given up after the second."""
+        with self._lock:
+            held = self._triple
+            if held is None or self._count < count:
+                self._triple = held = compute()
+                self._count, self._uses = count, 0
+            self._uses += 1
+            if self._uses == 2:
+                self._triple = None
+            return held
 
 
 def dense_source(whole: Callable[[], AnyArray], needed: int | None, slot: Slot) -> ComputedSource:

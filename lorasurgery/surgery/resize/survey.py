@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.kronecker import Kronecker
@@ -20,6 +22,8 @@ from lorasurgery.surgery.resize.sources import FactoredSource
 from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lorasurgery.adapter import Adapter, Module
     from lorasurgery.surgery.resize.base import BaseModel
     from lorasurgery.surgery.resize.options import ResizeOptions
@@ -39,9 +43,12 @@ class Survey:
     kept: list[tuple[Module, str]] = field(default_factory=list)
 
 
-def survey(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None) -> Survey:
+def survey(
+    adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None, then: Callable[[Subject], None] | None = None
+) -> Survey:
     """Sort the modules and measure those that shall be cut, on N threads with one BLAS thread each.
 
+    ``then`` is called with each subject on its thread, while the factors are at hand.
     Raises NotRepresentableError for DoRA modules without a base, for LoHa where anything but a fixed rank is asked,
     BrokenModuleError for NaN and infinity.
     """
@@ -60,9 +67,10 @@ def survey(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
         kind = kind_of(shape)
         needed = rank_asked(module, kind, options) if options.is_fixed else None
         try:
-            if module.magnitude is not None and base is not None:
-                return dora_subject(module, shape, needed, base.weight(module.site), options.dora)
-            return subject_of(module, shape, needed, as_lora=options.as_lora)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, with the module's name
+                if module.magnitude is not None and base is not None:
+                    return dora_subject(module, shape, needed, base.weight(module.site), options.dora)
+                return subject_of(module, shape, needed, as_lora=options.as_lora)
         except ValueError as error:
             raise BrokenModuleError(
                 f"{module.name}: {error}", key=module.name, path=adapter.path, hint="an earlier checkpoint of the training run"
@@ -72,8 +80,12 @@ def survey(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
 
     def measured(module: Module) -> Subject:
         subject = one(module)
-        if not keep and isinstance(subject.source, FactoredSource):
-            subject.source.core = None
+        if then is not None:
+            then(subject)
+        if isinstance(subject.source, FactoredSource):
+            subject.source.fresh = None
+            if not keep or subject.ready is not None:
+                subject.source.core = None
         return subject
 
     found.subjects = map_threads(measured, wanted, workers_of(options))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta
     from lorasurgery.surgery.resize.base import BaseModel
 
-HELD = 96 << 20
+HELD = 64 << 20
 """Bytes of results that may be held in memory until they are written."""
 
 

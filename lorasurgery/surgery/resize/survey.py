@@ -62,24 +62,10 @@ def survey(
         else:
             found.kept.append((module, reason))
 
-    def one(module: Module) -> Subject:
-        shape = expected_shape(adapter.architecture, module.site)
-        kind = kind_of(shape)
-        needed = rank_asked(module, kind, options) if options.is_fixed else None
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, with the module's name
-                if module.magnitude is not None and base is not None:
-                    return dora_subject(module, shape, needed, base.weight(module.site), options.dora)
-                return subject_of(module, shape, needed, as_lora=options.as_lora)
-        except ValueError as error:
-            raise BrokenModuleError(
-                f"{module.name}: {error}", key=module.name, path=adapter.path, hint="an earlier checkpoint of the training run"
-            ) from error
-
     keep = sum(_core_bytes(adapter, module, options) for module in wanted) <= CORE_BYTES
 
     def measured(module: Module) -> Subject:
-        subject = one(module)
+        subject = _subject(adapter, module, options, base)
         if then is not None:
             then(subject)
         if isinstance(subject.source, FactoredSource):
@@ -90,6 +76,21 @@ def survey(
 
     found.subjects = map_threads(measured, wanted, workers_of(options))
     return found
+
+
+def _subject(adapter: Adapter, module: Module, options: ResizeOptions, base: BaseModel | None) -> Subject:
+    """The module measured; raises BrokenModuleError for NaN and infinity."""
+    shape = expected_shape(adapter.architecture, module.site)
+    needed = rank_asked(module, kind_of(shape), options) if options.is_fixed else None
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, with the module's name
+            if module.magnitude is not None and base is not None:
+                return dora_subject(module, shape, needed, base.weight(module.site), options.dora)
+            return subject_of(module, shape, needed, as_lora=options.as_lora)
+    except ValueError as error:
+        raise BrokenModuleError(
+            f"{module.name}: {error}", key=module.name, path=adapter.path, hint="an earlier checkpoint of the training run"
+        ) from error
 
 
 def _core_bytes(adapter: Adapter, module: Module, options: ResizeOptions) -> int:

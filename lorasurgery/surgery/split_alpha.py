@@ -6,7 +6,7 @@ every program applies them n times too weakly. Source: sd-scripts issue 2204, ``
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from math import isclose
 from typing import TYPE_CHECKING
@@ -15,7 +15,10 @@ from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.low_rank import LowRank, used_columns
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorasurgery.adapter import Adapter, Module
+    from lorasurgery.architectures.table import Architecture
     from lorasurgery.report import Report
 
 
@@ -27,14 +30,16 @@ def check_split_alpha(modules: list[Module], adapter: Adapter, report: Report, *
     """
     if adapter.layout != "sd-scripts":
         return modules
-    scales = Counter(round(m.scale.value, 9) for m in modules if not _parts(m, adapter) and isinstance(m.delta, LowRank))
+    cuts = _cuts(adapter.architecture)
+    plain = (m for m in modules if not _parts(m, cuts) and isinstance(m.delta, LowRank))
+    scales = Counter(round(m.scale.value, 9) for m in plain)
     if not scales:
         return modules
     usual = scales.most_common(1)[0][0]
     found: list[str] = []
     result = []
     for module in modules:
-        parts = _parts(module, adapter)
+        parts = _parts(module, cuts)
         if parts and isclose(module.scale.value * len(parts), usual, rel_tol=1e-6) and _block_diagonal(module, parts):
             found.append(module.name)
             if fix:
@@ -50,18 +55,21 @@ def check_split_alpha(modules: list[Module], adapter: Adapter, report: Report, *
     return result
 
 
-def _parts(module: Module, adapter: Adapter) -> list[tuple[int, int]]:
-    """The row ranges of the modules Diffusers has for a fused one; empty when it has just one."""
-    weight = module.site.spans[0].weight
-    arch = adapter.architecture
-    if len(module.site.spans) != 1 or weight not in arch.shapes or module.out != arch.shapes[weight][0]:
-        return []
-    ranges = [
-        (spans[0].start, spans[0].stop)
-        for spans in arch.namings[DIFFUSERS].values()
-        if len(spans) == 1 and spans[0].weight == weight
-    ]
-    return ranges if len(ranges) > 1 else []
+def _cuts(arch: Architecture) -> Mapping[str, list[tuple[int, int]]]:
+    """Fused weight -> the row ranges of the modules Diffusers has for it."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for spans in arch.namings[DIFFUSERS].values():
+        if len(spans) == 1:
+            found[spans[0].weight].append((spans[0].start, spans[0].stop))
+    return {weight: ranges for weight, ranges in found.items() if len(ranges) > 1}
+
+
+def _parts(module: Module, cuts: Mapping[str, list[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """The row ranges Diffusers cuts a whole fused module into; empty for every other module."""
+    span = module.site.spans[0]
+    ranges = cuts.get(span.weight, [])
+    whole = len(module.site.spans) == 1 and span.start == 0 and bool(ranges) and span.stop == ranges[-1][1]
+    return ranges if whole else []
 
 
 def _block_diagonal(module: Module, parts: list[tuple[int, int]]) -> bool:

@@ -29,7 +29,8 @@ from lorasurgery.errors import (
     UnknownArchitectureError,
 )
 from lorasurgery.io.header import RawFile
-from lorasurgery.io.tensors import Region, Tensor, scalar, zeros
+from lorasurgery.io.sources import Region
+from lorasurgery.io.tensors import Tensor, scalar, zeros
 from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.parse import parse

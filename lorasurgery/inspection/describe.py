@@ -19,7 +19,8 @@ from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
-from lorasurgery.io.tensors import FileSource, of_bytes
+from lorasurgery.io.sources import FileSource
+from lorasurgery.io.tensors import of_bytes
 from lorasurgery.layouts.scales import PeftConfig
 
 if TYPE_CHECKING:

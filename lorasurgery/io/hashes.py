@@ -18,7 +18,8 @@ from lorasurgery.io.header import header_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.io.tensors import Region, Tensor
+    from lorasurgery.io.sources import Region
+    from lorasurgery.io.tensors import Tensor
 
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 CHUNK = 1 << 20

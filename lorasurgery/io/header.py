@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import FileFormatError
 from lorasurgery.io.sniff import a_folder, explain
-from lorasurgery.io.tensors import BITS, FileSource, Region, Tensor
+from lorasurgery.io.sources import FileSource, Region
+from lorasurgery.io.tensors import BITS, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

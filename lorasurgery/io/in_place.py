@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import FileFormatError, RequestError
 from lorasurgery.io.header import MAX_HEADER, read_safetensors
-from lorasurgery.io.tensors import FileSource, Region
+from lorasurgery.io.sources import FileSource, Region
 from lorasurgery.io.writer import _copy, _write_all, replacing
 
 if TYPE_CHECKING:

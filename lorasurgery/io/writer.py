@@ -16,7 +16,8 @@ from lorasurgery.io.header import header_bytes, serialiser_order
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from lorasurgery.io.tensors import Region, Tensor
+    from lorasurgery.io.sources import Region
+    from lorasurgery.io.tensors import Tensor
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 

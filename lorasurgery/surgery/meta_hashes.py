@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lorasurgery.io.hashes import CHUNK, LEGACY_LENGTH, LEGACY_START, legacy_hash, legacy_window
 from lorasurgery.io.header import serialiser_order
 from lorasurgery.io.in_place import data_region
-from lorasurgery.io.tensors import Region, Tensor
+from lorasurgery.io.sources import Region
+from lorasurgery.io.tensors import Tensor
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
 
 if TYPE_CHECKING:

@@ -126,6 +126,8 @@ class Adapter:
     """Keys of architectures that explain the file equally well and would be converted otherwise."""
     warnings: tuple[str, ...] = ()
     path: Path | None = None
+    operation: str | None = None
+    """What was done, for ``lorasurgery.operation`` in the metadata; None: a conversion."""
 
     def __iter__(self) -> Iterator[tuple[Site, Module]]:
         return iter(self.modules.items())

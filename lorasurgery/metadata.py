@@ -44,7 +44,7 @@ def converted(
     kept.setdefault("format", "pt")
     return kept | {
         "lorasurgery.version": __version__,
-        "lorasurgery.operation": f"convert {source_layout} -> {target}",
+        "lorasurgery.operation": adapter.operation or f"convert {source_layout} -> {target}",
         "lorasurgery.architecture": adapter.architecture.key,
     }
 

@@ -28,9 +28,10 @@ def plain(text: str) -> str:
 def body(help_text: str) -> str:
     """A command's description; its examples as one block of code."""
     lines = plain(inspect.cleandoc(help_text)).splitlines()
-    examples = [line.strip() for line in lines if line.startswith("  lorasurgery ")]
-    text = "\n".join(line for line in lines if not line.startswith("  lorasurgery ")).strip()
-    return f"{text}\n\n```console\n" + "\n".join(f"$ {line}" for line in examples) + "\n```\n"
+    examples = [line.strip() for line in lines if line.lstrip().startswith("lorasurgery ")]
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("lorasurgery ")).strip()
+    shown = "\n".join(f"$ {line}" for line in examples)
+    return f"{text}\n\n```console\n{shown}\n```\n" if examples else f"{text}\n"
 
 
 def option(param: Any) -> str:  # noqa: ANN401  click's parameter, which typer brings along or imports by version
@@ -47,14 +48,24 @@ def page() -> str:
     group: Any = typer.main.get_command(app)
     parts = [HEAD, f"{group.help}\n\n{group.epilog}\n"]
     for name, command in group.commands.items():
-        arguments = " ".join(p.make_metavar(_context(command)) for p in command.params if p.param_type_name == "argument")
-        options = [option(p) for p in command.params if p.param_type_name == "option"]
-        parts += [
-            f"## lorasurgery {name}\n\n`lorasurgery {name} {arguments} [OPTIONS]`\n",
-            body(command.callback.__doc__ or ""),
-            "\n".join(["| option | meaning |", "|---|---|", *options]) + "\n",
-        ]
+        parts += section(f"lorasurgery {name}", command, "##")
     return "\n".join(parts)
+
+
+def section(name: str, command: Any, heading: str) -> list[str]:  # noqa: ANN401  as above
+    """A command, or a group of them with its commands one heading lower."""
+    if hasattr(command, "commands"):
+        parts = [f"{heading} {name}\n\n{command.help}\n"]
+        for own, inner in command.commands.items():
+            parts += section(f"{name} {own}", inner, heading + "#")
+        return parts
+    arguments = " ".join(p.make_metavar(_context(command)) for p in command.params if p.param_type_name == "argument")
+    options = [option(p) for p in command.params if p.param_type_name == "option"]
+    return [
+        f"{heading} {name}\n\n`{name} {arguments} [OPTIONS]`\n",
+        body(command.callback.__doc__ or ""),
+        "\n".join(["| option | meaning |", "|---|---|", *options]) + "\n",
+    ]
 
 
 def _context(command: Any) -> Any:  # noqa: ANN401  as above

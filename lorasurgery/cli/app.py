@@ -20,7 +20,7 @@ from lorasurgery.cli.render import show_error
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.version import __version__
 
-COMMANDS = ("convert", "inspect", "check", "rerank", "meta")
+COMMANDS = ("convert", "inspect", "check", "resize", "rerank", "meta")
 """Every command, in the order of --help; each is the object of its name in the module of its name."""
 
 FAILED, USAGE, STOPPED = 1, 2, 130

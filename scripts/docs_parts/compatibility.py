@@ -32,7 +32,7 @@ LAYOUTS = (
 
 HEAD = """# What loads where
 
-Written by `python -m scripts.docs_parts.compatibility` from the rules of `lorasurgery check`; do not edit it here.
+Written by `scripts/docs` from the rules of `lorasurgery check`; do not edit it here.
 
 A row is a file as a trainer leaves it: LoRA modules of every matrix inside the model's blocks, in one layout. A column is
 a program. `all`: every module loads with the effect it was trained for. `n/m`: only so many load, in silence. `none`:
@@ -147,7 +147,7 @@ def main(*, compare: bool) -> int:
     text = page()
     if compare:
         current = OUT.is_file() and OUT.read_text(encoding="utf-8") == text
-        print(f"{OUT.name} is {'current' if current else 'not current'}")
+        print(f"{OUT.name} is {'current' if current else 'not current; run scripts/docs'}")
         return 0 if current else 1
     OUT.write_text(text, encoding="utf-8")
     print(f"wrote {OUT}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Adapter
+    from lorasurgery.surgery.resize.base import BaseModel
 
 EVERY = 1 << 20
 """A rank that keeps every singular value."""
@@ -49,7 +50,9 @@ class Plan:
         return [{name: getattr(row, name) for name in names} for row in self.rows]
 
 
-def plan(adapter: Adapter, options: ResizeOptions | None = None, ranks: Sequence[int] = RANKS) -> Plan:
+def plan(
+    adapter: Adapter, options: ResizeOptions | None = None, ranks: Sequence[int] = RANKS, base: BaseModel | None = None
+) -> Plan:
     """What each of these ranks makes of the file, up to the first that cuts nothing.
 
     ``options``: which modules and how; what they say about ranks is not looked at. Raises as :func:`resize` does.
@@ -59,16 +62,16 @@ def plan(adapter: Adapter, options: ResizeOptions | None = None, ranks: Sequence
         policy=None, param=None, size=None,
     )  # fmt: skip
     chosen.check()
-    found = survey(adapter, chosen)
+    found = survey(adapter, chosen, base)
     lohas = any(subject.form == "loha" for subject in found.subjects)
     rows = []
     for rank in sorted(ranks):
-        result, report = resized_from(found, replace(chosen, rank=rank))
+        result, report = resized_from(found, replace(chosen, rank=rank), base)
         size, worst = file_size(result, chosen.layout), report.worst()
         unchanged = set(report.actions()) == {"unchanged"}
         by_size = report.relative_error if unchanged else None
         if not lohas and not unchanged:
-            _, spread = resized_from(found, replace(chosen, rank=None, size=with_reserve(size)))
+            _, spread = resized_from(found, replace(chosen, rank=None, size=with_reserve(size)), base)
             by_size = spread.relative_error
         assert worst is not None  # noqa: S101  there is a module
         rows.append(PlanRow(rank, size, report.relative_error, worst.relative_error, by_size))

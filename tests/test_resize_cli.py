@@ -21,7 +21,8 @@ from tests.oracle import Raw, raw, read, write
 
 FIXTURES = Path(__file__).parent / "fixtures" / "producers"
 LOCON, DORA, LOHA, LOKR, PEFT = (
-    FIXTURES / f"{name}.safetensors" for name in ("lycoris_locon", "lycoris_dora_out", "lycoris_loha", "lycoris_lokr", "peft_raw")
+    FIXTURES / f"{name}.safetensors"
+    for name in ("lycoris_locon", "lycoris_dora_out", "lycoris_loha", "lycoris_lokr", "peft_raw")
 )
 BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -107,16 +108,22 @@ def test_the_result_is_the_best_of_its_rank(source: Path) -> None:
 
 
 def test_ranks_by_kind_and_name(source: Path) -> None:
-    found = ranks(resized(source, "--rank", 8, "--rank", "to_[kv]=3", "-r", r"ff\.net=2", "--conv-rank", 6, "--pointwise-rank", 5)[0])
+    found = ranks(
+        resized(source, "--rank", 8, "--rank", "to_[kv]=3", "-r", r"ff\.net=2", "--conv-rank", 6, "--pointwise-rank", 5)[0]
+    )
     assert found == dict(zip(SHAPES, (8, 3, 3, 2, 5, 6, RANK), strict=True))
     found = ranks(resized(source, "--rank", 4, "--include", "attn1", "--include", "conv", "--exclude", "to_k$")[0])
     assert found == dict(zip(SHAPES, (4, RANK, 4, RANK, RANK, 4, RANK), strict=True))
 
 
-@pytest.mark.parametrize("policy", ["sv_ratio 5", "sv_cumulative 0.8", "sv_fro 0.9", "energy 0.8", "threshold 0.5", "knee 1", "error 0.3", "params 0.3"])  # fmt: skip
-def test_policies(source: Path, policy: str) -> None:
-    name, param = policy.split()
-    found = ranks(resized(source, "--policy", name, "--param", param, "--rank", 7)[0])
+POLICIES = {
+    "sv_ratio": 5, "sv_cumulative": 0.8, "sv_fro": 0.9, "energy": 0.8, "threshold": 0.5, "knee": 1, "error": 0.3, "params": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies(source: Path, name: str) -> None:
+    found = ranks(resized(source, "--policy", name, "--param", POLICIES[name], "--rank", 7)[0])
     assert max(rank for stem, rank in found.items() if stem != ENCODER) <= 7
     assert len(set(found.values())) > 1
     if name == "sv_ratio":
@@ -131,14 +138,13 @@ def test_compat(source: Path) -> None:
     assert resized(source, "--policy", "knee", "--compat", "kj")[1]["way"] == "knee 1 as kj"
 
 
-@pytest.mark.parametrize("text", ["200KiB", "0.35 MiB", "300kb", "250000"])
+@pytest.mark.parametrize("text", ["200KiB", "0.3 MiB", "300kb", "250000"])
 def test_size_is_met_from_below(source: Path, text: str) -> None:
-    tensors, report = resized(source, "--size", text)
+    _, report = resized(source, "--size", text)
     assert 0.99 * parse_size(text) <= report["bytes"]["output"] <= parse_size(text)
-    even = resized(source, "--rank", max(2, round(np.mean([r for s, r in ranks(tensors).items() if s != ENCODER])) - 3))[1]
-    assert report["bytes"]["output"] == pytest.approx(parse_size(text), rel=0.01)
-    if even["bytes"]["output"] > report["bytes"]["output"]:
-        assert report["resize"]["relative_error"] <= even["resize"]["relative_error"] * 1.2
+    even = [resized(source, "--rank", rank)[1] for rank in range(1, RANK)]
+    fits = [one["resize"]["relative_error"] for one in even if one["bytes"]["output"] <= report["bytes"]["output"]]
+    assert report["resize"]["relative_error"] < min(fits)
 
 
 def test_size_in_words() -> None:
@@ -163,7 +169,11 @@ def test_recipe_and_base(source: Path, cache: Path) -> None:
     assert len(next(iter(json.loads(cache_file().read_text()).values()))) == 2
     left_out = resized(source, *how[:3], "fro_ckpt=1,thr=9", "--include", "attn1_to_q", "--min-rank", 0)[0]
     assert set(ranks(left_out)) == set(SHAPES) - {LINEAR}
-    refused(source.parent, ("resize", source, "-o", source.with_name("base.safetensors"), *how, "--force"), "base model; it is never")
+    refused(
+        source.parent,
+        ("resize", source, "-o", source.with_name("base.safetensors"), *how, "--force"),
+        "base model; it is never",
+    )
 
 
 def test_dora(tmp_path: Path) -> None:
@@ -171,7 +181,8 @@ def test_dora(tmp_path: Path) -> None:
     refused(tmp_path, asked, "DoRA magnitude", "--base MODEL with --dora recompute")
     tensors, _ = read(DORA)
     shapes = {
-        stem: (tensors[f"{stem}.lora_up.weight"].shape[0], *tensors[f"{stem}.lora_down.weight"].shape[1:]) for stem in ranks(tensors)
+        stem: (tensors[f"{stem}.lora_up.weight"].shape[0], *tensors[f"{stem}.lora_down.weight"].shape[1:])
+        for stem in ranks(tensors)
     }
     stem = f"{BLOCK}attn1_to_q"
     rng = np.random.default_rng(0)
@@ -194,7 +205,12 @@ def test_families(tmp_path: Path) -> None:
         assert not ranks(read(out)[0])
         assert run("resize", source, out, "--rank", 1, "--te", "--force", "--as", "lora").code == 0
         assert set(ranks(read(out)[0]).values()) == {1}
-    refused(tmp_path, ("resize", LOHA, tmp_path / "no.safetensors", "--size", "60KiB"), "no singular values", "--as lora, or --rank alone")
+    refused(
+        tmp_path,
+        ("resize", LOHA, tmp_path / "no.safetensors", "--size", "60KiB"),
+        "no singular values",
+        "--as lora, or --rank alone",
+    )
     full = FIXTURES / "lycoris_full.safetensors"
     refused(tmp_path, ("resize", full, tmp_path / "no.safetensors", "--rank", 1), "a full difference", "--full", code=2)
     assert run("resize", full, out, "--rank", 2, "--te", "--full", "--force").code == 0
@@ -202,7 +218,6 @@ def test_families(tmp_path: Path) -> None:
 
 
 def test_uniform_grow_alpha_factors_dtype(source: Path) -> None:
-    assert set(ranks(resized(source, "--size", "300KiB", "--uniform", "--te")[0]).values()) != {RANK}
     assert len(set(ranks(resized(source, "--policy", "sv_ratio", "--param", 5, "--uniform", "--te")[0]).values())) == 1
     assert set(ranks(resized(source, "--rank", 20, "--te")[0]).values()) == {RANK}
     grown = resized(source, "--rank", 20, "--grow", "--te")[0]
@@ -211,7 +226,9 @@ def test_uniform_grow_alpha_factors_dtype(source: Path) -> None:
     for alpha, expected in (("rank", 8.0), ("2", 2.0), ("keep-ratio", 2.0)):
         tensors = resized(source, "--rank", 8, "--alpha", alpha)[0]
         assert tensors[f"{LINEAR}.alpha"].item() == expected
-    down = resized(source, "--rank", 8, "--factors", "kohya", "--dtype", "fp32", "--workers", 2)[0][f"{LINEAR}.lora_down.weight"].f64()
+    down = resized(source, "--rank", 8, "--factors", "kohya", "--dtype", "fp32", "--workers", 2)[0][
+        f"{LINEAR}.lora_down.weight"
+    ].f64()
     assert np.allclose(down @ down.T, np.eye(8), atol=1e-5)
     assert resized(source, "--rank", 8, "--dtype", "bf16")[0][f"{LINEAR}.lora_up.weight"].dtype == "BF16"
 
@@ -224,15 +241,18 @@ def test_target_and_arch(source: Path) -> None:
     assert run("resize", source, folder, "--rank", 2, "-t", "peft").code == 0
     again = source.parent / "again"
     assert run("resize", folder, "--output", again, "--rank", 1).code == 0
-    assert (again / "unet" / "adapter_config.json").is_file() or list(again.rglob("adapter_config.json"))
-    refused(source.parent, ("resize", folder, "-o", source.parent / "x.safetensors", "--rank", 1), "folder", "--target diffusers")
+    assert (again / "unet" / "adapter_config.json").is_file()
+    folder_as_file = ("resize", folder, "-o", source.parent / "x.safetensors", "--rank", 1)
+    refused(source.parent, folder_as_file, "folder", "--target diffusers", code=2)
 
 
 def test_unknown_names_need_a_base(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     stem = "lora_unet_blocks_0_odd_name_proj"
     sides = {"up": (12, 6), "down": (6, 10)}
-    write(tmp_path / "odd.safetensors", {f"{stem}.lora_{s}.weight": raw(rng.standard_normal(n), "F32") for s, n in sides.items()})
+    write(
+        tmp_path / "odd.safetensors", {f"{stem}.lora_{s}.weight": raw(rng.standard_normal(n), "F32") for s, n in sides.items()}
+    )
     write(tmp_path / "base.safetensors", {"blocks.0.odd_name.proj.weight": raw(np.ones((12, 10)), "F16")})
     args = ("resize", tmp_path / "odd.safetensors", tmp_path / "out.safetensors", "--rank", 3)
     refused(tmp_path, args, "no known architecture", "--base MODEL", "--arch NAME")
@@ -274,7 +294,12 @@ def test_metadata(source: Path) -> None:
         (("--rank", 99), "dimension is resized from 16 to 16; cats", "resize rank 99", "16"),
         (("--rank", "attn=2"), "dimension is resized from 16 to Dynamic; cats", "resize attn 2", "Dynamic"),
         (("--size", "300KiB"), "Dynamic resize with size: 300KiB from 16; cats", "resize size 300KiB", "Dynamic"),
-        (("--policy", "energy", "--param", 0.9), "Dynamic resize with energy: 0.9 from 16; cats", "resize energy 0.9", "Dynamic"),
+        (
+            ("--policy", "energy", "--param", 0.9),
+            "Dynamic resize with energy: 0.9 from 16; cats",
+            "resize energy 0.9",
+            "Dynamic",
+        ),
     ):
         resized(source, *args)
         metadata = read(source.parent / "out.safetensors")[1]
@@ -345,6 +370,7 @@ def test_refusals(source: Path) -> None:
         (("--policy", "sv_fro"), 2, ("parameter",)),
         (("--policy", "sv_fro", "--param", 1, "--size", "1MiB"), 2, ("both decide",)),
         (("--size", "big"), 2, ("no size", "40MiB")),
+        (("--size", "300KiB", "--uniform"), 2, ("--uniform would pad",)),
         (("--size", "1KiB"), 2, ("a size from",)),
         (("--rank", 4, "--new_rank", 4), 2, ("--new_rank are the same",)),
         (("--rank", 4, "--dtype", "fp16", "--save_precision", "fp16"), 2, ("the same",)),
@@ -375,7 +401,7 @@ def test_every_option_is_tested_here_and_documented() -> None:
     for param in (p for p in command.params if p.param_type_name == "option"):
         for spelling in param.opts:
             assert f'"{spelling}"' in text, spelling
-        assert any(f"`{spelling}" in page for spelling in param.opts), param.opts
+        assert any(re.search(rf"{spelling}(?![\w-])", page) for spelling in param.opts), param.opts
 
 
 def test_lokr_of_another_model(tmp_path: Path) -> None:

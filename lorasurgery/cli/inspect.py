@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from lorasurgery.cli.files import expanded
-from lorasurgery.cli.render import data, error_text, show_error
+from lorasurgery.cli.render import data, error_text, note, show_error
 from lorasurgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ For several files, folders and globs there is one line a file, and with --json o
   lorasurgery inspect my_lora.safetensors
 
   lorasurgery inspect my_lora.safetensors --modules --spectrum
+
+  lorasurgery inspect my_lora.safetensors --html my_lora.html
 
   lorasurgery inspect loras/ --json > loras.jsonl
 
@@ -47,14 +49,20 @@ def inspect(
     modules: Annotated[bool, typer.Option("--modules", help="List every module, or every block on a short terminal.")] = False,
     tags: Annotated[bool, typer.Option("--tags", help="List every training tag with its count.")] = False,
     spectrum: Annotated[bool, typer.Option("--spectrum", help="Singular values, norms, effective ranks.")] = False,
+    html: Annotated[Optional[Path], typer.Option("--html", metavar="OUT", help="Write everything, spectra and tags included, as one self-contained web page.", show_default=False)] = None,  # noqa: UP045
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing page.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when there are warnings.")] = False,
 ) -> None:  # fmt: skip
     """Say what a file is."""
-    wanted = {"keys": keys, "tags": tags, "spectrum": spectrum}
+    wanted = {"keys": keys, "tags": tags or html is not None, "spectrum": spectrum or html is not None}
     found = [inner for path in files for inner in expanded(path)]
     if not found:
         raise typer.BadParameter(f"no model file among {', '.join(map(str, files))}", param_hint="FILES")
-    if found == files and len(found) == 1:
+    if html is not None:
+        if len(found) > 1:
+            raise typer.BadParameter("one page is about one file", param_hint="--html")
+        _page(found[0], html, wanted, force=force, strict=strict)
+    elif found == files and len(found) == 1:
         _single(found[0], wanted, as_json=json_, modules=modules, strict=strict)
     else:
         _several(found, wanted, as_json=json_, strict=strict)
@@ -75,6 +83,21 @@ def _single(path: Path, wanted: dict[str, bool], *, as_json: bool, modules: bool
         from lorasurgery.cli.tables import show
 
         show(description, modules=modules)
+    if strict and description.warnings:
+        raise typer.Exit(FAILED)
+
+
+def _page(path: Path, out: Path, wanted: dict[str, bool], *, force: bool, strict: bool) -> None:
+    from lorasurgery.inspection import describe
+    from lorasurgery.inspection.page import render
+    from lorasurgery.io.writer import check_output, replacing, write_all
+
+    check_output(out, [path], force=force)
+    description = describe(path, **wanted)
+    page = render(description).encode()
+    with replacing(out) as fd:
+        write_all(fd, page)
+    note(f"{path} -> {out} ({len(page) / 1000:.0f} kB)")
     if strict and description.warnings:
         raise typer.Exit(FAILED)
 

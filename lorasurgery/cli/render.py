@@ -20,6 +20,11 @@ def data(text: str) -> None:
     print(text)
 
 
+def note(text: str) -> None:
+    """A line about what was done, to stderr."""
+    print(plain(text), file=sys.stderr)
+
+
 def show_error(error: BaseException, path: Path | None = None) -> None:
     """One line on stderr: the file, what was found and expected, what to try."""
     print("stopped" if isinstance(error, KeyboardInterrupt) else f"error: {error_text(error, path)}", file=sys.stderr)

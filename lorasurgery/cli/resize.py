@@ -169,6 +169,10 @@ def _request(chosen: dict[str, Any], size: str | None, planned: tuple[int, ...],
         raise RequestError("--plan is for --dry-run")
     options = ResizeOptions(**chosen)
     with _Advice():
+        if options.uniform and options.has_size:
+            raise RequestError(
+                "--uniform would pad the file beyond its size", hint="--rank N; --dry-run shows the size of each"
+            )
         (options if asked or not more["dry_run"] else replace(options, rank=1)).check()
     if more["arch"] is not None:
         from lorasurgery.architectures import named
@@ -234,7 +238,8 @@ def _writable(adapter: Adapter, how: Request) -> str:
     """The layout to write; raises RequestError for an input whose own is only read."""
     from lorasurgery.layouts.targets import LAYOUTS
 
-    name = how.options.layout or adapter.layout
+    folder = adapter.path is not None and adapter.path.is_dir()
+    name = how.options.layout or ("peft" if folder else adapter.layout)
     if name not in LAYOUTS:
         raise RequestError(
             f"its layout, {name}, is only read, not written", path=adapter.path, hint="--target comfyui, or another"

@@ -77,7 +77,7 @@ class Kind(NamedTuple):
 
     name: str
     component: str
-    count: int
+    modules: int
     share: float
     """Of the file's squared norm."""
     norm: float
@@ -186,7 +186,7 @@ def _kind(place: tuple[str, str], modules: Sequence[ModuleSpectrum], total: floa
     return Kind(
         name=place[1],
         component=place[0],
-        count=len(modules),
+        modules=len(modules),
         share=sum(m.norm**2 for m in modules if m.norm) / total,
         norm=fmean(m.norm or 0.0 for m in modules),
         effective_rank=fmean(m.effective_rank or 0.0 for m in modules),

@@ -103,8 +103,9 @@ def _cloud(own: Description) -> list[tuple[str, int, int]]:
 def _thumbnail(own: Description) -> str:
     """``modelspec.thumbnail`` when it is a small picture in a data URL."""
     value = own.metadata.get("modelspec.thumbnail", {}).get("value")
-    fits = isinstance(value, str) and len(value) <= LARGEST_THUMBNAIL and THUMBNAIL.fullmatch(value)
-    return value if fits else ""
+    if not isinstance(value, str) or len(value) > LARGEST_THUMBNAIL or not THUMBNAIL.fullmatch(value):
+        return ""
+    return value
 
 
 def _metadata(metadata: Mapping[str, Mapping[str, Any]]) -> list[Meta]:

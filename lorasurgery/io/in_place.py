@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.errors import FileFormatError, RequestError
 from lorasurgery.io.header import MAX_HEADER, read_safetensors
 from lorasurgery.io.sources import FileSource, Region
-from lorasurgery.io.writer import _copy, _write_all, replacing
+from lorasurgery.io.writer import copy_region, replacing, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,8 +77,8 @@ def write_beside(header: Header, metadata: Mapping[str, str], out: Path) -> None
     source = FileSource(header.path)
     _same_file(header, source)
     with replacing(out) as fd:
-        _write_all(fd, len(text).to_bytes(8, "little") + text)
-        _copy(fd, Region(source, header.start, header.size - header.start))
+        write_all(fd, len(text).to_bytes(8, "little") + text)
+        copy_region(fd, Region(source, header.start, header.size - header.start))
         del source  # Windows replaces no file that is open
 
 
@@ -101,7 +101,7 @@ def rewrite(header: Header, metadata: Mapping[str, str]) -> str:
     fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
     try:
         os.lseek(fd, 8, os.SEEK_SET)
-        _write_all(fd, text.ljust(header.start - 8))
+        write_all(fd, text.ljust(header.start - 8))
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -66,7 +66,7 @@ def write_safetensors(
     written = dict(sorted(written.items()))
     head = header_bytes(tensors, written)
     with replacing(path) as fd:
-        _write_all(fd, head)
+        write_all(fd, head)
         digest = _write_data(fd, tensors, hashes=hashes)
         if digest is not None:
             part, start, stop = legacy_window(tensors, metadata)
@@ -74,7 +74,7 @@ def write_safetensors(
             window = os.read(fd, stop - start)
             written |= {MODEL_HASH: digest, LEGACY_HASH: legacy_hash(part, window)}
             os.lseek(fd, 0, os.SEEK_SET)
-            _write_all(fd, header_bytes(tensors, written))
+            write_all(fd, header_bytes(tensors, written))
     return written
 
 
@@ -90,9 +90,9 @@ def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str 
                 if hashing is not None:
                     hashing.add(item)
                 if isinstance(item, bytes):
-                    _write_all(fd, item)
+                    write_all(fd, item)
                 else:
-                    _copy(fd, item)
+                    copy_region(fd, item)
         return None if hashing is None else hashing.hexdigest()
     finally:
         ahead.close()
@@ -100,7 +100,7 @@ def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str 
             hashing.close()
 
 
-def _copy(fd: int, region: Region) -> None:
+def copy_region(fd: int, region: Region) -> None:
     """Append a region to ``fd``, inside the kernel where it can."""
     offset, left = region.offset, region.length
     source = region.source.descriptor()
@@ -110,11 +110,12 @@ def _copy(fd: int, region: Region) -> None:
                 offset, left = offset + n, left - n
     while left:
         data = region.source.read(offset, min(CHUNK, left))
-        _write_all(fd, data)
+        write_all(fd, data)
         offset, left = offset + len(data), left - len(data)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
+    """All of ``data`` to a descriptor."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

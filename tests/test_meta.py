@@ -108,7 +108,7 @@ def test_in_place_refuses_a_file_that_changed_meanwhile(tmp_path):
 def test_failure_leaves_nothing(tmp_path, monkeypatch):
     path = file(tmp_path)
     before = path.read_bytes()
-    monkeypatch.setattr(in_place, "_copy", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(in_place, "copy_region", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused(tmp_path, ["meta", "set", path, "a=" + "b" * 999, "--in-place"], "No space left")
     assert path.read_bytes() == before
 

@@ -98,20 +98,12 @@ def multiplied(
     """``tensor`` times ``factor``, computed in float32 (float64 for F32 and F64 tensors) and rounded once to its dtype.
 
     ``record`` gets the squared rounding error and the squared norm of the product when it is first computed; ``sketch``
-    as in :func:`record_rounding`.
+    as in :class:`Rounding`.
     """
     if factor == 1.0:
         return tensor
     recorded = once(record)
-
-    def product() -> Array:
-        exact = tensor.array().astype(wide(tensor.dtype))
-        exact *= factor
-        result = exact.astype(numpy_dtype(tensor.dtype))
-        record_rounding(exact, result, recorded, sketch)
-        return result
-
-    return computed(tensor.dtype, tensor.shape, product)
+    return computed(tensor.dtype, tensor.shape, lambda: _converted(tensor, tensor.dtype, factor, Rounding(recorded, sketch)))
 
 
 def rounded(tensor: Tensor, dtype: str, record: Record | None = None) -> Tensor:
@@ -119,14 +111,23 @@ def rounded(tensor: Tensor, dtype: str, record: Record | None = None) -> Tensor:
     if dtype == tensor.dtype:
         return tensor
     recorded = once(record)
+    return computed(dtype, tensor.shape, lambda: _converted(tensor, dtype, 1.0, Rounding(recorded)))
 
-    def values() -> Array:
-        exact = tensor.array().astype(wide(tensor.dtype), copy=False)
-        result = exact.astype(numpy_dtype(dtype))
-        record_rounding(exact, result, recorded)
-        return result
 
-    return computed(dtype, tensor.shape, values)
+def _converted(tensor: Tensor, dtype: str, factor: float, rounding: Rounding) -> Array:
+    """``tensor`` times ``factor`` in ``dtype``, some rows at a time: they stay in the cache, and wide copies stay small."""
+    import numpy as np
+
+    values = tensor.array().reshape(tensor.shape[0] if tensor.shape else 1, -1)
+    result = np.empty(values.shape, numpy_dtype(dtype))
+    rows = max(CHUNK // max(values.shape[1], 1), 1)
+    for start in range(0, len(values), rows):
+        exact = values[start : start + rows].astype(wide(tensor.dtype))
+        exact *= factor
+        result[start : start + rows] = exact
+        rounding.look(start, len(values), exact, result[start : start + rows])
+    rounding.tell()
+    return result.reshape(tensor.shape)
 
 
 def wide(dtype: str) -> str:
@@ -134,29 +135,47 @@ def wide(dtype: str) -> str:
     return "float64" if dtype in ("F32", "F64") else "float32"
 
 
-def record_rounding(exact: Array, result: Array, record: Record | None, sketch: Callable[[], Array] | None = None) -> None:
-    """Tell ``record`` the squared error of ``result`` against ``exact``, and the squared norm of ``exact``.
-
-    ``sketch``, a matrix M (columns, m) made when needed, measures x as ||x M||^2: the effect on a product x D instead of
-    on one factor, see :func:`sketch_of`. Of many rows, 512 evenly spread ones stand for all. Nothing is recorded when
-    nothing was rounded, which is decided by every value.
-    """
-    if record is None:
-        return
-    back = result.astype(exact.dtype)
-    if (back == exact).all():
-        return
-    step = max(len(exact) // ROWS, 1)
-    whole = exact[::step].reshape(-1, exact[0].size)
-    off = back[::step].reshape(whole.shape) - whole
-    if sketch is not None:
-        matrix = sketch()
-        off, whole = off @ matrix, whole @ matrix
-    record(float((off * off).sum()) * step, float((whole * whole).sum()) * step)
-
-
+CHUNK = 1 << 17
+"""Elements converted at a time."""
 ROWS = 512
 """Rows that are enough to measure a rounding error by."""
+
+
+class Rounding:
+    """Measures what rounding a tensor costs while it is converted, and tells ``record`` its square and that of the norm.
+
+    ``sketch``, a matrix M (columns, m) made when needed, measures x as ||x M||^2: the effect on a product x D instead of
+    on one factor, see :func:`sketch_of`. Of many rows, 512 evenly spread ones stand for all. Nothing is told when nothing
+    was rounded, which is decided by every value.
+    """
+
+    def __init__(self, record: Record | None, sketch: Callable[[], Array] | None = None) -> None:
+        self._record, self._sketch = record, sketch
+        self._happened = False
+        self._samples: list[tuple[Array, Array]] = []
+        self._step = 1
+
+    def look(self, start: int, total: int, exact: Array, result: Array) -> None:
+        """Rows from ``start`` of ``total``: as they should be, and as they are stored."""
+        if self._record is None:
+            return
+        back = result.astype(exact.dtype)
+        self._happened = self._happened or not bool((back == exact).all())
+        self._step = max(total // ROWS, 1)
+        first = -start % self._step
+        self._samples.append((exact[first :: self._step].copy(), back[first :: self._step] - exact[first :: self._step]))
+
+    def tell(self) -> None:
+        """All rows have been looked at."""
+        if self._record is None or not self._happened:
+            return
+        import numpy as np
+
+        whole, off = (np.concatenate(side) for side in zip(*self._samples, strict=True))
+        if self._sketch is not None:
+            matrix = self._sketch()
+            whole, off = whole @ matrix, off @ matrix
+        self._record(float((off * off).sum()) * self._step, float((whole * whole).sum()) * self._step)
 
 
 PROBES = 16

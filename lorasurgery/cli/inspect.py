@@ -61,7 +61,7 @@ def inspect(
     if html is not None:
         if len(found) > 1:
             raise typer.BadParameter("one page is about one file", param_hint="--html")
-        _page(found[0], html, wanted, force=force, strict=strict)
+        _page(found[0], html, wanted, as_json=json_, force=force, strict=strict)
     elif found == files and len(found) == 1:
         _single(found[0], wanted, as_json=json_, modules=modules, strict=strict)
     else:
@@ -87,7 +87,7 @@ def _single(path: Path, wanted: dict[str, bool], *, as_json: bool, modules: bool
         raise typer.Exit(FAILED)
 
 
-def _page(path: Path, out: Path, wanted: dict[str, bool], *, force: bool, strict: bool) -> None:
+def _page(path: Path, out: Path, wanted: dict[str, bool], *, as_json: bool, force: bool, strict: bool) -> None:
     from lorasurgery.inspection import describe
     from lorasurgery.inspection.page import render
     from lorasurgery.io.writer import check_output, replacing, write_all
@@ -98,6 +98,8 @@ def _page(path: Path, out: Path, wanted: dict[str, bool], *, force: bool, strict
     with replacing(out) as fd:
         write_all(fd, page)
     note(f"{path} -> {out} ({len(page) / 1000:.0f} kB)")
+    if as_json:
+        data(json.dumps(description.to_json(), indent=2))
     if strict and description.warnings:
         raise typer.Exit(FAILED)
 

@@ -84,6 +84,8 @@ class Kind(NamedTuple):
     effective_rank: float
     rank_90: float | None
     bars: str
+    width: int
+    """Of the drawing."""
 
 
 METRICS = (
@@ -144,7 +146,7 @@ def _place(module: ModuleSpectrum) -> tuple[str, str]:
 def _map(blocks: Mapping[str, Mapping[str, ModuleSpectrum]], metrics: Sequence[Metric]) -> HeatMap:
     ordered = dict(sorted(blocks.items(), key=lambda item: natural(item[0])))
     numbers = [_NUMBER.findall(block) for block in ordered]
-    varying = [i for i, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
+    varying = [i for i, column in enumerate(zip(*numbers, strict=False)) if len(set(column)) > 1]
     parts = _NUMBER.split(next(iter(ordered)))
     for place, letter in zip(varying, "nmkji" + "n" * len(varying), strict=False):
         parts[2 * place + 1] = letter
@@ -183,6 +185,7 @@ def kinds(spectrum: Spectrum) -> list[Kind]:
 
 def _kind(place: tuple[str, str], modules: Sequence[ModuleSpectrum], total: float) -> Kind:
     ranks = [rank for m in modules for share, rank in m.ranks if share == 0.9]
+    mean = _mean([m.singular_values for m in modules])
     return Kind(
         name=place[1],
         component=place[0],
@@ -191,7 +194,8 @@ def _kind(place: tuple[str, str], modules: Sequence[ModuleSpectrum], total: floa
         norm=fmean(m.norm or 0.0 for m in modules),
         effective_rank=fmean(m.effective_rank or 0.0 for m in modules),
         rank_90=fmean(ranks) if ranks else None,
-        bars=bars(_mean([m.singular_values for m in modules]), gap=1),
+        bars=bars(mean, gap=1),
+        width=len(mean) * WIDTH - 1,
     )
 
 

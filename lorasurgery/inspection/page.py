@@ -63,7 +63,7 @@ def render(own: Description) -> str:
     env.filters |= {"num": number, "size": size, "shape": shape, "percent": percent}
     script = env.get_template("script.js").render()
     rows = _rows(own)
-    return env.get_template("page.html.j2").render(
+    page = env.get_template("page.html.j2").render(
         own=own,
         name=Path(own.path).name or Path(own.path).resolve().name,
         version=__version__,
@@ -78,8 +78,9 @@ def render(own: Description) -> str:
         kinds=[] if own.spectrum is None else kinds(own.spectrum),
         cloud=_cloud(own),
         metadata=_metadata(own.metadata),
-        limits={"rows": MOST, "kinds": SHOWN_KINDS, "short": SHORT, "width": BARS * WIDTH, "height": HEIGHT, "bar": WIDTH},
+        limits={"rows": MOST, "kinds": SHOWN_KINDS, "short": SHORT, "width": BARS * WIDTH, "height": HEIGHT},
     )
+    return page.encode("utf-8", "replace").decode()  # names and JSON may hold surrogates, which have no UTF-8 form
 
 
 def _rows(own: Description) -> list[Row]:

@@ -34,7 +34,9 @@ def number(value: float | None) -> str:
         return ""
     if abs(value) >= 1000:
         return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
-    return f"{value:.3g}".replace("e-0", "e-")
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.2e}".replace("e-0", "e-")
+    return f"{value:.3g}"
 
 
 def size(count: float) -> str:
@@ -53,7 +55,9 @@ def shape(own: Iterable[int]) -> str:
 
 def percent(share: float) -> str:
     """A share; what is not all is never called 100 %."""
-    return f"{share:.0%}" if share in {0.0, 1.0} or 0.01 <= share < 0.995 else f"{min(share, 0.9999):.2%}"
+    if share >= 0.995:
+        return "100 %" if share > 1 - 1e-6 else f"{min(share, 0.9999) * 100:.2f} %"
+    return f"{share * 100:.0f} %" if share == 0.0 or share >= 0.01 else f"{max(share * 100, 0.1):.1f} %"
 
 
 def tiles(own: Description) -> list[Tile]:
@@ -139,6 +143,8 @@ def _said(name: str, value: Any) -> str:  # noqa: ANN401  any JSON
     if name == "seconds" and isinstance(value, int):
         hours, minutes = divmod(value // 60, 60)
         return f"{hours} h {minutes} min" if hours else f"{minutes} min {value % 60} s"
+    if name in {"started", "date"} and isinstance(value, str):
+        return value.replace("T", " ").replace("+00:00", " UTC")
     if isinstance(value, dict):
         value = ", ".join(f"{key}={own}" for key, own in value.items())
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -96,6 +96,7 @@
       facts.textContent = [["rms", "RMS"], ["norm", "norm"], ["effective", "effective rank"], ["rank", "rank"], ["ninety", "for 90 %"]]
         .filter(([key]) => cell(key).textContent)
         .map(([key, label]) => `${label} ${cell(key).textContent}`).join(" · ");
+      readout.classList.add("live");
       readout.replaceChildren(name, facts, ...all("svg", row).map((svg) => svg.cloneNode(true)));
       all(".shown", section).forEach((other) => other.classList.remove("shown"));
       link.classList.add("shown");

@@ -42,6 +42,8 @@ class Row(NamedTuple):
     info: ModuleInfo
     spectrum: ModuleSpectrum | None
     bars: str
+    width: int
+    """Of the bars."""
 
 
 class Meta(NamedTuple):
@@ -78,7 +80,7 @@ def render(own: Description) -> str:
         kinds=[] if own.spectrum is None else kinds(own.spectrum),
         cloud=_cloud(own),
         metadata=_metadata(own.metadata),
-        limits={"rows": MOST, "kinds": SHOWN_KINDS, "short": SHORT, "width": BARS * WIDTH, "height": HEIGHT},
+        limits={"rows": MOST, "kinds": SHOWN_KINDS, "short": SHORT, "height": HEIGHT},
     )
     return page.encode("utf-8", "replace").decode()  # names and JSON may hold surrogates, which have no UTF-8 form
 
@@ -87,8 +89,12 @@ def _rows(own: Description) -> list[Row]:
     """The modules in the order of their blocks."""
     spectra = {} if own.spectrum is None else {m.name: m for m in own.spectrum.modules}
     ordered = sorted(own.modules, key=lambda m: natural(m.name))
-    found = ((info, spectra.get(info.name)) for info in ordered)
-    return [Row(f"m{i}", info, m, "" if m is None else bars(m.singular_values)) for i, (info, m) in enumerate(found)]
+    found = []
+    for i, info in enumerate(ordered):
+        own_spectrum = spectra.get(info.name)
+        values = () if own_spectrum is None else own_spectrum.singular_values
+        found.append(Row(f"m{i}", info, own_spectrum, bars(values), min(len(values), BARS) * WIDTH))
+    return found
 
 
 def _cloud(own: Description) -> list[tuple[str, int, int]]:

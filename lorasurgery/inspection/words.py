@@ -65,7 +65,13 @@ def tiles(own: Description) -> list[Tile]:
     tiles = []
     if own.architecture != "unknown":
         key = f"{own.architecture}-{own.variant}" if own.variant else own.architecture
-        tiles.append(Tile("Model", own.architecture_name, f"{key}, explains {percent(own.coverage)} of the keys"))
+        tiles.append(
+            Tile(
+                "Model",
+                own.architecture_name,
+                f"{key}, explains {percent(own.coverage)} of the {'modules' if own.modules else 'weights'}",
+            )
+        )
     elif own.modules:
         nearest = ", ".join(f"{key} ({percent(share)})" for key, share in own.candidates[:2])
         tiles.append(Tile("Model", "unknown", f"nearest: {nearest}" if nearest else "no table explains the keys"))

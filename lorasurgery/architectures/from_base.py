@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import architectures
-from lorasurgery.architectures.table import DIFFUSERS, NAMINGS, SD_SCRIPTS, Architecture, Names, Part, Row, row
+from lorasurgery.architectures.table import DIFFUSERS, NAMINGS, SD_SCRIPTS, Architecture, Names, Part, Row, name_pattern, row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from lorasurgery.architectures.table import Base, Shape
     from lorasurgery.io.tensors import Tensor
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.")
+_SUFFIXES = (".weight", ".scale")
+"""``.scale``: the RMS norms of FLUX and Chroma."""
 NEARLY = 0.9
 """A known table is used for a base when it names at least this share of the base's weights."""
 
@@ -26,40 +29,64 @@ def from_base(tensors: Mapping[str, Tensor], path: Path) -> Architecture:
     A known architecture whose names these are keeps its names for every layout, with the base's own shapes (a smaller
     or wider model); otherwise the base's names are taken as they are in every layout.
     """
-    shapes = _module_shapes(tensors)
-    for arch in architectures().values():
-        for naming in NAMINGS:
-            if sum(name in arch.namings[naming] for name in shapes) >= NEARLY * len(shapes):
-                return _resized(arch, naming, shapes)
-    return Architecture(
-        id="custom",
-        variant="",
-        name=path.stem,
-        source=path.name,
-        rows=tuple(row(name, shape) for name, shape in shapes.items()),
-    )
+    _, shapes = module_shapes(tensors)
+    found = closest(shapes, architectures().values(), NEARLY)
+    return custom(shapes, path) if found is None else resized(*found, shapes)
 
 
-def _module_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Module name -> weight shape, a common prefix stripped; only the denoiser of an all-in-one checkpoint."""
-    names = {name.removesuffix(".weight"): t.shape for name, t in tensors.items() if name.endswith(".weight")}
+def custom(shapes: Mapping[str, Shape], path: Path) -> Architecture:
+    """A table of these modules, whose names are the same in every layout."""
+    rows = tuple(row(name, shape) for name, shape in shapes.items())
+    return Architecture(id="custom", variant="", name=path.stem, source=path.name, rows=rows)
+
+
+def module_shapes(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Shape]]:
+    """A common prefix, and module name -> weight shape without it; only the denoiser of an all-in-one checkpoint."""
+    names = {module: t.shape for name, t in tensors.items() if (module := _module(name, t.shape)) is not None}
     for prefix in _PREFIXES:
         inside = {name[len(prefix) :]: shape for name, shape in names.items() if name.startswith(prefix)}
         if inside and (prefix == _PREFIXES[0] or len(inside) > len(names) // 2):
-            return inside
-    return names
+            return prefix, inside
+    return "", names
 
 
-def _resized(arch: Architecture, naming: str, shapes: Mapping[str, Shape]) -> Architecture:
+def _module(key: str, shape: Shape) -> str | None:
+    """The module whose weight a key is."""
+    suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
+    return None if suffix is None or not shape or (suffix == ".scale" and len(shape) > 1) else key.removesuffix(suffix)
+
+
+def closest(shapes: Mapping[str, Shape], among: Iterable[Architecture], least: float) -> tuple[Architecture, str] | None:
+    """The table with most of these modules' names and shapes, and the naming; None when none names ``least`` of them.
+
+    Of equals the one that has fewest modules beside these, then the first.
+    """
+    patterns = Counter(name_pattern(name) for name in shapes)
+    best, found = (0, 0.0), None
+    for arch in among:
+        if sum(n for pattern, n in patterns.items() if pattern in arch.patterns) < least * len(shapes):
+            continue
+        for naming in NAMINGS:
+            names = arch.namings[naming]
+            known = [name for name in shapes if name in names]
+            if not known or len(known) < least * len(shapes):
+                continue
+            score = (sum(arch.module_shape(names[name]) == shapes[name] for name in known), len(known) / len(names))
+            if score > best:
+                best, found = score, (arch, naming)
+    return found
+
+
+def resized(arch: Architecture, naming: str, shapes: Mapping[str, Shape]) -> Architecture:
     """``arch`` with the weights and shapes of a base in one of its namings; parts keep their share of the rows.
 
     When every shape is the table's own, the table itself is returned.
     """
-    own = {base: _own_shape(base, naming, shapes) for base in arch.expanded()}
+    own = {base: _own_shape(base, naming, shapes) for base in arch.expanded}
     if all(shape == base.shape for base, shape in own.items() if shape is not None):
         return arch
     rows = tuple(
-        Row(base.name, shape, _scaled(base.in_naming(DIFFUSERS), shape[0]), _scaled(base.in_naming(SD_SCRIPTS), shape[0]))
+        Row(base.name, shape, *(_scaled(base.in_naming(other), shape[0], shapes) for other in (DIFFUSERS, SD_SCRIPTS)))
         for base, shape in own.items()
         if shape is not None
     )
@@ -75,6 +102,10 @@ def _own_shape(base: Base, naming: str, shapes: Mapping[str, Shape]) -> Shape | 
     return (sum(shape[0] for shape in present), *present[0][1:])
 
 
-def _scaled(names: Names, rows: int) -> Names:
-    total = sum(part.rows for part in names.parts)
-    return Names(tuple(Part(part.name, part.rows * rows // total) for part in names.parts), names.swap_halves)
+def _scaled(names: Names, rows: int, shapes: Mapping[str, Shape]) -> Names:
+    """Names of parts that have ``rows`` rows together: the base's own where it has the parts, else the table's shares."""
+    own = [shapes[part.name][0] for part in names.parts if part.name in shapes]
+    if len(own) < len(names.parts) or sum(own) != rows:
+        total = sum(part.rows for part in names.parts)
+        own = [part.rows * rows // total for part in names.parts]
+    return Names(tuple(Part(part.name, n) for part, n in zip(names.parts, own, strict=True)), names.swap_halves)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 Shape = tuple[int, ...]
 
@@ -33,16 +33,14 @@ class Part(NamedTuple):
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(NamedTuple):
     """What one naming calls a base weight: one module, or several stacked in this order."""
 
     parts: tuple[Part, ...]
     swap_halves: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One base weight. ``shape`` is (out, in[, k...]), or (dim,) for a norm; names are relative to the block."""
 
     name: str
@@ -50,20 +48,33 @@ class Row:
     diffusers: Names | None
     sd_scripts: Names | None
 
+    def in_naming(self, naming: str) -> Names:
+        """Its names in one naming, without the block's prefix."""
+        own = self.diffusers if naming == DIFFUSERS else self.sd_scripts if naming == SD_SCRIPTS else None
+        if own is None or not own.parts:
+            return Names((Part(self.name, self.shape[0]),), own is not None and own.swap_halves)
+        return own
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows repeated ``count`` times from index ``start``; ``{i}`` in the prefixes is the index.
+
+class Block(NamedTuple):
+    """Rows repeated ``repeats`` times from index ``start``; ``{i}`` in the prefixes is the index.
 
     A prefix of None in another naming means: the same as the original.
     """
 
     name: str
     rows: tuple[Row | Block, ...]
-    count: int = 1
+    repeats: int = 1
     start: int = 0
     diffusers: str | None = None
     sd_scripts: str | None = None
+
+    @property
+    def prefixes(self) -> tuple[str, str, str]:
+        """The block's prefix in each naming, with ``{i}`` in it."""
+        names = (self.name, self.diffusers, self.sd_scripts)
+        original, diffusers, trained = (self.name if name is None else name for name in names)
+        return original, diffusers, trained
 
 
 def _names(spec: str | Sequence[str | tuple[str, int]] | None, rows: int, *, swap: bool) -> Names | None:
@@ -127,7 +138,7 @@ class Base(NamedTuple):
     @property
     def name(self) -> str:
         """The original module name."""
-        return _join(self.prefixes[0], self.row.name)
+        return join(self.prefixes[0], self.row.name)
 
     @property
     def shape(self) -> Shape:
@@ -136,28 +147,51 @@ class Base(NamedTuple):
 
     def in_naming(self, naming: str) -> Names:
         """Its names in one naming; a row without names of its own keeps the original one under that naming's prefix."""
-        if naming == ORIGINAL:
-            return Names((Part(self.name, self.shape[0]),))
-        own = self.row.diffusers if naming == DIFFUSERS else self.row.sd_scripts
-        prefix = self.prefixes[1 if naming == DIFFUSERS else 2]
-        if own is None or not own.parts:
-            swap = own is not None and own.swap_halves
-            return Names((Part(_join(prefix, self.row.name), self.shape[0]),), swap)
-        return Names(tuple(Part(_join(prefix, p.name), p.rows) for p in own.parts), own.swap_halves)
+        prefix, own = self.prefixes[NAMINGS.index(naming)], self.row.in_naming(naming)
+        return Names(tuple([Part(join(prefix, name), rows) for name, rows in own.parts]), own.swap_halves)
 
 
-def _join(prefix: str, name: str) -> str:
+def join(prefix: str, name: str) -> str:
+    """A name under a prefix; either may be empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def expand(rows: Sequence[Row | Block], prefixes: tuple[str, str, str] = ("", "", ""), *, once: bool = False) -> Iterator[Base]:
-    """Every base weight under its block prefixes; ``once``: only the first of each repeated block."""
+def expand(rows: Sequence[Row | Block]) -> list[Base]:
+    """Every base weight under its block prefixes."""
+    found: list[Base] = []
+    _expand(rows, ("", "", ""), found)
+    return found
+
+
+def _expand(rows: Sequence[Row | Block], prefixes: tuple[str, str, str], found: list[Base]) -> None:
     for item in rows:
         if isinstance(item, Row):
-            yield Base(item, prefixes)
+            found.append(Base(item, prefixes))
             continue
-        names = (item.name, item.name if item.diffusers is None else item.diffusers,
-                 item.name if item.sd_scripts is None else item.sd_scripts)  # fmt: skip
-        for i in range(item.start, item.start + (1 if once else item.count)):
-            original, diffusers, trained = (_join(p, n.format(i=i)) for p, n in zip(prefixes, names, strict=True))
-            yield from expand(item.rows, (original, diffusers, trained), once=once)
+        for i in range(item.start, item.start + item.repeats):
+            own = zip(prefixes, item.prefixes, strict=True)
+            original, diffusers, trained = (join(prefix, name.replace("{i}", str(i))) for prefix, name in own)
+            _expand(item.rows, (original, diffusers, trained), found)
+
+
+def patterns(rows: Sequence[Row | Block]) -> frozenset[str]:
+    """The :func:`name_pattern` of every name in every naming, without expanding the blocks."""
+    found: set[str] = set()
+    _patterns(rows, ("", "", ""), found)
+    return frozenset(found)
+
+
+def _patterns(rows: Sequence[Row | Block], prefixes: Sequence[str], found: set[str]) -> None:
+    for item in rows:
+        if isinstance(item, Block):
+            own = zip(prefixes, item.prefixes, strict=True)
+            _patterns(item.rows, [prefix + _pattern(name and f"{name}.") for prefix, name in own], found)
+            continue
+        for naming, prefix in zip(NAMINGS, prefixes, strict=True):
+            for part in item.in_naming(naming).parts:
+                found.add(prefix + _pattern(part.name) if part.name else prefix[:-1])
+
+
+@lru_cache(maxsize=1 << 12)
+def _pattern(name: str) -> str:
+    return name_pattern(name.replace("{i}", "0"))

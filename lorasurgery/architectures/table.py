@@ -33,7 +33,9 @@ from lorasurgery.architectures.rows import (
     block,
     expand,
     flat,
+    join,
     name_pattern,
+    patterns,
     row,
 )
 
@@ -102,7 +104,7 @@ class Architecture:
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Every original weight's module name and its shape (out, in[, k...])."""
-        return MappingProxyType({base.name: base.shape for base in expand(self.rows)})
+        return MappingProxyType({base.name: base.shape for base in self.expanded})
 
     @cached_property
     def namings(self) -> Mapping[str, Mapping[str, Spans]]:
@@ -112,9 +114,10 @@ class Architecture:
         """
         return _Namings(self)
 
-    def expanded(self) -> Iterator[Base]:
+    @cached_property
+    def expanded(self) -> tuple[Base, ...]:
         """Every base weight with its names in every naming."""
-        return expand(self.rows)
+        return tuple(expand(self.rows))
 
     @cached_property
     def alias_names(self) -> Mapping[str, Spans]:
@@ -131,11 +134,7 @@ class Architecture:
     @cached_property
     def patterns(self) -> frozenset[str]:
         """Every name of every naming, flattened, its numbers replaced by ``#``: a cheap first look at a file."""
-        found = {name_pattern(alias.format(i=0)) for alias, _ in self.aliases}
-        for expanded in expand(self.rows, once=True):
-            for naming in NAMINGS:
-                found.update(name_pattern(part.name) for part in expanded.in_naming(naming).parts)
-        return frozenset(found)
+        return patterns(self.rows) | {name_pattern(alias.format(i=0)) for alias, _ in self.aliases}
 
     def module_shape(self, spans: Spans) -> Shape:
         """(out, in[, k...]) of the module that stands for ``spans``; raises KeyError for an unknown weight."""
@@ -158,7 +157,7 @@ class EncoderTable:
     @cached_property
     def patterns(self) -> frozenset[str]:
         """Every name, flattened, its numbers replaced by ``#``."""
-        return frozenset(name_pattern(base.name) for base in expand(self.rows, once=True))
+        return patterns(self.rows)
 
 
 class _Namings(Mapping[str, Mapping[str, Spans]]):
@@ -185,23 +184,26 @@ class _Namings(Mapping[str, Mapping[str, Spans]]):
 
 
 def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
+    """Every module name of a naming and its rows. A loop over tens of thousands of names at start-up: kept tight."""
     if naming == DIFFUSERS and not arch.has_diffusers:
         return {}
     found: dict[str, Spans] = {}
-    for base in expand(arch.rows):
-        names = base.in_naming(naming)
-        if sum(p.rows for p in names.parts) != base.shape[0]:
-            raise ValueError(f"{arch.key}: the {naming} parts of {base.name} do not sum to {base.shape[0]} rows")
+    which = NAMINGS.index(naming)
+    for row_, prefixes in arch.expanded:
+        weight, rows = join(prefixes[0], row_.name), row_.shape[0]
+        parts, swap_halves = row_.in_naming(naming)
         start = 0
-        for part in names.parts:
-            spans: Spans = (Span(base.name, start, start + part.rows),)
-            if names.swap_halves:
-                half = part.rows // 2
-                spans = (Span(base.name, half, part.rows), Span(base.name, 0, half))
-            if part.name in found:
-                raise ValueError(f"{arch.key}: two weights are called {part.name} in the {naming} naming")
-            found[part.name] = spans
-            start += part.rows
+        for name, own in parts:
+            stop = start + own
+            spans: Spans = (Span(weight, start, stop),)
+            if swap_halves:
+                spans = (Span(weight, start + own // 2, stop), Span(weight, start, start + own // 2))
+            full = join(prefixes[which], name)
+            if full in found:
+                raise ValueError(f"{arch.key}: two weights are called {full} in the {naming} naming")
+            found[full], start = spans, stop
+        if start != rows:
+            raise ValueError(f"{arch.key}: the {naming} parts of {weight} do not sum to {rows} rows")
     return found
 
 

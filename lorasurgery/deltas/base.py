@@ -159,11 +159,11 @@ class Rounding:
         """Rows from ``start`` of ``total``: as they should be, and as they are stored."""
         if self._record is None:
             return
-        back = result.astype(exact.dtype)
-        self._happened = self._happened or not bool((back == exact).all())
+        self._happened = self._happened or not bool((result.astype(exact.dtype) == exact).all())
         self._step = max(total // ROWS, 1)
         first = -start % self._step
-        self._samples.append((exact[first :: self._step].copy(), back[first :: self._step] - exact[first :: self._step]))
+        sample = exact[first :: self._step].copy()
+        self._samples.append((sample, result[first :: self._step].astype(exact.dtype) - sample))
 
     def tell(self) -> None:
         """All rows have been looked at."""

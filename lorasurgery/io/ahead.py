@@ -24,10 +24,10 @@ class Ahead:
     def __init__(self, tensors: Mapping[str, Tensor], order: Sequence[str]) -> None:
         self._tensors = tensors
         self._waiting = deque(name for name in order if tensors[name].compute is not None and tensors[name].nbytes <= LARGEST)
-        self._running: deque[tuple[str, Future[bytes]]] = deque()
+        self._running: deque[tuple[str, Future[bytes | memoryview]]] = deque()
         self._pool: ThreadPoolExecutor | None = None
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str) -> bytes | memoryview:
         """The bytes of the next computed tensor, ``name``; raises what computing it raised."""
         if self._tensors[name].nbytes > LARGEST:
             return computed_bytes(name, self._tensors[name])

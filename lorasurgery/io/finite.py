@@ -58,7 +58,7 @@ def blocks(tensor: Tensor) -> Iterator[bytes]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     if tensor.compute is not None:
-        return all_finite(tensor.dtype, tensor.tobytes())
+        return all_finite(tensor.dtype, tensor.buffer())
     return tensor.dtype not in _EXPONENTS or all(all_finite(tensor.dtype, block) for block in blocks(tensor))
 
 
@@ -67,13 +67,13 @@ def first_bad(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if tensor.compute is None and not is_finite(tensor)), None)
 
 
-def computed_bytes(name: str, tensor: Tensor) -> bytes:
+def computed_bytes(name: str, tensor: Tensor) -> bytes | memoryview:
     """A computed tensor's bytes; raises BrokenModuleError when they hold NaN or infinity."""
     import numpy as np
 
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            data = tensor.tobytes()
+            data = tensor.buffer()
     except ValueRangeError as error:
         raise BrokenModuleError(f"{name}: {error.message}", key=name, hint=error.hint) from error
     if not all_finite(tensor.dtype, data):

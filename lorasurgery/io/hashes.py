@@ -8,17 +8,16 @@ Source: ``precalculate_safetensors_hashes`` and ``addnet_hash_legacy`` in sd-scr
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 from typing import TYPE_CHECKING
 
 from lorasurgery.io.header import header_bytes
+from lorasurgery.io.sources import Region
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.io.sources import Region
     from lorasurgery.io.tensors import Tensor
 
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
@@ -33,13 +32,15 @@ class HashingThread:
     """
 
     def __init__(self) -> None:
+        import hashlib
+
         self._digest = hashlib.sha256()
-        self._queue: queue.Queue[Region | bytes | None] = queue.Queue(maxsize=64)
+        self._queue: queue.Queue[Region | bytes | memoryview | None] = queue.Queue(maxsize=64)
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def add(self, item: Region | bytes) -> None:
+    def add(self, item: Region | bytes | memoryview) -> None:
         """The next bytes of the stream."""
         self._queue.put(item)
 
@@ -65,8 +66,8 @@ class HashingThread:
             except OSError as error:
                 self._failure = error
 
-    def _update(self, item: Region | bytes) -> None:
-        if isinstance(item, bytes):
+    def _update(self, item: Region | bytes | memoryview) -> None:
+        if not isinstance(item, Region):
             self._digest.update(item)
             return
         for at in range(0, item.length, CHUNK):
@@ -87,4 +88,6 @@ def legacy_window(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 def legacy_hash(header_part: bytes, data_part: bytes) -> str:
     """8 hex digits."""
+    import hashlib
+
     return hashlib.sha256(header_part + data_part).hexdigest()[:8]

@@ -14,7 +14,7 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.errors import ValueRangeError
+from lorasurgery.errors import SurgeryError, ValueRangeError
 from lorasurgery.io.sources import MemorySource, Region, ZeroSource
 
 if TYPE_CHECKING:
@@ -32,12 +32,16 @@ BITS = MappingProxyType(
         **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
         **dict.fromkeys(("F32", "U32", "I32"), 32),
         **dict.fromkeys(("BF16", "F16", "U16", "I16"), 16),
-        **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+        **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+        **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+        "F4": 4,
     }
 )
-"""Bits per element of the safetensors dtypes that an adapter can hold (sub-byte types are refused by the header)."""
+"""Bits per element of every safetensors dtype. Source: ``Dtype`` in ``safetensors/src/tensor.rs`` (0.8)."""
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"})
+CARRIED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""Floating-point types that no adapter is trained in: their bytes are moved, their values are never computed with."""
 
 _NUMPY_NAMES = MappingProxyType(
     {
@@ -96,13 +100,19 @@ class Tensor:
     def tobytes(self) -> bytes:
         """The bytes as they stand in a file: little endian, row major."""
         if self.compute is not None:
-            import numpy as np
-
-            return np.ascontiguousarray(self.array()).tobytes()
+            return bytes(self.buffer())
         if len(self.regions) == 1:
             region = self.regions[0]
             return region.source.read(region.offset, region.length)
         return b"".join(r.source.read(r.offset, r.length) for r in self.regions)
+
+    def buffer(self) -> bytes | memoryview:
+        """:meth:`tobytes` without a copy of what was computed."""
+        if self.compute is None:
+            return self.tobytes()
+        import numpy as np
+
+        return np.ascontiguousarray(self.array()).reshape(-1).view(np.uint8).data
 
     def item(self) -> float:
         """The value of a tensor with one element."""
@@ -117,13 +127,15 @@ class Tensor:
         return Tensor(self.dtype, shape, self.regions)
 
     def rows(self, ranges: Ranges) -> Tensor:
-        """The rows of axis 0 in ``ranges``, in that order."""
+        """The rows of axis 0 in ``ranges``, in that order; raises SurgeryError when rows do not begin on whole bytes."""
         shape = (sum(stop - start for start, stop in ranges), *self.shape[1:])
         if list(ranges) == [(0, self.shape[0])]:
             return self
         if self.compute is not None:
             return Tensor(self.dtype, shape, compute=lambda: _take(self.array(), ranges))
-        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        row, bits = divmod(prod(self.shape[1:]) * BITS[self.dtype], 8)
+        if bits:
+            raise SurgeryError(f"rows of {self.shape[1:]} {self.dtype} are no whole number of bytes", hint="a wider dtype")
         regions = [part for start, stop in ranges for part in self._bytes(start * row, stop * row)]
         return Tensor(self.dtype, shape, tuple(regions))
 
@@ -151,8 +163,13 @@ class Tensor:
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """numpy's dtype of a safetensors dtype name."""
+    """numpy's dtype of a safetensors dtype name; raises SurgeryError for those of :data:`CARRIED`."""
     import numpy as np
+
+    if dtype in CARRIED:
+        raise SurgeryError(
+            f"{dtype} values are carried as bytes, not computed with", hint="a version of the file in F32, F16 or BF16"
+        )
 
     if dtype in _NUMPY_NAMES:
         return np.dtype(_NUMPY_NAMES[dtype])

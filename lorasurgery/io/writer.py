@@ -12,11 +12,11 @@ from lorasurgery.errors import OutputExistsError
 from lorasurgery.io.ahead import Ahead
 from lorasurgery.io.hashes import CHUNK, HashingThread, legacy_hash, legacy_window
 from lorasurgery.io.header import header_bytes, serialiser_order
+from lorasurgery.io.sources import Region
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from lorasurgery.io.sources import Region
     from lorasurgery.io.tensors import Tensor
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
@@ -89,10 +89,10 @@ def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str 
             for item in tensor.regions if tensor.compute is None else (ahead.get(name),):
                 if hashing is not None:
                     hashing.add(item)
-                if isinstance(item, bytes):
-                    write_all(fd, item)
-                else:
+                if isinstance(item, Region):
                     copy_region(fd, item)
+                else:
+                    write_all(fd, item)
         return None if hashing is None else hashing.hexdigest()
     finally:
         ahead.close()
@@ -114,7 +114,7 @@ def copy_region(fd: int, region: Region) -> None:
         offset, left = offset + len(data), left - len(data)
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
     """All of ``data`` to a descriptor."""
     view = memoryview(data)
     while view:

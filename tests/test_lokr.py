@@ -53,6 +53,18 @@ def test_split_inside_one_block(tmp_path: Path) -> None:
         assert convert(parts.as_made(), "comfyui", tmp_path).tensors == made.tensors
 
 
+@pytest.mark.parametrize("ratio", [4.0, 0.3])
+def test_members_that_share_a_row_are_fused_whatever_their_scales(ratio: float, tmp_path: Path) -> None:
+    """The scale of the third member goes into its own w2, not into the w1 that all share."""
+    parts = convert(fused_file(1, whole2=False), "onetrainer", tmp_path).as_made()
+    name = [key for key in parts.tensors if key.endswith(".alpha")][2]
+    parts.tensors[name] = raw(np.array(float(parts.tensors[name].item()) * ratio), parts.tensors[name].dtype)
+    fused = convert(parts, "comfyui", tmp_path)
+    assert fused.report.families() == {"lokr": 1}
+    assert fused.report.exact == (ratio == 4.0)
+    assert_same(parts.meaning(), fused.meaning(), 0.0 if ratio == 4.0 else 3e-3)
+
+
 @pytest.mark.parametrize("target", ["onetrainer", "lycoris"])
 def test_cuts_through_blocks_are_refused(target: str, tmp_path: Path) -> None:
     made = fused_file(4)

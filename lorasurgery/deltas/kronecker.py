@@ -100,12 +100,15 @@ class Kronecker:
         return replace(self, w2_a=a.rows(ranges) if self.t2 is None else a.columns(ranges))
 
     def scaled(self, factor: float, record: Record | None = None) -> Kronecker:
-        """Fold ``factor`` into w1, or w1_a: the relative rounding error of w1 is that of the delta."""
+        """Fold ``factor`` into one factor: its relative rounding error is that of the delta.
+
+        That is w1 or w1_a; w2 or w2_a where w1 has one row, which modules that are stacked then may still share.
+        """
         if factor == 1.0:
             return self
-        if self.w1 is not None:
-            return replace(self, w1=multiplied(self.w1, factor, record))
-        return replace(self, w1_a=multiplied(_first(self.w1_a), factor, record))
+        names = ("w2", "w2_a") if self.blocks == 1 and self.t2 is None else ("w1", "w1_a")
+        slot, tensor = next((name, found) for name in names if (found := getattr(self, name)) is not None)
+        return replace(self, **{slot: multiplied(tensor, factor, record)})
 
     def cast(self, dtype: str, record: Record | None = None) -> Kronecker:
         """Every factor in ``dtype``."""

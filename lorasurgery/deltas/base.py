@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import frexp, prod, sqrt
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -118,16 +118,25 @@ def _converted(tensor: Tensor, dtype: str, factor: float, rounding: Rounding) ->
     """``tensor`` times ``factor`` in ``dtype``, some rows at a time: they stay in the cache, and wide copies stay small."""
     import numpy as np
 
-    values = tensor.array().reshape(tensor.shape[0] if tensor.shape else 1, -1)
-    result = np.empty(values.shape, numpy_dtype(dtype))
-    rows = max(CHUNK // max(values.shape[1], 1), 1)
-    for start in range(0, len(values), rows):
-        exact = values[start : start + rows].astype(wide(tensor.dtype))
-        exact *= factor
-        result[start : start + rows] = exact
-        rounding.look(start, len(values), exact, result[start : start + rows])
+    shape = (tensor.shape[0], prod(tensor.shape[1:])) if tensor.shape else (1, 1)
+    result = np.empty(shape, numpy_dtype(dtype))
+    for start, block in row_blocks(tensor.reshape(*shape)):
+        exact = np.multiply(block, block.dtype.type(factor), out=block)
+        own = result[start : start + len(exact)]
+        own[...] = exact
+        rounding.look(start, len(result), exact, own)
     rounding.tell()
     return result.reshape(tensor.shape)
+
+
+def row_blocks(tensor: Tensor) -> Iterator[tuple[int, Array]]:
+    """(first row, values as :func:`wide` has them) of a matrix, about :data:`CHUNK` elements at a time."""
+    rows = max(CHUNK // max(tensor.shape[1], 1), 1)
+    whole = None if tensor.compute is None else tensor.array()
+    for start in range(0, tensor.shape[0], rows):
+        stop = min(start + rows, tensor.shape[0])
+        block = tensor.rows([(start, stop)]).array() if whole is None else whole[start:stop]
+        yield start, block.astype(wide(tensor.dtype))
 
 
 def wide(dtype: str) -> str:
@@ -135,7 +144,7 @@ def wide(dtype: str) -> str:
     return "float64" if dtype in ("F32", "F64") else "float32"
 
 
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 """Elements converted at a time."""
 ROWS = 512
 """Rows that are enough to measure a rounding error by."""
@@ -182,20 +191,20 @@ PROBES = 16
 """Random vectors a product is measured with; up to this rank it is measured exactly."""
 
 
-def sketch_of(down: Array) -> Array:
+def sketch_of(down: Tensor) -> Array:
     """M (rank, m) with ||x M||^2 = ||x down||^2: exact up to rank 16, else estimated with 16 random vectors of signs.
 
-    ``down``: (rank, in). The estimate is Hutchinson's, unbiased, with the same vectors every time; of two norms taken
-    with it the ratio is good to a few percent.
+    ``down``: (rank, in), read some rows at a time. The estimate is Hutchinson's, unbiased, with the same vectors every
+    time; of two norms taken with it the ratio is good to a few percent.
     """
     import numpy as np
 
-    if len(down) <= PROBES:
-        values, vectors = np.linalg.eigh(down @ down.T)
+    if down.shape[0] <= PROBES:
+        rows = np.concatenate([block for _, block in row_blocks(down)])
+        values, vectors = np.linalg.eigh(rows @ rows.T)
         exact: Array = vectors * np.sqrt(np.maximum(values, 0.0))
         return exact
-    estimate: Array = down @ _signs(down.shape[1], down.dtype.name)
-    return estimate
+    return np.concatenate([block @ _signs(down.shape[1], block.dtype.name) for _, block in row_blocks(down)])
 
 
 @lru_cache(maxsize=8)

@@ -80,7 +80,7 @@ class LowRank:
 
     def _sketch(self) -> Array:
         """What a change of ``up`` is measured with."""
-        return sketch_of(self.down.array().astype(wide(self.down.dtype)).reshape(self.rank, -1))
+        return sketch_of(self.down.reshape(self.rank, self.down.size // self.rank))
 
     def cast(self, dtype: str, record: Record | None = None) -> LowRank:
         """Every factor in ``dtype``; ``record`` gets the error of the product (for Tucker, the sum of the factors')."""

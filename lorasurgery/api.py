@@ -42,9 +42,9 @@ def load(path: str | Path, *, arch: str | None = None, base: str | Path | None =
     path = Path(path)
     among: tuple[Architecture, ...] | None = None if arch is None else named(arch)
     if base is not None:
-        from lorasurgery.architectures.from_base import from_base
+        from lorasurgery.models import open_model
 
-        among = (from_base(read_any(Path(base)).tensors, Path(base)),)
+        among = (open_model(base).architecture,)
     if path.is_dir() and is_peft_folder(path):
         raw, configs = read_peft_folder(path)
         rules = {component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()}

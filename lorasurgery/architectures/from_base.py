@@ -42,7 +42,11 @@ def custom(shapes: Mapping[str, Shape], path: Path) -> Architecture:
 
 def module_shapes(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Shape]]:
     """A common prefix, and module name -> weight shape without it; only the denoiser of an all-in-one checkpoint."""
-    names = {module: t.shape for name, t in tensors.items() if (module := _module(name, t.shape)) is not None}
+    names: dict[str, Shape] = {}
+    for name, tensor in tensors.items():
+        module = _module(name, tensor.shape)
+        if module is not None and not (module in names and name.endswith(_SUFFIXES[1])):
+            names[module] = tensor.shape
     for prefix in _PREFIXES:
         inside = {name[len(prefix) :]: shape for name, shape in names.items() if name.startswith(prefix)}
         if inside and (prefix == _PREFIXES[0] or len(inside) > len(names) // 2):
@@ -57,21 +61,24 @@ def _module(key: str, shape: Shape) -> str | None:
 
 
 def closest(shapes: Mapping[str, Shape], among: Iterable[Architecture], least: float) -> tuple[Architecture, str] | None:
-    """The table with most of these modules' names and shapes, and the naming; None when none names ``least`` of them.
+    """The table that names most of these modules, and the naming; None when none names the share ``least`` of them.
 
-    Of equals the one that has fewest modules beside these, then the first.
+    Of several the one with most equal shapes, then most equal numbers of axes, then fewest other modules; then the first.
     """
     patterns = Counter(name_pattern(name) for name in shapes)
-    best, found = (0, 0.0), None
+    best: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    found = None
     for arch in among:
         if sum(n for pattern, n in patterns.items() if pattern in arch.patterns) < least * len(shapes):
             continue
         for naming in NAMINGS:
             names = arch.namings[naming]
-            known = [name for name in shapes if name in names]
-            if not known or len(known) < least * len(shapes):
+            known = {name: arch.module_shape(names[name]) for name in shapes if name in names}
+            if len(known) < least * len(shapes):
                 continue
-            score = (sum(arch.module_shape(names[name]) == shapes[name] for name in known), len(known) / len(names))
+            alike = sum(shapes[name] == shape for name, shape in known.items())
+            axes = sum(len(shapes[name]) == len(shape) for name, shape in known.items())
+            score = (len(known), alike, axes, len(known) / max(len(names), 1))
             if score > best:
                 best, found = score, (arch, naming)
     return found
@@ -102,10 +109,15 @@ def _own_shape(base: Base, naming: str, shapes: Mapping[str, Shape]) -> Shape | 
     return (sum(shape[0] for shape in present), *present[0][1:])
 
 
-def _scaled(names: Names, rows: int, shapes: Mapping[str, Shape]) -> Names:
-    """Names of parts that have ``rows`` rows together: the base's own where it has the parts, else the table's shares."""
+def _scaled(names: Names, rows: int, shapes: Mapping[str, Shape]) -> Names | None:
+    """Names of parts that have ``rows`` rows together: the base's own where it has the parts, else the table's shares.
+
+    None, so that the weight keeps its original name, when its rows do not divide so: nothing tells where a part begins.
+    """
     own = [shapes[part.name][0] for part in names.parts if part.name in shapes]
     if len(own) < len(names.parts) or sum(own) != rows:
         total = sum(part.rows for part in names.parts)
+        if any(part.rows * rows % total for part in names.parts):
+            return None
         own = [part.rows * rows // total for part in names.parts]
     return Names(tuple(Part(part.name, n) for part, n in zip(names.parts, own, strict=True)), names.swap_halves)

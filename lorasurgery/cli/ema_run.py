@@ -1,0 +1,176 @@
+"""What ``lorasurgery ema`` does: read the checkpoints in order, average them, write the result."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.api import SaveOptions, load, read_any, save
+from lorasurgery.cli.files import expanded
+from lorasurgery.errors import RequestError
+from lorasurgery.io.finite import computed_bytes
+from lorasurgery.io.header import RawFile
+from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH, check_output, write_safetensors
+from lorasurgery.layouts.parse import parse
+from lorasurgery.surgery.convert import Options, convert
+from lorasurgery.surgery.ema import ema
+from lorasurgery.surgery.ema_order import Ordered, in_order
+from lorasurgery.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from lorasurgery.io.tensors import Tensor
+    from lorasurgery.surgery.ema import EmaOptions
+
+PROVENANCE = "lorasurgery.merged_from"
+"""As ``lorasurgery merge`` writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmaRequest:
+    """The command line's options."""
+
+    options: EmaOptions
+    delta: bool = False
+    rank: int | None = None
+    sort: str = "steps"
+    arch: str | None = None
+    target: str | None = None
+    dtype: str = "keep"
+    force: bool = False
+    strict: bool = False
+    dry_run: bool = False
+    measure: bool = False
+
+
+@dataclass(slots=True)
+class Averaged:
+    """The outcome."""
+
+    output: Path | None
+    paths: list[Path]
+    by: str
+    weights: tuple[float, ...]
+    written: bool = False
+    tensors: int = 0
+    rounding: float = 0.0
+    """Relative error of the changes that rounding made, where it is known (``--on delta``, ``--dtype``)."""
+    distance: float | None = None
+    """From the average of the changes, where it was asked for."""
+    resize: dict[str, Any] | None = None
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run(paths: Sequence[Path], out: Path | None, request: EmaRequest) -> Averaged:
+    """Average the checkpoints that ``paths`` mean; ``out`` itself is never one of them."""
+    started = time.perf_counter()
+    inputs = [file for path in paths for file in expanded(path) if out is None or file.absolute() != out.absolute()]
+    if len(inputs) < 2:
+        raise RequestError(f"an average needs two checkpoints at least, not {len(inputs)}", hint="the files of one run")
+    folders = [path for path in inputs if path.is_dir()]
+    if folders and not request.delta:
+        raise RequestError("a folder of PEFT", path=folders[0], hint="--on delta, or lorasurgery convert to files first")
+    ordered = in_order([_raw(path) for path in inputs], request.sort)
+    files = [file.path for file in ordered.files]
+    done = Averaged(out, files, ordered.by, request.options.weights(len(files)))
+    if out is not None and not request.dry_run:
+        check_output(out, files, force=request.force)
+    (_changes if request.delta else _tensors)(ordered, out, request, done)
+    done.seconds = time.perf_counter() - started
+    return done
+
+
+def _raw(path: Path) -> RawFile:
+    """A file, or the metadata and name of a PEFT folder."""
+    return RawFile(path, {}, {}) if path.is_dir() else read_any(path)
+
+
+def _tensors(ordered: Ordered, out: Path | None, request: EmaRequest, done: Averaged) -> None:
+    """The average of the tensors, in the files' own keys unless another layout or dtype was asked for."""
+    averaged = ema(ordered.files, request.options)
+    last = ordered.files[-1]
+    kept = {key: value for key, value in last.metadata.items() if key not in (MODEL_HASH, LEGACY_HASH)}
+    kept = {"format": "pt", **kept, "lorasurgery.version": __version__, "lorasurgery.operation": _operation(request, done)}
+    kept[PROVENANCE] = _provenance(ordered.files, request, done)
+    done.tensors = len(averaged)
+    if request.measure:
+        from lorasurgery.surgery.ema_distance import distance_from_changes
+
+        done.distance = distance_from_changes(ordered.files, done.weights, averaged)
+    if request.target is not None or request.dtype != "keep":
+        source = parse(RawFile(last.path, averaged, kept))
+        marked = replace(source, operation=_operation(request, done))
+        target = request.target or source.layout
+        result, report = convert(marked, target, Options(dtype=request.dtype))
+        save(result, out or last.path, options=_saving(request), report=report)
+        done.written, done.rounding = report.written, report.losses.total()
+        done.dropped, done.warnings = report.dropped, report.warnings
+        return
+    if request.dry_run or out is None:
+        _computed(averaged)
+        return
+    hashes = MODEL_HASH in last.metadata or any(key.startswith("ss_") for key in last.metadata)
+    write_safetensors(out, averaged, kept, hashes=hashes)
+    done.written = True
+
+
+def _computed(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.compute is not None:
+            computed_bytes(name, tensor)
+
+
+def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Averaged) -> None:
+    """The weighted sum of what the files do, by the code of ``lorasurgery merge``."""
+    from lorasurgery.report import Report
+    from lorasurgery.surgery.merge.engine import merge
+    from lorasurgery.surgery.merge.inputs import Source, one_architecture
+    from lorasurgery.surgery.merge.options import MergeOptions
+    from lorasurgery.surgery.merge.weights import Weight
+    from lorasurgery.surgery.resize import ResizeOptions
+
+    paths = [file.path for file in ordered.files]
+    adapters = one_architecture([load(p, arch=request.arch) for p in paths], lambda i, arch: load(paths[i], arch=arch))
+    pairs = zip(adapters, paths, done.weights, strict=True)
+    sources = [Source(adapter, Weight(weight), path.name) for adapter, path, weight in pairs if weight]
+    cut = None if request.rank is None else ResizeOptions(rank=request.rank, dtype=request.dtype, text_encoders=True)
+    result, merged = merge(sources, MergeOptions(resize=cut, dtype=request.dtype), request.target)
+    last = {key: value for key, value in adapters[-1].metadata.items() if key not in (MODEL_HASH, LEGACY_HASH)}
+    last[PROVENANCE] = _provenance(ordered.files, request, done)
+    result = replace(result, metadata={**last, **_sizes(result.metadata)}, operation=_operation(request, done))
+    target = request.target or result.layout
+    report = Report(architecture=result.architecture.key, source_layout=result.layout, target_layout=target)
+    if target != result.layout:
+        result, report = convert(result, target)
+    save(result, out or paths[-1], options=_saving(request), report=report)
+    done.written, done.tensors = report.written, sum(len(m.delta.tensors) for m in result.modules.values() if m.delta)
+    done.rounding = max(merged.losses.total(), report.losses.total())
+    done.resize = None if merged.resize is None else merged.resize.to_json()
+    done.dropped, done.warnings = [*merged.dropped, *report.dropped], [*merged.warnings, *report.warnings]
+
+
+def _sizes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a merge says of the network, where the last file's words may no longer hold."""
+    return {key: value for key, value in metadata.items() if key.startswith("ss_network_")}
+
+
+def _saving(request: EmaRequest) -> SaveOptions:
+    return SaveOptions(force=request.force, strict=request.strict, dry_run=request.dry_run)
+
+
+def _operation(request: EmaRequest, done: Averaged) -> str:
+    return f"ema of {len(done.paths)} {'changes' if request.delta else 'files'}, {request.options.way}"
+
+
+def _provenance(files: Sequence[RawFile], request: EmaRequest, done: Averaged) -> str:
+    rows = []
+    for file, weight in zip(files, done.weights, strict=True):
+        own = {"hash": file.metadata[MODEL_HASH]} if MODEL_HASH in file.metadata else {}
+        rows.append({"file": file.path.name, "weight": f"{weight:g}", **own})
+    return json.dumps({"method": f"ema {request.options.way}", "files": rows})

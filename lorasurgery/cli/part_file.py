@@ -1,0 +1,79 @@
+"""Writing an adapter that was made of another one's modules: ``split`` and ``prune``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.api import SaveOptions, save
+from lorasurgery.cli.batch import SUFFIX
+from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.layouts.targets import LAYOUTS, layout
+from lorasurgery.report import Report
+from lorasurgery.surgery.convert import Options, convert
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorasurgery.adapter import Adapter
+
+PEFT = "peft"
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How results are written."""
+
+    target: str | None = None
+    """Layout; None: the input's own."""
+    dtype: str = "keep"
+    force: bool = False
+    strict: bool = False
+    dry_run: bool = False
+
+    def check(self) -> None:
+        """Raises RequestError for a layout or dtype that is none."""
+        if self.target is not None:
+            layout(self.target)
+        Options(dtype=self.dtype).check()
+
+    def layout_for(self, adapter: Adapter) -> str:
+        """The layout of the result; raises RequestError where the input's own is only read."""
+        if self.target is not None:
+            return layout(self.target).id
+        own = PEFT if adapter.path is not None and adapter.path.is_dir() else adapter.layout
+        if own not in LAYOUTS:
+            raise RequestError(
+                f"its layout, {own}, is only read, not written", path=adapter.path, hint="--target comfyui, or another"
+            )
+        return own
+
+    def suffix(self, adapter: Adapter) -> str:
+        """What a result's name ends with: PEFT's are folders."""
+        return "" if self.layout_for(adapter) == PEFT else SUFFIX
+
+
+def write_part(adapter: Adapter, source: Path, out: Path, how: Writing) -> Report:
+    """Save ``adapter``, made of ``source``'s modules, to ``out``; raises what convert and save raise."""
+    target = how.layout_for(adapter)
+    second = SECOND_DENOISER in {site.component for site in adapter.modules}
+    if second:
+        _refuse_both(adapter, source)
+    if target != adapter.layout or how.dtype != "keep" or second:  # convert writes the second expert as the first
+        adapter, report = convert(adapter, target, Options(dtype=how.dtype))
+    else:
+        report = Report(architecture=adapter.architecture.key, source_layout=target, target_layout=target)
+    report.input = str(source)
+    save(adapter, out, options=SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run), report=report)
+    return report
+
+
+def _refuse_both(adapter: Adapter, source: Path) -> None:
+    """No loader takes Wan 2.2's two experts from one file; raises NotRepresentableError when a result would hold both."""
+    first = next((module for site, module in adapter if site.component == DENOISER), None)
+    if first is not None:
+        raise NotRepresentableError(
+            f"{first.name}: Wan 2.2's two experts are written to two files", module=first.name, path=source,
+            hint="--keep transformer_1 and --keep transformer_2, or split --by component",
+        )  # fmt: skip

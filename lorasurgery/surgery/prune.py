@@ -1,0 +1,193 @@
+"""Leave modules out of an adapter, by name or because another model does not have them; scale or negate the rest.
+
+What is kept is exact: a scale becomes part of alpha where the layout has one, a sign flips the signs of one factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.architectures import named
+from lorasurgery.deltas.base import multiplied
+from lorasurgery.deltas.full import Opaque
+from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.surgery.blocks import member, parse_selection
+from lorasurgery.surgery.parts import subset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lorasurgery.adapter import Adapter, Module, Site
+    from lorasurgery.architectures.table import Architecture
+
+    Test = Callable[[Module], bool]
+
+FAMILY = "family="
+BASE_VERSION, SPEC = "ss_base_model_version", "modelspec.architecture"
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """What to leave out, and what to do with the rest."""
+
+    keep: tuple[str, ...] = ()
+    """Selections (``te1``, ``unet``, ``double=0-18``, ``in=4-8``, ``family=lokr``, ``re=REGEX``); none: everything."""
+    drop: tuple[str, ...] = ()
+    """Selections that go, of what ``keep`` keeps."""
+    target: str | None = None
+    """A model, by name (``chroma``, ``flux1-dev``) or by its file: what it does not have goes, and the rest is for it."""
+    scale: float = 1.0
+    negate: bool = False
+
+    def check(self) -> None:
+        """Raises RequestError for options that ask for nothing or for no number."""
+        if not isfinite(self.scale) or self.scale == 0.0:
+            raise RequestError(f"the scale is a number other than 0, not {self.scale:g}", hint="--drop for what is to go")
+        if not (self.keep or self.drop or self.target or self.factor != 1.0):
+            raise RequestError(
+                "nothing to do", hint="--drop te, --keep double=0-18, --prune-for chroma, --scale 0.5 or --negate"
+            )
+
+    @property
+    def factor(self) -> float:
+        """What every change is multiplied by."""
+        return -self.scale if self.negate else self.scale
+
+    @property
+    def way(self) -> str:
+        """In a few words."""
+        words = [f"keep {text}" for text in self.keep] + [f"drop {text}" for text in self.drop]
+        words += [f"for {self.target}"] if self.target else []
+        return ", ".join(words + ([f"scale {self.factor:g}"] if self.factor != 1.0 else []))
+
+
+@dataclass(slots=True)
+class Pruned:
+    """What went and what became of the rest; rounding errors arrive while the result is written."""
+
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    """(module, reason)."""
+    warnings: list[str] = field(default_factory=list)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Module -> (squared error, squared norm) of a bias that was scaled."""
+
+
+def prune(adapter: Adapter, options: PruneOptions) -> tuple[Adapter, Pruned]:
+    """The adapter without what the options name, and the list of that.
+
+    Raises RequestError for selections that the model does not have, and when nothing or everything would go;
+    NotRepresentableError where a module that stays cannot be scaled.
+    """
+    options.check()
+    report = Pruned()
+    arch = adapter.architecture
+    keep, drop = [_test(text, arch) for text in options.keep], [_test(text, arch) for text in options.drop]
+    _warn_unused(adapter, [*zip(options.keep, keep, strict=True), *zip(options.drop, drop, strict=True)], report)
+    target = None if options.target is None else _target(options.target, adapter)
+    kept: dict[Site, Module] = {}
+    for site, module in adapter:
+        reason = _reason(module, options, keep, drop)
+        if reason is None and target is not None:
+            reason = missing_in(target, module, arch)
+        if reason is None:
+            kept[site] = _times(module, options.factor, adapter, report)
+        else:
+            report.dropped.append((module.name, reason))
+    if not kept:
+        raise RequestError(
+            f"nothing would be left of the {len(adapter)} modules ({report.dropped[0][1]})", path=adapter.path,
+            hint="a narrower selection, or another model",
+        )  # fmt: skip
+    result = subset(adapter, kept, f"prune: {options.way}")
+    return (result if target is None else _for(target, result, report)), report
+
+
+def _test(text: str, arch: Architecture) -> Test:
+    """Whether a module belongs to a selection; families are ours, everything else is :mod:`lorasurgery.surgery.blocks`'."""
+    if text.startswith(FAMILY):
+        wanted = set(text.removeprefix(FAMILY).split(","))
+        return lambda module: module.family in wanted
+    return member(parse_selection(text), arch)
+
+
+def _warn_unused(adapter: Adapter, tests: Sequence[tuple[str, Test]], report: Pruned) -> None:
+    for text, test in tests:
+        if not any(test(module) for module in adapter.modules.values()):
+            report.warnings.append(f"{text} is no module of the file")
+
+
+def _reason(module: Module, options: PruneOptions, keep: Sequence[Test], drop: Sequence[Test]) -> str | None:
+    if keep and not any(test(module) for test in keep):
+        return f"not in --keep {' --keep '.join(options.keep)}"
+    return next((f"--drop {text}" for text, test in zip(options.drop, drop, strict=True) if test(module)), None)
+
+
+# another model ------------------------------------------------------------------------------------------------------------
+
+
+def _target(text: str, adapter: Adapter) -> Architecture:
+    """The model to prune for: a file's own table, or of the variants of a name the one that keeps most."""
+    if Path(text).exists():
+        from lorasurgery.models import open_model
+
+        return open_model(text).architecture
+    own = adapter.architecture
+
+    def kept(arch: Architecture) -> int:
+        return sum(missing_in(arch, module, own) is None for module in adapter.modules.values())
+
+    return max(named(text), key=kept)
+
+
+def missing_in(arch: Architecture, module: Module, own: Architecture) -> str | None:
+    """Why a model has no place for a module of ``own``; None when it has."""
+    component = module.site.component
+    if component not in (DENOISER, SECOND_DENOISER):
+        return None if any(encoder.table == component for encoder in arch.encoders) else f"{arch.name} has no {component}"
+    for span in module.site.spans:
+        there, here = arch.shapes.get(span.weight), own.shapes[span.weight]
+        if there is None:
+            return f"{arch.name} has no {span.weight}"
+        if there != here:
+            return f"{span.weight} is {list(there)} in {arch.name}, {list(here)} here"
+    return None
+
+
+def _for(arch: Architecture, adapter: Adapter, report: Pruned) -> Adapter:
+    """The adapter as one for another model; its metadata no longer name the old one."""
+    metadata = dict(adapter.metadata)
+    if BASE_VERSION in metadata and arch.metadata_names and metadata[BASE_VERSION] not in arch.metadata_names:
+        report.warnings.append(f"{BASE_VERSION} was {metadata[BASE_VERSION]} and is {arch.metadata_names[0]} now")
+        metadata[BASE_VERSION] = arch.metadata_names[0]
+    if metadata.get(SPEC, "").split("/")[0] not in ("", *arch.metadata_names):
+        report.warnings.append(f"{SPEC} was {metadata.pop(SPEC)} and is left out")
+    return replace(adapter, architecture=arch, metadata=metadata, ambiguous=(), candidates=())
+
+
+# scale --------------------------------------------------------------------------------------------------------------------
+
+
+def _times(module: Module, factor: float, adapter: Adapter, report: Pruned) -> Module:
+    """The module's change times a number: the sign flips one factor's signs, the rest goes to the scale, both exact."""
+    if factor == 1.0:
+        return module
+    if module.magnitude is not None or isinstance(module.delta, Opaque):
+        what = "a DoRA" if module.magnitude is not None else module.family.upper()
+        raise NotRepresentableError(
+            f"{module.name}: {what} is not scaled by any number in the file: its effect depends on the base weight",
+            module=module.name, path=adapter.path, hint=f"--drop {FAMILY}{module.family} for these modules",
+        )  # fmt: skip
+
+    def record(error: float, norm: float) -> None:
+        report.errors[f"{module.name} (bias)"] = (error, norm)
+
+    bias = None if module.bias is None else multiplied(module.bias, factor, record)
+    if module.delta is None:
+        return replace(module, bias=bias)
+    delta = module.delta.scaled(-1.0) if factor < 0 else module.delta
+    scale = module.scale if abs(factor) == 1.0 else replace(module.scale, value=module.scale.value * abs(factor), alpha=None)
+    return replace(module, delta=delta, scale=scale, bias=bias)

@@ -121,7 +121,7 @@ CLIP_LAYERS = (
 
 def peft_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Every adapter parameter PEFT put into the model."""
-    words = ("lora_", "hada_", "lokr_", "ia3_")
+    words = ("lora_", "hada_", "lokr_", "ia3_", "miss_")
     return {n: p for n, p in model.named_parameters() if any(f".{w}" in n for w in words)}
 
 
@@ -146,7 +146,7 @@ def peft_truth(model: torch.nn.Module, prefix: str) -> Truth:
         if not isinstance(layer, BaseTunerLayer) or not hasattr(layer, "get_delta_weight"):
             continue
         stem = prefix + name.removeprefix("base_model.model.")
-        truth[stem] = layer.get_delta_weight("default").detach()
+        truth[stem] = peft_delta(layer)
         up = getattr(layer, "lora_B", {})
         if "default" in up and up["default"].bias is not None:
             truth[f"{stem}|bias"] = up["default"].bias.detach() * layer.scaling["default"]
@@ -154,6 +154,17 @@ def peft_truth(model: torch.nn.Module, prefix: str) -> Truth:
         if "default" in magnitude:
             truth[f"{stem}|magnitude"] = magnitude["default"].weight.detach().flatten()
     return truth
+
+
+def peft_delta(layer: Any) -> torch.Tensor:  # noqa: ANN401  one of PEFT's layers
+    """What a layer adds to its weight; MiSS only says what becomes of one."""
+    delta: torch.Tensor
+    if hasattr(layer, "get_delta_weight_miss"):
+        base = layer.get_base_layer().weight
+        delta = layer.get_delta_weight_miss("default", torch.zeros_like(base, dtype=torch.float64))
+    else:
+        delta = layer.get_delta_weight("default")
+    return delta.detach()
 
 
 def peft_folder(path: Path, config: Any, targets: Sequence[str] = CONVS) -> Truth:  # noqa: ANN401  any PeftConfig
@@ -244,6 +255,20 @@ def peft_lokr_tucker(path: Path) -> Truth:
     from peft import LoKrConfig
 
     return peft_folder(path, LoKrConfig(r=3, alpha=2, use_effective_conv2d=True))
+
+
+def peft_miss(path: Path) -> Truth:
+    """A rank that does not divide the inputs."""
+    from peft import MissConfig
+
+    return peft_folder(path, MissConfig(r=6), LINEAR)
+
+
+def peft_miss_mini(path: Path) -> Truth:
+    """Blocks repeated over the outputs, too."""
+    from peft import MissConfig
+
+    return peft_folder(path, MissConfig(r=4, mini_r=64, init_weights="mini"), LINEAR)
 
 
 def peft_ia3(path: Path) -> Truth:
@@ -556,6 +581,8 @@ FIXTURES: dict[str, Callable[[Path], Truth]] = {
     "peft_lokr_both": peft_lokr_both,
     "peft_lokr_tucker": peft_lokr_tucker,
     "peft_ia3": peft_ia3,
+    "peft_miss": peft_miss,
+    "peft_miss_mini": peft_miss_mini,
     "diffusers_flux.safetensors": diffusers_flux,
     "diffusers_sd15.safetensors": diffusers_sd15,
     "diffusers_sd15_dora.safetensors": diffusers_sd15_dora,

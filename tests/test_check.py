@@ -15,7 +15,7 @@ import lorasurgery
 from lorasurgery.architectures import architectures
 from lorasurgery.checking.consumers import CONSUMERS, consumer
 from lorasurgery.checking.engine import check
-from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, Result
+from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, UNKNOWN, Result
 from lorasurgery.checking.subject import read_subject
 from lorasurgery.errors import RequestError
 from tests.builders import Builder, can, fused_weights, modules_of, plain_weights
@@ -23,7 +23,7 @@ from tests.oracle import REFERENCES, Model, model, raw, write
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TARGETS = {"comfyui": "comfyui", "diffusers": "diffusers", "sd-scripts": "sd-scripts", "musubi": "sd-scripts",
-           "peft": "peft", "onetrainer": "onetrainer", "lycoris": "lycoris"}  # fmt: skip
+           "peft": "peft", "onetrainer": "onetrainer", "lycoris": "lycoris", "forge": "sd-scripts"}  # fmt: skip
 """Program -> what ``convert --target`` writes for it."""
 
 
@@ -155,10 +155,11 @@ def test_numbered_modules_are_read_nowhere(tmp_path: Path) -> None:
     assert "numbered" in result_of(made(tmp_path, tensors), "comfyui").verdict
 
 
-def test_unknown_is_said(tmp_path: Path) -> None:
-    result = result_of(made(tmp_path, z_image(*AB)), "forge")
+def test_unknown_is_said() -> None:
+    result = result_of(FIXTURES / "producers" / "diffusers_wan.safetensors", "onetrainer")
     assert not result.known
     assert result.verdict.startswith("unknown")
+    assert result.counts.keys() == {UNKNOWN}
     with pytest.raises(RequestError, match="comfyui, diffusers"):
         consumer("photoshop")
 

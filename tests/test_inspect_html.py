@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from base64 import b64encode
-from dataclasses import replace
 from hashlib import sha256
 from html import unescape
 from html.parser import HTMLParser
@@ -129,19 +128,18 @@ def test_text_from_the_file_stays_text(page: Path, where: str) -> None:
         "tag": {"tags": ((EVIL, 9), *own.tags), "triggers": {"phrase": EVIL, "tags": [{"tag": EVIL, "count": 9}]}},
         "dataset": {"training": {"datasets": [{"name": EVIL, "images": EVIL, "repeats": EVIL}], "buckets": {EVIL: 3}}},
         "key": {
-            "modules": (replace(first, name=EVIL, kind=EVIL, block=EVIL, component=EVIL, dtype=EVIL), *own.modules[1:]),
-            "spectrum": replace(
-                own.spectrum,
-                modules=(replace(spectrum, name=EVIL, kind=EVIL, block=EVIL, component=EVIL), *own.spectrum.modules[1:]),
+            "modules": (first._replace(name=EVIL, kind=EVIL, block=EVIL, component=EVIL, dtype=EVIL), *own.modules[1:]),
+            "spectrum": own.spectrum._replace(
+                modules=(spectrum._replace(name=EVIL, kind=EVIL, block=EVIL, component=EVIL), *own.spectrum.modules[1:]),
             ),
             "unexplained": ((EVIL, EVIL),),
         },
-        "problem": {"modules": (replace(first, problem=EVIL), *own.modules[1:]), "summary": EVIL},
+        "problem": {"modules": (first._replace(problem=EVIL), *own.modules[1:]), "summary": EVIL},
         "file": {"path": f"x/{EVIL.replace('/', '')}.safetensors"},
         "thumbnail": {"metadata": {"modelspec.thumbnail": {"type": "string", "value": f"data:image/png;base64,AA{EVIL}"}}},
     }
     reader = Reader()
-    text = render(replace(own, **changed[where]))
+    text = render(own._replace(**changed[where]))
     reader.feed(text)
     assert reader.outside == []
     assert reader.tags.count("script") == 1
@@ -152,13 +150,13 @@ def test_text_from_the_file_stays_text(page: Path, where: str) -> None:
 def test_a_small_picture_in_the_metadata_is_shown(page: Path) -> None:
     own = describe(page.with_name("flux.safetensors"))
     url = "data:image/jpeg;base64,/9j/4AAQ"
-    assert f'src="{url}"' in render(replace(own, metadata={"modelspec.thumbnail": {"type": "string", "value": url}}))
+    assert f'src="{url}"' in render(own._replace(metadata={"modelspec.thumbnail": {"type": "string", "value": url}}))
 
 
 def test_text_without_a_utf8_form_is_replaced(page: Path) -> None:
     own = describe(page.with_name("flux.safetensors"))
     odd = {"x": {"type": "json", "value": {"a": chr(0xD800)}}}
-    assert b"<footer>" in render(replace(own, path=f"{chr(0xDCFF)}.safetensors", metadata=odd)).encode()
+    assert b"<footer>" in render(own._replace(path=f"{chr(0xDCFF)}.safetensors", metadata=odd)).encode()
 
 
 def test_a_large_file_makes_a_small_page(page: Path) -> None:
@@ -166,7 +164,7 @@ def test_a_large_file_makes_a_small_page(page: Path) -> None:
     own = describe(page.with_name("flux.safetensors"))
     values = tuple(float(f"{1 / (1 + i):.9g}") for i in range(512))
     infos = tuple(
-        replace(own.modules[i % 23], name=f"lora_unet_single_transformer_blocks_{i // 20}_attention_to_out_projection_{i % 20}",
+        own.modules[i % 23]._replace(name=f"lora_unet_single_transformer_blocks_{i // 20}_attention_to_out_projection_{i % 20}",
                 block=f"single_transformer_blocks.{i // 20}", kind=f"attention.to_out.projection.{i % 20}")
         for i in range(1000)
     )  # fmt: skip
@@ -174,8 +172,8 @@ def test_a_large_file_makes_a_small_page(page: Path) -> None:
         ModuleSpectrum(info.name, info.block, info.kind, "denoiser", "ok", 1.0 + i, 1e-4 * (1 + i), 9.5, True, values,
                        ((0.9, 100),)) for i, info in enumerate(infos)
     )  # fmt: skip
-    large = replace(
-        own, modules=infos, spectrum=Spectrum(spectra, ((1, 0.6), (512, 1.0)), (), ()),
+    large = own._replace(
+        modules=infos, spectrum=Spectrum(spectra, ((1, 0.6), (512, 1.0)), (), ()),
         metadata={f"key {i}": {"type": "string", "value": "x" * 50_000} for i in range(300)},
         tags=tuple((f"tag {i}", 20_000 - i) for i in range(20_000)),
         unexplained=tuple((f"key.{i}", "not part of any module") for i in range(20_000)),

@@ -135,4 +135,5 @@ COMFYUI = Consumer(
     layout="comfyui",
     swaps=False,
     slices_bias=False,
+    norm_of_base=True,
 )  # fmt: skip

@@ -56,7 +56,13 @@ def _strength(item: Item, consumer: Consumer, route: Route) -> Finding | None:
     if alpha is not None and alpha.size != 1:
         return Finding(item.stem, IGNORED, "strength", f"an alpha of shape {list(alpha.shape)} is no number")
     reads = ".alpha" in route.reads
-    used = item.strength if alpha is not None and reads else item.scale if consumer.header and alpha is None else 1.0
+    used = (
+        item.strength
+        if alpha is not None and reads
+        else item.scale
+        if (consumer.header or route.header) and alpha is None
+        else 1.0
+    )
     if alpha is not None and reads and not item.whole_kronecker and not abs(alpha.item()) < LARGEST_ALPHA:
         return Finding(item.stem, CHANGED, "strength", f"alpha {alpha.item():g} is read as a number")
     if isclose(used, item.scale, rel_tol=1e-3) or not isfinite(item.scale):

@@ -7,13 +7,16 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.checking.advice import mend, notes
+from lorasurgery.checking.advice import notes
 from lorasurgery.checking.effect import effect
+from lorasurgery.checking.mending import mend
 from lorasurgery.checking.names import names_of
-from lorasurgery.checking.result import IGNORED, LOADS, REJECTED, Finding, Result
+from lorasurgery.checking.result import IGNORED, LOADS, REJECTED, UNKNOWN, Finding, Result
 from lorasurgery.layouts.names import PREFIXES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.checking.names import Known
@@ -39,17 +42,24 @@ def check(subject: Subject, consumer: Consumer) -> Result:
     route = next((r for r in routes if _applies(r, subject)), None)
     if route is None:
         return _result(subject, consumer, [], [f"{consumer.name} has no way to read these keys"], None)
-    known = names_of(arch, route)
-    refusals: list[str] = []
-    job = Job(arch, consumer, route, known, {}, refusals)
+    job = Job(arch, consumer, route, names_of(arch, route), {}, {}, [])
     findings = [_judge(item, job) for item in subject.items]
     unread = [key for key in subject.others if not re.search(route.deletes, key)]
     bad = [key for key in unread if not re.search(route.ignores_words, key)]
     bad += [key for key in subject.keys if re.search(route.refuses, key)]
-    if bad:
-        refusals.append(f"{route.error} for keys it does not know, first {bad[0]}")
-    refusals += _missing(subject, route, known)
-    return _result(subject, consumer, findings, refusals, route, unread)
+    for key in bad:
+        job.refuse(f"{route.error} for keys it does not know", key)
+    passed = [*unread, *job.unread]
+    if route.tolerates is not None and len(passed) > route.tolerates:
+        job.refuse(f"it passes over a file with more than {route.tolerates} keys it does not know", *passed)
+    refusals = [_refusal(reason, keys) for reason, keys in job.refusals.items()]
+    return _result(subject, consumer, findings, [*refusals, *_missing(subject, route, job.known)], route, unread)
+
+
+def _refusal(reason: str, keys: Sequence[str]) -> str:
+    """A reason with the first key it is about and the number of the others."""
+    first = f", first {keys[0]}" if keys else ""
+    return f"{reason}{first}" + (f" ({len(keys)} keys)" if len(keys) > 1 else "")
 
 
 def _applies(route: Route, subject: Subject) -> bool:
@@ -66,8 +76,8 @@ def _no_model(subject: Subject, consumer: Consumer) -> Result:
     arch = subject.architecture.name
     known = not consumer.unknown or subject.architecture.id in consumer.models
     refusals = () if not known else (f"{consumer.name} {consumer.version} has no loader for {arch}",)
-    status = REJECTED if known else IGNORED
-    findings = tuple(Finding(i.stem, status, "file", f"{consumer.name} has no loader for it") for i in subject.items)
+    status, text = (REJECTED, f"{consumer.name} has no loader for it") if known else (UNKNOWN, "nothing is recorded about it")
+    findings = tuple(Finding(i.stem, status, "file", text) for i in subject.items)
     return Result(
         str(subject.path), consumer, subject.architecture.key, subject.candidates, findings, refusals,
         notes=consumer.facts, known=known, counts=Counter(f.status for f in findings),
@@ -91,7 +101,7 @@ def _result(
         str(subject.path), consumer, subject.architecture.key, subject.candidates, tuple(findings),
         tuple(dict.fromkeys(refusals)), tuple(k for k in unread or () if k not in HARMLESS), counts=counts,
     )  # fmt: skip
-    return replace(result, notes=notes(subject, consumer, route, result), mend=mend(subject, consumer, result))
+    return replace(result, notes=notes(subject, consumer, route, result), mend=mend(subject, consumer, route, result))
 
 
 def _kept(finding: Finding | None) -> dict[str, str]:
@@ -111,7 +121,14 @@ class Job(NamedTuple):
     known: Known
     taken: dict[Site, str]
     """The first name found for each site."""
-    refusals: list[str]
+    refusals: dict[str, list[str]]
+    """Why the loader refuses the file, and the keys that make it do so."""
+    unread: list[str]
+    """Keys of modules that it passes over."""
+
+    def refuse(self, reason: str, *keys: str) -> None:
+        """Note something that makes the loader refuse the file."""
+        self.refusals.setdefault(reason, []).extend(keys)
 
 
 def _judge(item: Item, job: Job) -> Finding:
@@ -119,13 +136,15 @@ def _judge(item: Item, job: Job) -> Finding:
     route = job.route
     entries = [e for e in item.group.entries.values() if not re.search(route.deletes, e.key)]
     unread = [e for e in entries if _suffix(item, e) not in route.reads]
-    strange = [e.key for e in unread if not re.search(route.ignores_words, e.key)]
-    job.refusals.extend(f"{route.error} for keys it does not read, first {key}" for key in strange)
+    for strange in (e.key for e in unread if not re.search(route.ignores_words, e.key)):
+        job.refuse(f"{route.error} for keys it does not read", strange)
     site = job.known.sites.get(item.stem)
     if site is None and re.search(route.also, item.stem) is None:
-        strange = [e.key for e in entries if not re.search(route.ignores_names, e.key)]
-        job.refusals.extend(f"{route.error} for keys it does not know, first {key}" for key in strange)
+        job.unread.extend(e.key for e in entries)
+        for strange in (e.key for e in entries if not re.search(route.ignores_names, e.key)):
+            job.refuse(f"{route.error} for keys it does not know", strange)
         return Finding(item.stem, IGNORED, *_unknown_name(item, job))
+    job.unread.extend(e.key for e in unread)
     if item.problem:
         return _broken(item, job)
     return _misplaced(item, site, job) or effect(item, site, job.architecture, job.consumer, route, unread)
@@ -134,10 +153,10 @@ def _judge(item: Item, job: Job) -> Finding:
 def _misplaced(item: Item, site: Site | None, job: Job) -> Finding | None:
     """A module that is known by name and still finds no place."""
     if job.route.needs_alpha and item.alpha is None and item.delta is not None:
-        job.refusals.append(f"KeyError: {item.stem} has no alpha")
+        job.refuse("KeyError for modules without alpha", item.stem)
     if item.misfit:
         if job.consumer.misfit == REJECTED:
-            job.refusals.append(f"size mismatch: {item.stem}: {item.misfit}")
+            job.refuse("size mismatch", f"{item.stem}: {item.misfit}")
         return Finding(item.stem, IGNORED, "shape", item.misfit)
     if site is not None and item.delta is not None:
         first = job.taken.setdefault(site, item.stem)
@@ -153,7 +172,7 @@ def _suffix(item: Item, entry: Entry) -> str:
 def _broken(item: Item, job: Job) -> Finding:
     """Factors that do not go together. An up factor alone stops a loader that looks up its partner."""
     if any(slot == "up" for _, slot in item.group.entries):
-        job.refusals.append(f"{job.route.error}: {item.problem}")
+        job.refuse(f"{job.route.error}: {item.problem}")
     return Finding(item.stem, IGNORED, "broken", item.problem)
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Version of the JSON form."""
-LOADS, CHANGED, IGNORED, REJECTED = "loads", "changed", "ignored", "rejected"
+LOADS, CHANGED, IGNORED, REJECTED, UNKNOWN = "loads", "changed", "ignored", "rejected", "unknown"
 
 
 class Finding(NamedTuple):
@@ -19,7 +19,8 @@ class Finding(NamedTuple):
 
     module: str
     status: str
-    """``loads``, ``changed`` (loads with another strength or effect), ``ignored``, ``rejected`` (with the whole file)."""
+    """``loads``, ``changed`` (loads with another strength or effect), ``ignored``, ``rejected`` (with the whole file),
+    or ``unknown`` (nothing is recorded)."""
     reason: str = ""
     """``prefix``, ``name``, ``suffix``, ``shape``, ``strength``, ``dora``, ``bias``, ``effect``, ``twice``, ``broken`` or
     ``file``."""
@@ -86,7 +87,10 @@ class Result:
             "known": self.known,
             "complete": self.complete,
             "verdict": self.verdict,
-            "modules": {"total": len(self.findings), **{s: self.counts[s] for s in (LOADS, CHANGED, IGNORED, REJECTED)}},
+            "modules": {
+                "total": len(self.findings),
+                **{s: self.counts[s] for s in (LOADS, CHANGED, IGNORED, REJECTED, UNKNOWN)},
+            },
             "refusals": list(self.refusals),
             "findings": [f._asdict() for f in self.findings if f.status != LOADS],
             "unread_keys": list(self.unread_keys),

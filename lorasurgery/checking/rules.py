@@ -98,6 +98,8 @@ class Route:
     """The same for suffixes it does not read."""
     refuses: str = NOTHING
     """One such key makes it refuse the file, whatever its name and suffix."""
+    tolerates: int | None = None
+    """With more keys than this that it does not read it passes over the whole file; None: any number."""
     needs_alpha: bool = False
     """A module without alpha makes it refuse the file."""
     complete: tuple[str, ...] = ()
@@ -114,6 +116,10 @@ class Route:
     """What it raises."""
     note: str = ""
     """Said of every file that takes this route."""
+    layout: str | None = None
+    """What ``convert --target`` writes for it, where that is not the consumer's."""
+    header: bool = False
+    """Reads ``lora_adapter_metadata``, as every route does where the consumer says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,8 @@ class Consumer:
     """What becomes of a module of another shape: ``ignored``, or ``rejected`` with the whole file."""
     swaps: bool = True
     """False when a module with exchanged halves is only right for additive families (ComfyUI's patch functions)."""
+    norm_of_base: bool = False
+    """Divides a DoRA with a magnitude per output row by the norm of the base weight alone."""
     slices_bias: bool = True
     """False when the bias of a part of a fused weight cannot be addressed."""
 

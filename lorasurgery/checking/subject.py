@@ -11,11 +11,12 @@ from lorasurgery.architectures import named
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder
-from lorasurgery.layouts.detect import detect, expected_shape, fits
+from lorasurgery.layouts.detect import detect, fits
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.group import build, group
+from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.scales import PeftConfig, ScaleRules, header_configs
+from lorasurgery.layouts.scales import PeftConfig, header_configs
 from lorasurgery.layouts.words import ALPHA
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
+    from lorasurgery.layouts.scales import ScaleRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +114,7 @@ def subject_of(
     built = {stem: _built(own, raw.path) for stem, own in groups.items()}
     shapes = {stem: None if delta is None else delta.shape for stem, (delta, _) in built.items()}
     best, ties = detect(shapes, raw.metadata, among=among, path=raw.path)
-    flag = raw.tensors.get("use_rslora_flag")
-    rules = ScaleRules(
-        configs=header_configs(raw.metadata) if configs is None else configs,
-        rslora_flag=flag is not None and bool(flag.item()),
-        whole_lokr_by_shape="lokr_factor" in raw.tensors,
-    )
+    rules = scale_rules(raw, header_configs(raw.metadata) if configs is None else configs)
     items = tuple(_item(own, *built[stem], best.architecture, rules) for stem, own in groups.items())
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
@@ -138,6 +135,6 @@ def _item(own: Group, delta: Delta | None, problem: str, arch: Architecture, rul
     tensor = None if alpha is None or alpha.tensor.size != 1 else alpha.tensor
     scale = Scale(1.0, "") if delta is None else rules.resolve(own.stem, delta, tensor)
     misfit = ""
-    if found is not None and delta is not None and not fits(delta.shape, expected_shape(arch, found.site)):
-        misfit = f"its shape is {list(delta.shape)}, {arch.name} has {list(expected_shape(arch, found.site))}"
+    if found is not None and delta is not None and not fits(delta.shape, found.shape):
+        misfit = f"its shape is {list(delta.shape)}, {arch.name} has {list(found.shape)}"
     return Item(own.stem, own, delta, problem, None if found is None else found.site, scale.value, misfit)

@@ -31,21 +31,26 @@ from lorasurgery.checking.rules import (
 
 NETWORK = Route(
     (Spelling("lora_unet_", SD_SCRIPTS, flat=True),),
-    KOHYA | ALPHA | LOHA | LOKR | TUCKER,
+    KOHYA | ALPHA,
     encoders=(EncoderSpelling("{sd_scripts}_", flat=True),),
 )
-WITH_DIFFUSERS = Route((*NETWORK.names, Spelling("lora_unet_", DIFFUSERS, flat=True)), NETWORK.reads, encoders=NETWORK.encoders)
+PRODUCTS = KOHYA | ALPHA | LOHA | LOKR | TUCKER
+"""``networks/loha.py`` and ``lokr.py`` read them beside LoRA, for SDXL and Anima."""
+WITH_PRODUCTS = Route(NETWORK.names, PRODUCTS, encoders=NETWORK.encoders)
+SDXL = Route((*NETWORK.names, Spelling("lora_unet_", DIFFUSERS, flat=True)), PRODUCTS, encoders=NETWORK.encoders)
 ONE_CLIP = Route(NETWORK.names, NETWORK.reads, encoders=(EncoderSpelling("lora_te_", flat=True),))
 
 SD_SCRIPTS_TOOLS = Consumer(
     "sd-scripts",
     "sd-scripts",
     "2026-02",
-    "kohya-ss/sd-scripts networks/*.py (2026-02): --network_weights, gen_img.py and the minimal inference scripts",
+    "kohya-ss/sd-scripts networks/*.py (48d368f, 2026-02; loha.py and lokr.py: feat-support-lokr-loha): --network_weights, "
+    "gen_img.py and the minimal inference scripts",
     table(
         ("sd1 sd2", (ONE_CLIP,)),
-        ("sdxl", (WITH_DIFFUSERS,)),
-        ("flux1 chroma sd3 lumina2 hunyuan-image anima", (NETWORK,)),
+        ("sdxl", (SDXL,)),
+        ("anima", (WITH_PRODUCTS,)),
+        ("flux1 chroma sd3 lumina2 hunyuan-image", (NETWORK,)),
     ),
     facts=("Diffusers', ComfyUI's and PEFT's keys go through lorasurgery convert first",),
     layout="sd-scripts",
@@ -66,7 +71,8 @@ MUSUBI = Consumer(
     layout="sd-scripts",
 )
 
-ONETRAINER_WORDS = KOHYA | AB | DEFAULT_AB | OLD | ALPHA | DORA_SCALE | VECTOR | MAGNITUDE | LOHA | LOKR | TUCKER
+OFT_R = frozenset({".oft_R", ".oft_R.weight"})
+ONETRAINER_WORDS = KOHYA | AB | DEFAULT_AB | OLD | ALPHA | DORA_SCALE | VECTOR | MAGNITUDE | LOHA | LOKR | TUCKER | OFT_R
 _PREFIXES = ("lora_unet_", "lycoris_", "lora_{denoiser}_", "{denoiser}.", "diffusion_model.", "base_model.model.", "")
 ONETRAINER_ROUTE = Route(
     tuple(Spelling(p, naming, p.endswith("_")) for p in _PREFIXES for naming in (DIFFUSERS, ORIGINAL)),
@@ -78,6 +84,7 @@ ONETRAINER_ROUTE = Route(
         EncoderSpelling("{diffusers}."),
         *(EncoderSpelling(p, ("clip_l", "clip_h"), flat=True) for p in ("lora_te_", "lora_te1_")),
     ),
+    error="RuntimeError",
     ignores_words=r"^bundle_emb|\.lora_B\.bias$|_aux\.|^lokr_factor$",
     because=(Note(r"^transformer_2\.", "OneTrainer keeps the two experts in two files"),),
 )
@@ -99,10 +106,10 @@ ONETRAINER = Consumer(
 
 PEFT_ROUTE = Route(
     (Spelling("base_model.model.", DIFFUSERS), Spelling("{denoiser}.", DIFFUSERS)),
-    AB | VECTOR | LOHA | LOKR | {".lora_B.bias", ".oft_R", ".boft_R", ".boft_s", ".ia3_l"},
+    AB | VECTOR | LOHA | LOKR | TUCKER | {".lora_B.bias", ".oft_R", ".boft_R", ".boft_s", ".ia3_l", ".miss_block"},
     encoders=(
-        EncoderSpelling("base_model.model."), EncoderSpelling("text_encoder."), EncoderSpelling("text_encoder_2."),
-        EncoderSpelling("text_encoder_3."),
+        *(EncoderSpelling(p, optional="text_model.")
+          for p in ("base_model.model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")),
     ),
     because=(Note(r"^diffusion_model\.", "PEFT wraps the Diffusers model, whose modules have other names"),),
 )  # fmt: skip
@@ -131,6 +138,8 @@ LYCORIS_ROUTE = Route(
     | GLORA
     | OFT
     | {".diff", ".diff_b", ".w_norm", ".b_norm", ".on_input"},
+    refuses=r"^lycoris_\w+\.(lora_A(\.default)?\.weight|lora\.down\.weight|(miss|bone)_block)$",
+    error="AttributeError",
 )
 LYCORIS_KOHYA = Route(
     (Spelling("lora_unet_", SD_SCRIPTS, flat=True),),

@@ -20,7 +20,21 @@ from lorasurgery.cli.render import show_error
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.version import __version__
 
-COMMANDS = ("convert", "inspect", "check", "resize", "rerank", "meta")
+COMMANDS = (
+    "convert",
+    "inspect",
+    "check",
+    "extract",
+    "resize",
+    "merge",
+    "apply",
+    "rerank",
+    "ema",
+    "split",
+    "prune",
+    "compare",
+    "meta",
+)
 """Every command, in the order of --help; each is the object of its name in the module of its name."""
 
 FAILED, USAGE, STOPPED = 1, 2, 130

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lorasurgery.cli.files import ADAPTERS, found_in
 from lorasurgery.cli.render import data, error_text, show_error, show_report
 from lorasurgery.errors import RequestError, SurgeryError
-from lorasurgery.io.peft_folder import CONFIG
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.report import SCHEMA
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from lorasurgery.report import Report
 
 SUFFIX = ".safetensors"
-SUFFIXES = (SUFFIX, *sorted(TORCH_SUFFIXES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def jobs_for(
         return [Job(inputs[0], out)]
     if out is not None:
         raise typer.BadParameter("either --output or --out-dir", param_hint="--output")
-    found = [job for path in inputs for job in _expanded(path, out_dir, folder_output=folder_output)]
+    found = [job for path in inputs for job in _jobs(path, out_dir, folder_output=folder_output)]
     if not found:
         raise typer.BadParameter(f"no adapter file among {', '.join(map(str, inputs)) or 'nothing'}", param_hint="IN")
     _refuse_collisions(found)
@@ -62,7 +60,7 @@ def jobs_for(
 def _file_name(source: Path, out: Path) -> Path:
     """The output file: in an existing folder it gets the input's name; what is written is safetensors."""
     if out.is_dir():
-        return out / f"{source.stem if source.suffix.lower() in SUFFIXES else source.name}{SUFFIX}"
+        return out / f"{source.stem if source.suffix.lower() in ADAPTERS else source.name}{SUFFIX}"
     if out.suffix.lower() in TORCH_SUFFIXES:
         raise RequestError(
             f"the output {out} would be a safetensors file with a PyTorch suffix", hint=str(out.with_suffix(SUFFIX))
@@ -83,41 +81,11 @@ def _refuse_collisions(jobs: Sequence[Job]) -> None:
             raise RequestError(f"{job.target} would replace an input of the same run", hint="another --out-dir")
 
 
-def _expanded(path: Path, out_dir: Path, *, folder_output: bool) -> list[Job]:
-    """A file, a PEFT folder, a folder of files (searched through), or a glob the shell left alone."""
-
-    def target(relative: Path) -> Path:
-        plain = relative.with_suffix("") if relative.suffix.lower() in SUFFIXES else relative
-        return out_dir / (plain if folder_output else plain.parent / (plain.name + SUFFIX))
-
-    if path.is_dir() and not _is_adapter(path):
-        inputs = sorted(_adapters(path, out_dir.absolute()))
-        return [Job(p, target(p.relative_to(path))) for p in inputs]
-    if not path.exists() and glob.has_magic(str(path)):
-        return [Job(Path(p), target(Path(Path(p).name))) for p in sorted(glob.glob(str(path), recursive=True))]
-    return [Job(path, target(Path(path.name)))]
-
-
-def _is_adapter(folder: Path) -> bool:
-    """A PEFT folder, or one with a folder for each component of a pipeline; not a collection of adapters."""
-    if (folder / CONFIG).is_file():
-        return True
-    parts = [child.name for child in folder.iterdir() if (child / CONFIG).is_file()]
-    return bool(parts) and all(name.startswith(("transformer", "unet", "text_encoder")) for name in parts)
-
-
-def _adapters(folder: Path, out_dir: Path) -> Iterator[Path]:
-    """Adapter files and PEFT folders below ``folder``, hidden ones and earlier results aside."""
-    for child in folder.iterdir():
-        if child.name.startswith(".") or child.absolute() == out_dir:
-            continue
-        if child.is_dir():
-            if _is_adapter(child):
-                yield child
-            elif not child.is_symlink():
-                yield from _adapters(child, out_dir)
-        elif child.suffix.lower() in SUFFIXES:
-            yield child
+def _jobs(path: Path, out_dir: Path, *, folder_output: bool) -> Iterator[Job]:
+    """A path's inputs, each with its place below ``out_dir``."""
+    for source, relative in found_in(path, ADAPTERS, results=out_dir):
+        plain = relative.with_suffix("") if relative.suffix.lower() in ADAPTERS else relative
+        yield Job(source, out_dir / (plain if folder_output else plain.parent / (plain.name + SUFFIX)))
 
 
 def run_batch(jobs: Sequence[Job], run: Callable[[Job], Any], *, as_json: bool, several: bool) -> None:

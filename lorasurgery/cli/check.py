@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lorasurgery.cli.files import ADAPTERS, found_in, means_several
 from lorasurgery.cli.render import SHOWN, data, error_text, plain, show_error
 from lorasurgery.errors import SurgeryError
-from lorasurgery.io.peft_folder import CONFIG
-from lorasurgery.io.sniff import TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from lorasurgery.checking.rules import Consumer
 
 FAILED, SOME_FAILED = 1, 3
-SUFFIXES = (".safetensors", *sorted(TORCH_SUFFIXES))
 
 HELP = """Say what a program will do with adapter files: which modules it loads, ignores, loads otherwise or refuses, and why.
 
@@ -55,10 +52,10 @@ def check(
 
     own = consumer(program)
     model = None if base is None else _base(base)
-    files = [file for path in paths for file in _files(path)]
+    files = [found.path for path in paths for found in found_in(path, ADAPTERS)]
     if not files:
         raise typer.BadParameter(f"no adapter file among {', '.join(map(str, paths))}", param_hint="FILES")
-    several = len(files) > 1 or (paths[0].is_dir() and files[0] != paths[0])
+    several = len(paths) > 1 or means_several(paths[0])
     failed, incomplete = _run(files, own, arch, model, as_json=json_, several=several)
     if failed:
         raise typer.Exit(FAILED if failed == len(files) else SOME_FAILED)
@@ -98,30 +95,9 @@ def _one(file: Path, own: Consumer, arch: str | None, base: Architecture | None)
 
 
 def _base(path: Path) -> Architecture:
-    from lorasurgery.api import read_any
-    from lorasurgery.architectures.from_base import from_base
+    from lorasurgery.models import open_model
 
-    return from_base(read_any(path).tensors, path)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """A file, a PEFT folder, the adapters below a folder, or what a glob matches."""
-    if path.is_dir() and not _is_adapter(path):
-        for child in sorted(path.iterdir()):
-            if not child.name.startswith(".") and (child.is_dir() or child.suffix.lower() in SUFFIXES):
-                yield from _files(child)
-    elif not path.exists() and glob.has_magic(str(path)):
-        yield from (Path(found) for found in sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207  may be absolute
-    else:
-        yield path
-
-
-def _is_adapter(folder: Path) -> bool:
-    """A PEFT folder, or one with a folder for each component of a pipeline; not a collection of adapters."""
-    if (folder / CONFIG).is_file():
-        return True
-    parts = [child.name for child in folder.iterdir() if (child / CONFIG).is_file()]
-    return bool(parts) and all(name.startswith(("transformer", "unet", "text_encoder")) for name in parts)
+    return open_model(path).architecture
 
 
 def _show(result: Result) -> None:

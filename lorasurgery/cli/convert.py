@@ -59,7 +59,7 @@ def convert(
     qkv: Annotated[str, typer.Option("--qkv", help="Fused weights: auto (exact, else split names where the target reads them), fuse (a LoRA where the family cannot be fused exactly), split (split names).")] = "auto",
     rank: Annotated[Optional[int], typer.Option("--lokr-rank", "--rank", help="Cut LoRAs made from other families to this rank; the error is printed.", show_default=False)] = None,  # noqa: UP045
     energy: Annotated[Optional[float], typer.Option("--energy", help="Cut them to this share of the squared norm, e.g. 0.9999; the error is printed.", show_default=False)] = None,  # noqa: UP045
-    as_: Annotated[Optional[str], typer.Option("--as", help="Another family: lora (exact, or cut by --rank, --energy), lokr (the nearest; --factor), loha (exact from a LoRA), full (dense .diff).", show_default=False)] = None,  # noqa: UP045
+    as_: Annotated[Optional[str], typer.Option("--as", help="Another family: lora (exact, or cut by --rank, --energy), lokr (the nearest; --factor), loha (exact from a LoRA; with --rank or --energy the nearest that is found), full (dense .diff).", show_default=False)] = None,  # noqa: UP045
     factor: Annotated[Optional[int], typer.Option("--factor", help="For --as lokr: LyCORIS' factor, -1 for balanced; --rank and --energy are then w2's.", show_default=False)] = None,  # noqa: UP045
     lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the target cannot hold, and list it.")] = False,
     alpha: Annotated[Optional[str], typer.Option("--alpha", help="How the scale is written: keep (alpha tensors), fold (into the factors), header (configuration). Default: the layout's own.", show_default=False)] = None,  # noqa: UP045

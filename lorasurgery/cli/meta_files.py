@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,15 @@ from typing import Any, NamedTuple
 
 import typer
 
+from lorasurgery.cli.files import Found, found_in, means_several
 from lorasurgery.cli.render import data, error_text, plain, show_error
 from lorasurgery.errors import OutputExistsError, RequestError, SurgeryError
 
 SCHEMA = 1
 """Version of the JSON forms of ``meta``; see docs/meta.md."""
-SUFFIX = ".safetensors"
+SUFFIXES = frozenset({".safetensors", ".sft"})
 
-
-class Found(NamedTuple):
-    """An input file, and its place below the folder it was found in."""
-
-    path: Path
-    relative: Path
+__all__ = ["SCHEMA", "Destination", "Found", "Shown", "expanded", "run_each"]
 
 
 class Shown(NamedTuple):
@@ -72,38 +67,15 @@ class Destination:
 
 
 def expanded(paths: Iterable[Path], out_dir: Path | None = None) -> tuple[list[Found], bool]:
-    """The safetensors files that are meant, and whether the request is for several.
+    """The safetensors files that are meant (earlier results in ``out_dir`` aside), and whether the request is for several.
 
-    A folder stands for those below it (hidden ones, linked folders and earlier results in ``out_dir`` aside), a glob for
-    what it matches. Raises RequestError when there are none.
+    Raises RequestError when there are none.
     """
-    results = None if out_dir is None else out_dir.absolute()
-    found: list[Found] = []
     given = list(paths)
-    several = len(given) > 1
-    for path in given:
-        if path.is_dir():
-            several = True
-            found += [Found(file, file.relative_to(path)) for file in _below(path, results)]
-        elif not path.exists() and glob.has_magic(str(path)):
-            several = True
-            matched = [Path(text) for text in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
-            found += [Found(file, Path(file.name)) for file in matched if file.suffix.lower() == SUFFIX]
-        else:
-            found.append(Found(path, Path(path.name)))
+    found = [one for path in given for one in found_in(path, SUFFIXES, peft=False, results=out_dir)]
     if not found:
-        raise RequestError(f"no {SUFFIX} file among {', '.join(map(str, given))}", hint="another folder or pattern")
-    return found, several
-
-
-def _below(folder: Path, results: Path | None) -> Iterator[Path]:
-    for child in sorted(folder.iterdir()):
-        if child.name.startswith(".") or child.absolute() == results:
-            continue
-        if child.is_dir() and not child.is_symlink():
-            yield from _below(child, results)
-        elif child.suffix.lower() == SUFFIX and child.is_file():
-            yield child
+        raise RequestError(f"no .safetensors file among {', '.join(map(str, given))}", hint="another folder or pattern")
+    return found, len(given) > 1 or means_several(given[0], peft=False)
 
 
 def run_each(

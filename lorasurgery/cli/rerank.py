@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorasurgery.cli.batch import Job, jobs_for
+from lorasurgery.cli.dry_run import dry_jobs
 from lorasurgery.cli.meta_files import Found, Shown, run_each
 from lorasurgery.errors import RequestError
 
@@ -63,22 +64,24 @@ def rerank(
     every = every or (unit is not None and rank is None and not best)
     how = Request(rank, every, energy, error, unit, svd, alpha, dtype)
     how.check()
-    jobs = _jobs(paths or [], given, out, out_dir, dry_run=dry_run)
+    jobs, several = _jobs(paths or [], given, out, out_dir, dry_run=dry_run)
     targets = {job.source: job.target for job in jobs}
     run_each(
         [Found(job.source, Path(job.source.name)) for job in jobs],
         lambda found: _one(found.path, targets[found.path], how, force=force, dry_run=dry_run),
         as_json=json_,
-        several=out_dir is not None,
+        several=several,
     )
 
 
-def _jobs(paths: list[Path], given: Path | None, out: Path | None, out_dir: Path | None, *, dry_run: bool) -> list[Job]:
-    """Inputs and outputs; a dry run of one file needs no output."""
+def _jobs(
+    paths: list[Path], given: Path | None, out: Path | None, out_dir: Path | None, *, dry_run: bool
+) -> tuple[list[Job], bool]:
+    """Inputs and outputs, and whether the request is for several files; a dry run of one input needs no output."""
     inputs = [*([given] if given else []), *paths]
     if dry_run and out is None and out_dir is None and len(inputs) == 1:
-        return [Job(inputs[0], inputs[0].with_suffix(".safetensors"))]
-    return jobs_for(paths, given, out, out_dir, folder_output=False)
+        return dry_jobs(inputs[0], "reranked", folder_output=False)
+    return jobs_for(paths, given, out, out_dir, folder_output=False), out_dir is not None
 
 
 def _one(source: Path, target: Path, how: Request, *, force: bool, dry_run: bool) -> Shown:

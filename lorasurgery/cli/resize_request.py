@@ -7,12 +7,13 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorasurgery.cli.resize_advice import Advice
 from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lorasurgery.adapter import Adapter
     from lorasurgery.surgery.resize import ResizeOptions
@@ -37,7 +38,7 @@ class Request:
     """What to do with every file."""
 
     options: ResizeOptions
-    asked: bool
+    asked: bool = True
     """Whether anything says how far to cut; without it there is only a plan."""
     size_text: str | None = None
     planned: tuple[int, ...] = ()
@@ -121,32 +122,101 @@ def parse_ranks(texts: Sequence[str]) -> tuple[int | None, tuple[tuple[str, int]
     return (plain[0] if plain else None), tuple(rank for rank in found if not isinstance(rank, int))
 
 
-def with_sd_scripts(
-    own: Mapping[str, object], *, rank: int | None, conv_rank: int | None, method: str | None, param: float | None, old: bool
-) -> dict[str, object]:
-    """Our options with sd-scripts' in their place; ``old``: any of its spellings was used.
+class Theirs(NamedTuple):
+    """sd-scripts' spellings, as far as they were used."""
 
-    As in its tool text encoders are included, convolutions with any kernel have one rank, and nothing said means rank 4.
-    Raises RequestError where both spellings of one thing are given.
-    """
-    merged = dict(own)
-    pairs = (
-        ("rank", "--rank", "--new_rank", rank), ("conv_rank", "--conv-rank", "--new_conv_rank", conv_rank),
-        ("policy", "--policy", "--dynamic_method", method), ("param", "--param", "--dynamic_param", param),
-    )  # fmt: skip
-    for name, ours, theirs, value in pairs:
-        if value is not None and own[name] is not None:
-            raise RequestError(f"{ours} and {theirs} are the same thing", hint="one of them")
-        merged[name] = own[name] if value is None else value
-    if not old:
+    rank: int | None
+    conv_rank: int | None
+    method: str | None
+    param: float | None
+    source: Path | None
+    output: Path | None
+    precision: str | None
+
+    def added_to(self, own: ResizeOptions) -> ResizeOptions:
+        """Our options with sd-scripts' in their place.
+
+        As in its tool text encoders are included, convolutions with any kernel have one rank, and nothing said means rank
+        4; its ``--device`` is not needed. Raises RequestError where both spellings of one thing are given.
+        """
+        if all(value is None for value in self):
+            return own
+        pairs = (
+            ("rank", "--rank", "--new_rank", self.rank), ("conv_rank", "--conv-rank", "--new_conv_rank", self.conv_rank),
+            ("policy", "--policy", "--dynamic_method", self.method), ("param", "--param", "--dynamic_param", self.param),
+        )  # fmt: skip
+        merged = replace(own, text_encoders=True, device=None)
+        for name, ours, theirs, value in pairs:
+            merged = replace(merged, **{name: _one_of(getattr(own, name), value, f"{ours} and {theirs}")})
+        if self.conv_rank is not None and own.pointwise_rank is None:
+            merged = replace(merged, pointwise_rank=self.conv_rank)
+        limits = (merged.rank, merged.size, merged.recipe, own.policy if self.method is None else None)
+        if all(value is None for value in limits) and not own.ranks:
+            merged = replace(merged, rank=SD_SCRIPTS_RANK)
         return merged
-    merged["text_encoders"] = True
-    if conv_rank is not None and own["pointwise_rank"] is None:
-        merged["pointwise_rank"] = conv_rank
-    limits = [merged[name] for name in ("rank", "size", "recipe")] + ([own["policy"]] if method is None else [])
-    if all(value is None for value in limits) and not own["ranks"]:
-        merged["rank"] = SD_SCRIPTS_RANK
-    return merged
+
+    def source_or(self, given: Path | None) -> Path | None:
+        """The input under either name."""
+        found: Path | None = _one_of(given, self.source, "--input and --model")
+        return found
+
+    def output_or(self, out: Path | None) -> Path | None:
+        """The output under either name."""
+        found: Path | None = _one_of(out, self.output, "--out and --save_to")
+        return found
+
+
+def _one_of(ours: Any, theirs: Any, names: str) -> Any:  # noqa: ANN401  any option's value
+    if ours is not None and theirs is not None:
+        raise RequestError(f"{names} are the same thing", hint="one of them")
+    return ours if theirs is None else theirs
+
+
+def request(options: ResizeOptions, how: Request) -> Request:
+    """The request for these options; raises RequestError for what no file could make right, before any is opened."""
+    own = (options.rank, options.conv_rank, options.pointwise_rank, options.policy, options.size, options.recipe)
+    asked = any(value is not None for value in own) or bool(options.ranks)
+    if options.workers is not None and options.workers < 1:
+        raise RequestError(f"--workers must be at least 1, not {options.workers}")
+    if how.planned and not how.dry_run:
+        raise RequestError("--plan is for --dry-run")
+    with Advice():
+        if options.uniform and options.has_size:
+            raise RequestError(
+                "--uniform would pad the file beyond its size", hint="--rank N; --dry-run shows the size of each"
+            )
+        (options if asked or not how.dry_run else replace(options, rank=1)).check()
+    if how.arch is not None:
+        from lorasurgery.architectures import named
+
+        named(how.arch)
+    return replace(how, options=options, asked=asked)
+
+
+def layout_id(target: str | None) -> str | None:
+    """The layout of ``--target``; raises RequestError for an unknown one."""
+    from lorasurgery.layouts.targets import layout
+
+    return None if target is None else layout(target).id
+
+
+def data_type(dtype: str, precision: str | None) -> str:
+    """``--dtype``, or what ``--save_precision`` calls it; raises RequestError for both."""
+    if precision is None:
+        return dtype
+    if dtype != "keep":
+        raise RequestError("--dtype and --save_precision are the same thing", hint="one of them")
+    if precision not in PRECISIONS:
+        raise RequestError(f"--save_precision is {' or '.join(PRECISIONS)}, not {precision}")
+    return PRECISIONS[precision]
+
+
+def planned_ranks(text: str | None) -> tuple[int, ...]:
+    """The ranks of ``--plan``; raises RequestError for anything else."""
+    words = [] if text is None else text.replace(",", " ").split()
+    if text is not None and not (words and all(word.isdigit() and int(word) for word in words)):
+        raise RequestError(f"{text!r} is no list of ranks", hint="--plan 4,8,16")
+    return tuple(sorted({int(word) for word in words}))
 
 
 def cache_file() -> Path:

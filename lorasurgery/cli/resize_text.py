@@ -51,7 +51,7 @@ def report_lines(report: ResizeReport, *, before: int, after: int, verbose: bool
         lines.append(("threshold", f"{report.threshold:.4g}"))
     lines.append(("time", f"{report.seconds:.2f} s"))
     shown = [f"  {label:<13}{value}" for label, value in lines if label != "kept as is" or report.kept]
-    shown += _histogram(report.histogram())
+    shown += histogram(report.histogram())
     if verbose:
         shown += _table(report.modules)
     for note, count in Counter(m.note for m in report.modules if m.note).items():
@@ -72,7 +72,7 @@ def _span(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
-def _histogram(ranks: dict[int, int]) -> list[str]:
+def histogram(ranks: dict[int, int]) -> list[str]:
     """Modules by new rank; more than 16 ranks are put together."""
     if len(ranks) < 2:
         return []

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
-from lorasurgery.cli.render import console, plain
+from lorasurgery.cli.columns import BOLD, YELLOW, Column, Screen, screen, show_pairs, show_table
+from lorasurgery.cli.render import data, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from rich.console import Console
-
     from lorasurgery.inspection.description import Description, ModuleInfo, Numbers
 
-PIPE_WIDTH = 120
-"""Columns when the output is no terminal and COLUMNS is not set."""
 MOST = 6
 """Values of a histogram that are shown."""
 LONGEST = 300
@@ -30,23 +23,25 @@ LONGEST = 300
 
 def show(description: Description, *, modules: bool) -> None:
     """Everything that was asked for, on stdout."""
-    screen = console()
-    if not screen.is_terminal and "COLUMNS" not in os.environ:
-        screen.width = PIPE_WIDTH
-    _summary(screen, description)
+    own = screen()
+    _summary(own, description)
     if description.metadata:
-        screen.print(_metadata(description.metadata))
+        _metadata(own, description.metadata)
     if description.tags is not None:
-        screen.print(_table("tags", ("tag", "count"), [(tag, str(count)) for tag, count in description.tags], right=(1,)))
+        rows = [(tag, str(count)) for tag, count in description.tags]
+        show_table(own, (Column("tag", wraps=True), Column("count", right=True)), rows, "tags")
     if modules and description.modules:
-        screen.print(_modules(screen, description.modules))
+        _modules(own, description.modules)
     if description.keys is not None:
-        rows = [(key.key, key.dtype, _shape(key.shape)) for key in description.keys]
-        screen.print(_table("keys", ("key", "dtype", "shape"), rows))
+        keys = [(key.key, key.dtype, _shape(key.shape)) for key in description.keys]
+        show_table(own, (Column("key", wraps=True), Column("dtype"), Column("shape")), keys, "keys")
     if description.spectrum is not None:
         from lorasurgery.cli.heat_map import show_spectrum
+        from lorasurgery.cli.render import console
 
-        show_spectrum(screen, description.spectrum)
+        drawn = console()
+        drawn.width = own.width
+        show_spectrum(drawn, description.spectrum)
 
 
 def one_line(description: Description) -> str:
@@ -74,16 +69,10 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def _summary(screen: Console, own: Description) -> None:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, value in [*_what(own), *_adapter(own), *_training(own)]:
-        grid.add_row(label, Text(plain(value)))
-    for warning in own.warnings:
-        grid.add_row(Text("warning", "yellow"), Text(plain(warning.message), "yellow"))
-    screen.print(Text(plain(Path(own.path).name), "bold"))
-    screen.print(grid)
+def _summary(own: Screen, description: Description) -> None:
+    rows = [(*row, "") for row in (*_what(description), *_adapter(description), *_training(description))]
+    data(own.painted(plain(Path(description.path).name), BOLD))
+    show_pairs(own, [*rows, *(("warning", warning.message, YELLOW) for warning in description.warnings)])
 
 
 def _what(own: Description) -> list[tuple[str, str]]:
@@ -161,55 +150,46 @@ def _training(own: Description) -> list[tuple[str, str]]:
     return rows
 
 
-def _metadata(metadata: Mapping[str, Mapping[str, Any]]) -> Table:
+def _metadata(own: Screen, metadata: Mapping[str, Mapping[str, Any]]) -> None:
     rows = []
     for key, entry in metadata.items():
         value = entry["value"]
-        text = value if isinstance(value, str) else json.dumps(value)
-        rows.append((key, entry["type"], _cut(text)))
-    return _table("metadata", ("key", "type", "value"), rows)
+        rows.append((key, entry["type"], _cut(value if isinstance(value, str) else json.dumps(value))))
+    show_table(own, (Column("key", wraps=True), Column("type"), Column("value", wraps=True)), rows, "metadata")
 
 
-def _modules(screen: Console, modules: Sequence[ModuleInfo]) -> Table:
+def _modules(own: Screen, modules: Sequence[ModuleInfo]) -> None:
     """A row a module; a row a block where the terminal is too short for that."""
-    if screen.is_terminal and len(modules) > screen.height - 4:
-        return _blocks(modules)
+    if own.terminal and len(modules) > own.height - 4:
+        _blocks(own, modules)
+        return
     rows = [
-        [m.name, m.family, _text(m.rank), _text(m.alpha), _text(m.scale), _shape(m.shape), m.dtype, size(m.bytes)]
-        for m in modules
-    ]
-    headers = ["module", "family", "rank", "alpha", "scale", "shape", "dtype", "size"]
-    if any(m.problem for m in modules):
-        headers.append("problem")
-        rows = [[*row, m.problem or ""] for row, m in zip(rows, modules, strict=True)]
-    return _table("modules", headers, rows, right=(2, 3, 4, 7))
+        (m.name, m.family, _text(m.rank), _text(m.alpha), _text(m.scale), _shape(m.shape), m.dtype, size(m.bytes),
+         m.problem or "") for m in modules
+    ]  # fmt: skip
+    columns = [Column("module", wraps=True), Column("family"), *(Column(h, right=True) for h in ("rank", "alpha", "scale")),
+               Column("shape"), Column("dtype"), Column("size", right=True), Column("problem", wraps=True)]  # fmt: skip
+    shown = len(columns) if any(m.problem for m in modules) else -1
+    show_table(own, columns[:shown], [row[:shown] for row in rows], "modules")
 
 
-def _blocks(modules: Sequence[ModuleInfo]) -> Table:
+def _blocks(own: Screen, modules: Sequence[ModuleInfo]) -> None:
     blocks: dict[tuple[str, str], list[ModuleInfo]] = {}
     for module in modules:
         blocks.setdefault((module.component, module.block), []).append(module)
     rows = [
-        (
-            component, block or "(outside)", str(len(own)), _counts(Counter(m.family for m in own)),
-            _few(m.rank for m in own), _few(m.alpha for m in own), _few(m.scale for m in own), size(sum(m.bytes for m in own)),
-        )
-        for (component, block), own in blocks.items()
+        [
+            block or "(outside)", component, str(len(inner)), _counts(Counter(m.family for m in inner)),
+            _few(m.rank for m in inner), _few(m.alpha for m in inner), _few(m.scale for m in inner),
+            size(sum(m.bytes for m in inner)),
+        ]
+        for (component, block), inner in blocks.items()
     ]  # fmt: skip
-    headers = ("component", "block", "modules", "families", "rank", "alpha", "scale", "size")
-    if len({component for component, _ in blocks}) > 1:
-        return _table("modules by block", headers, rows, right=(2, 4, 5, 6, 7))
-    return _table("modules by block", headers[1:], [row[1:] for row in rows], right=(1, 3, 4, 5, 6))
-
-
-def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="cyan", box=None, padding=(0, 2, 0, 0))
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i in right else "left", overflow="fold" if i == 0 else "ellipsis",
-                         no_wrap=i != 0 and header not in ("value", "problem", "families"))  # fmt: skip
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
-    return table
+    columns = [Column("block", wraps=True), Column("component"), Column("modules", right=True), Column("families", wraps=True),
+               *(Column(h, right=True) for h in ("rank", "alpha", "scale", "size"))]  # fmt: skip
+    if len({component for component, _ in blocks}) == 1:
+        columns, rows = [columns[0], *columns[2:]], [[row[0], *row[2:]] for row in rows]
+    show_table(own, columns, rows, "modules by block")
 
 
 def _values(numbers: Numbers, joint: str = ", ") -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,14 +11,12 @@ from lorasurgery.inspection.checks import findings
 from lorasurgery.inspection.description import NONE, Description, Finding, Key, Numbers
 from lorasurgery.inspection.gguf import describe_gguf, is_gguf
 from lorasurgery.inspection.lokr import lokr_factor
-from lorasurgery.inspection.models import identify
+from lorasurgery.inspection.scalars import SMALL, with_scalars
 from lorasurgery.inspection.structure import Structure, read_structure
 from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
-from lorasurgery.io.sources import FileSource
-from lorasurgery.io.tensors import of_bytes
 from lorasurgery.layouts.scales import PeftConfig
 
 if TYPE_CHECKING:
@@ -29,8 +25,6 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
 
 CONFIG = "adapter_config.json"
-SMALL = 8
-"""Bytes of the largest scalar."""
 KEPT = 64
 """Structures remembered: the files of a folder often have the same keys."""
 
@@ -63,12 +57,12 @@ def describe(path: str | Path, *, keys: bool = False, tags: bool = False, spectr
     try:
         found = _structure(raw, opened.configs, keep=spectrum)
     except NotAnAdapterError as error:
-        return replace(_no_adapter(opened, error, tags=tags), keys=listed)
-    result = replace(_adapter(opened, found, tags=tags), keys=listed)
+        return _no_adapter(opened, error, tags=tags)._replace(keys=listed)
+    result = _adapter(opened, found, tags=tags)._replace(keys=listed)
     if spectrum:
         from lorasurgery.inspection.spectrum import spectrum_of
 
-        result = replace(result, spectrum=spectrum_of(found.sources, found.modules))
+        result = result._replace(spectrum=spectrum_of(found.sources, found.modules))
     return result
 
 
@@ -78,8 +72,8 @@ def _open(path: Path) -> Opened:
     if path.suffix.lower() in TORCH_SUFFIXES:
         from lorasurgery.io.torchfile import read_torch
 
-        return Opened(_with_scalars(read_torch(path)), "pytorch", path.stat().st_size, None, {})
-    return Opened(_with_scalars(read_safetensors(path)), "safetensors", path.stat().st_size, None, {})
+        return Opened(with_scalars(read_torch(path)), "pytorch", path.stat().st_size, None, {})
+    return Opened(with_scalars(read_safetensors(path)), "safetensors", path.stat().st_size, None, {})
 
 
 def _open_folder(path: Path) -> Opened:
@@ -90,37 +84,23 @@ def _open_folder(path: Path) -> Opened:
         raw, fields = read_peft_folder(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         configs = {component: PeftConfig.from_dict(own, CONFIG) for component, own in fields.items()}
-        return Opened(_with_scalars(raw), "peft-folder", size, configs, fields)
+        return Opened(with_scalars(raw), "peft-folder", size, configs, fields)
     raise a_folder(path)
-
-
-def _with_scalars(raw: RawFile) -> RawFile:
-    """The file with its scalars (alphas, flags) read in one pass; the kernel is told of all before the first is needed."""
-    scalars = {
-        name: t.regions[0] for name, t in raw.tensors.items() if t.size == 1 and t.nbytes <= SMALL and len(t.regions) == 1
-    }
-    if hasattr(os, "posix_fadvise"):
-        for region in scalars.values():
-            if isinstance(region.source, FileSource):
-                os.posix_fadvise(region.source.descriptor(), region.offset, region.length, os.POSIX_FADV_WILLNEED)
-    read = {
-        name: of_bytes(raw.tensors[name].dtype, raw.tensors[name].shape, region.source.read(region.offset, region.length))
-        for name, region in scalars.items()
-    }
-    return replace(raw, tensors={**raw.tensors, **read})
 
 
 def _structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None, *, keep: bool) -> Structure:
     """The structure of a file, remembered by everything it is made from: keys, shapes, scalars and what the metadata says."""
     if keep:
-        return replace(read_structure(raw, configs), signs=key_signs(raw.tensors))
+        return read_structure(raw, configs, keep=True)._replace(signs=key_signs(raw.tensors))
     said = ("ss_base_model_version", "modelspec.architecture", "lora_adapter_metadata", "ss_lokr_factor")
-    shapes = tuple((name, t.dtype, t.shape, t.tobytes() if t.size == 1 else b"") for name, t in raw.tensors.items())
+    tensors = raw.tensors.values()
+    scalars = [t.tobytes() for t in tensors if len(t.regions) == 1 and t.regions[0].length <= SMALL and t.size == 1]
+    shapes = (tuple(raw.tensors), tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors]), tuple(scalars))
     key = (shapes, tuple(raw.metadata.get(name) for name in said), str(configs))
     if key not in _known:
         if len(_known) >= KEPT:
             _known.pop(next(iter(_known)))
-        _known[key] = replace(read_structure(raw, configs), signs=key_signs(raw.tensors), sources=())
+        _known[key] = read_structure(raw, configs)._replace(signs=key_signs(raw.tensors))
     return _known[key]
 
 
@@ -153,7 +133,7 @@ def _adapter(opened: Opened, found: Structure, *, tags: bool) -> Description:
     raw, arch = opened.raw, found.architecture
     modules = found.modules
     if _dylora(raw.metadata):
-        modules = tuple(replace(m, family="dylora") if m.family == "lora" else m for m in modules)
+        modules = tuple(m._replace(family="dylora") if m.family == "lora" else m for m in modules)
     factor = lokr_factor(raw, modules)
     written_by = trainer(raw.metadata, found.signs, found.layout, peft_folder=opened.container == "peft-folder")
     return Description(
@@ -199,6 +179,8 @@ def _no_adapter(opened: Opened, error: NotAnAdapterError, *, tags: bool) -> Desc
         return Description(
             kind="mangled-adapter", summary=error.message, warnings=(Finding("mangled", error.message),), **common
         )
+    from lorasurgery.inspection.models import identify
+
     model = identify(opened.raw.tensors)
     arch = model.architecture
     return Description(

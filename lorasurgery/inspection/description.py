@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
 from math import isfinite
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 SCHEMA = 1
 """Version of the JSON form: raised when a field changes its meaning or goes away, not when one is added."""
 
 Table = Mapping[str, Any]
+_EMPTY: Table = MappingProxyType({})
 
 
 class Finding(NamedTuple):
@@ -37,8 +38,7 @@ class Key(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleInfo:
+class ModuleInfo(NamedTuple):
     """One module of an adapter, from its header."""
 
     name: str
@@ -75,15 +75,12 @@ class ModuleInfo:
     """Why a program would refuse it."""
 
     def to_json(self) -> dict[str, Any]:
-        """A plain object; there are hundreds in a file, so nothing is looked at twice."""
-        found = {name: getattr(self, name) for name in _MODULE_FIELDS}
+        """A plain object."""
+        found = self._asdict()
         for name in ("alpha", "scale"):
             if found[name] is not None and not isfinite(found[name]):
                 found[name] = None
         return found
-
-
-_MODULE_FIELDS = tuple(f.name for f in fields(ModuleInfo))
 
 
 class Numbers(NamedTuple):
@@ -97,8 +94,7 @@ class Numbers(NamedTuple):
 NONE = Numbers(None, None, {})
 
 
-@dataclass(frozen=True, slots=True)
-class LokrFactor:
+class LokrFactor(NamedTuple):
     """The LoKr factor as the file says it, and as the shapes of its modules allow it."""
 
     buffer: int | None
@@ -111,8 +107,7 @@ class LokrFactor:
     """Shapes of w1 and how often they occur: ``8x8``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(NamedTuple):
     """Everything that is known about one file."""
 
     path: str
@@ -135,28 +130,28 @@ class Description:
     """Share of the modules that the architecture explains."""
     layout: str = "unknown"
     trainer: Trainer | None = None
-    families: Mapping[str, int] = field(default_factory=dict)
-    components: Mapping[str, int] = field(default_factory=dict)
+    families: Mapping[str, int] = _EMPTY
+    components: Mapping[str, int] = _EMPTY
     rank: Numbers = NONE
     alpha: Numbers = NONE
     scale: Numbers = NONE
-    scale_sources: Mapping[str, int] = field(default_factory=dict)
-    dtype: Mapping[str, int] = field(default_factory=dict)
+    scale_sources: Mapping[str, int] = _EMPTY
+    dtype: Mapping[str, int] = _EMPTY
     """dtype -> number of parameters."""
     tensors: int = 0
     parameters: int = 0
-    dora: Mapping[str, int] = field(default_factory=dict)
+    dora: Mapping[str, int] = _EMPTY
     """Axis -> number of modules."""
-    kernels: Mapping[str, int] = field(default_factory=dict)
+    kernels: Mapping[str, int] = _EMPTY
     """Convolution kernel -> number of modules."""
     tucker: int = 0
     qkv: str | None = None
     """``fused``, ``split``, ``mixed``; None when the architecture has no fused weights or the file touches none."""
     lokr_factor: LokrFactor | None = None
-    metadata: Mapping[str, Table] = field(default_factory=dict)
+    metadata: Mapping[str, Table] = _EMPTY
     """Key -> {"type", "value"}, JSON in strings unfolded."""
-    training: Mapping[str, Any] = field(default_factory=dict)
-    triggers: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = _EMPTY
+    triggers: Mapping[str, Any] = _EMPTY
     tags: tuple[tuple[str, int], ...] | None = None
     """With --tags: every training tag and how often it occurs."""
     embeddings: tuple[str, ...] = ()
@@ -173,7 +168,7 @@ class Description:
     def to_json(self) -> dict[str, Any]:
         """A plain object for ``--json``."""
         found: dict[str, Any] = {"schema": SCHEMA} | {
-            f.name: plain_value(getattr(self, f.name)) for f in fields(self) if f.name != "modules"
+            name: plain_value(value) for name, value in self._asdict().items() if name != "modules"
         }
         found["modules"] = [module.to_json() for module in self.modules]
         found["candidates"] = [{"architecture": key, "explains": share} for key, share in self.candidates]
@@ -193,6 +188,4 @@ def plain_value(value: Any) -> Any:  # noqa: ANN401  any tree of data
         return {str(key): plain_value(own) for key, own in value.items()}
     if hasattr(value, "_asdict"):
         return {key: plain_value(own) for key, own in value._asdict().items()}
-    if is_dataclass(value):
-        return {f.name: plain_value(getattr(value, f.name)) for f in fields(value)}
     return [plain_value(own) for own in value]

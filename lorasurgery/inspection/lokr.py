@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lorasurgery.inspection.description import LokrFactor
+from lorasurgery.layouts.module import FACTOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
 
 AUTOMATIC = -1
-FACTOR, FACTOR_KEY = "lokr_factor", "ss_lokr_factor"
+FACTOR_KEY = "ss_lokr_factor"
 
 
 def lokr_factor(raw: RawFile, modules: Sequence[ModuleInfo]) -> LokrFactor | None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.architectures import architectures
 from lorasurgery.architectures.table import NAMINGS, name_pattern
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     """What a file that is no adapter is."""
 
     kind: str

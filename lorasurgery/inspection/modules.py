@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 from math import isfinite, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.inspection.description import ModuleInfo
+from lorasurgery.io.tensors import BITS
 from lorasurgery.layouts.detect import expected_shape
-from lorasurgery.layouts.names import PREFIXES
+from lorasurgery.layouts.names import PREFIXES, REMEMBERED
 from lorasurgery.layouts.words import ALPHA, EXTRA, MAGNITUDE
+from lorasurgery.surgery.blocks import block_and_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,37 +27,53 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.scales import PeftConfig, ScaleRules
 
-_BLOCK = re.compile(r"^(.*?\d+)[._](.*)$")
 _CORES = frozenset({"mid", "t1", "t2"})
-_ENCODER = re.compile(r"^(lora_te\d?_|text_encoders?[._]|te\d?[._]|base_model\.model\.text_encoder)")
+_ENCODER = r"(lora_te\d?_|text_encoders?[._]|te\d?[._]|base_model\.model\.text_encoder)"
 
 
 def module_info(module: Module, own: Group, arch: Architecture, configs: Mapping[str, PeftConfig]) -> ModuleInfo:
     """The row of a parsed module; ``own`` are its tensors."""
-    site, delta = module.site, module.delta
-    weight = site.spans[0].weight
-    expected = expected_shape(arch, site)
-    block, kind = block_and_kind(_label(site, arch))
-    shape = expected if delta is None else delta.shape or expected
+    place, delta, magnitude = _place(arch, module.site), module.delta, module.magnitude
+    dtype, parameters, size, core = _sizes(own)
     return ModuleInfo(
         name=module.name,
-        component=site.component,
-        weight=weight,
-        block=block,
-        kind=kind,
+        component=module.site.component,
+        weight=place.weight,
+        block=place.block,
+        kind=place.kind,
         family=module.family,
         rank=None if delta is None else delta.rank,
         alpha=_alpha(own, module.scale.source, configs),
         scale=module.scale.value if delta is not None else None,
         scale_source=module.scale.source if delta is not None else "",
-        shape=shape,
-        kernel=expected[2:] if prod(expected[2:]) > 1 else (),
-        tucker=delta is not None and not _CORES.isdisjoint(delta.tensors),
-        dora=None if module.magnitude is None else module.magnitude.axis,
+        shape=place.shape if delta is None else delta.shape or place.shape,
+        kernel=place.kernel,
+        tucker=core,
+        dora=None if magnitude is None else magnitude.axis,
         outer=delta.outer if isinstance(delta, Kronecker) else None,
-        fused=_fused(site, arch),
-        **_sizes(own),
+        dtype=dtype,
+        parameters=parameters,
+        bytes=size,
+        fused=place.fused,
     )
+
+
+class _Place(NamedTuple):
+    """What a row says of a module because of where it is."""
+
+    weight: str
+    block: str
+    kind: str
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    fused: bool | None
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _place(arch: Architecture, site: Site) -> _Place:
+    shape = expected_shape(arch, site)
+    kernel = shape[2:] if prod(shape[2:]) > 1 else ()
+    return _Place(site.spans[0].weight, *block_and_kind(_label(site, arch)), shape, kernel, _fused(site, arch))
 
 
 def unknown_module(own: Group, delta: Delta | None, rules: ScaleRules, problem: str | None = None) -> ModuleInfo:
@@ -70,9 +88,10 @@ def unknown_module(own: Group, delta: Delta | None, rules: ScaleRules, problem: 
     if delta is not None and (entry is None or entry.tensor.size == 1):
         scale = rules.resolve(own.stem, delta, None if entry is None else entry.tensor)
     shape = () if delta is None else delta.shape
+    dtype, parameters, size, core = _sizes(own)
     return ModuleInfo(
         name=own.stem,
-        component="text_encoder" if _ENCODER.match(own.stem) else "unknown",
+        component="text_encoder" if re.match(_ENCODER, own.stem) else "unknown",
         weight=None,
         block=block,
         kind=kind,
@@ -83,22 +102,14 @@ def unknown_module(own: Group, delta: Delta | None, rules: ScaleRules, problem: 
         scale_source="" if scale is None else scale.source,
         shape=shape,
         kernel=shape[2:] if prod(shape[2:]) > 1 else (),
-        tucker=delta is not None and not _CORES.isdisjoint(delta.tensors),
+        tucker=delta is not None and core,
         dora=None if magnitude is None else _axis(magnitude.tensor.shape, shape),
         outer=delta.outer if isinstance(delta, Kronecker) else None,
+        dtype=dtype,
+        parameters=parameters,
+        bytes=size,
         problem=problem,
-        **_sizes(own),
     )
-
-
-def block_and_kind(name: str) -> tuple[str, str]:
-    """A weight's name cut after its first number.
-
-    >>> block_and_kind("double_blocks.3.img_attn.qkv"), block_and_kind("img_in")
-    (('double_blocks.3', 'img_attn.qkv'), ('', 'img_in'))
-    """
-    match = _BLOCK.match(name)
-    return (match[1], match[2]) if match else ("", name)
 
 
 def unknown_layout(groups: Iterable[Group]) -> str:
@@ -132,14 +143,20 @@ def _alpha(own: Group, source: str, configs: Mapping[str, PeftConfig]) -> float 
     return None
 
 
-def _sizes(own: Group) -> dict[str, Any]:
-    """dtype of the weights (joined with + when mixed), parameters and bytes."""
-    weights = [e.tensor for (family, _), e in own.entries.items() if family not in (ALPHA, EXTRA)]
-    return {
-        "dtype": "+".join(sorted({t.dtype for t in weights})),
-        "parameters": sum(t.size for t in weights),
-        "bytes": sum(e.tensor.nbytes for e in own.entries.values()),
-    }
+def _sizes(own: Group) -> tuple[str, int, int, bool]:
+    """dtype of the weights (joined with + when mixed), parameters, bytes, and whether there is a Tucker core."""
+    dtypes: list[str] = []
+    parameters = size = 0
+    core = False
+    for (family, slot), entry in own.entries.items():
+        dtype, count = entry.tensor.dtype, entry.tensor.size
+        size += count * BITS[dtype] // 8
+        core = core or slot in _CORES
+        if family not in (ALPHA, EXTRA):
+            parameters += count
+            if dtype not in dtypes:
+                dtypes.append(dtype)
+    return "+".join(sorted(dtypes)), parameters, size, core
 
 
 def _axis(magnitude: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -39,8 +38,7 @@ KHATRI_RAO = 512
 SHARES = (0.5, 0.9, 0.99)
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleSpectrum:
+class ModuleSpectrum(NamedTuple):
     """One module's change."""
 
     name: str
@@ -68,8 +66,7 @@ class ModuleSpectrum:
         return min(sum((value / self.norm) ** 2 for value in self.singular_values[:rank]), 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Spectrum:
+class Spectrum(NamedTuple):
     """The spectra of a file."""
 
     modules: tuple[ModuleSpectrum, ...]

@@ -6,37 +6,35 @@ and a file for an unknown model still has modules, families and ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.errors import UnknownArchitectureError
-from lorasurgery.inspection.description import Finding
-from lorasurgery.inspection.modules import module_info, unknown_layout, unknown_module
-from lorasurgery.inspection.tolerant import TOP_LEVEL, built, grouped, header_rules, parsed, scale_rules
+from lorasurgery.inspection.description import Finding, ModuleInfo
+from lorasurgery.inspection.modules import unknown_layout, unknown_module
+from lorasurgery.inspection.tolerant import TOP_LEVEL, Parts, built, grouped, header_rules, parsed
 from lorasurgery.layouts.detect import detect, same_results
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
+from lorasurgery.layouts.parse import layout_of, warnings_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Delta
-    from lorasurgery.inspection.description import ModuleInfo
     from lorasurgery.inspection.trainers import Signature
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.names import Found
-    from lorasurgery.layouts.scales import PeftConfig, ScaleRules
+    from lorasurgery.layouts.scales import PeftConfig
 
 EMBEDDINGS = ("bundle_emb.", "emb_params", "<")
 """Beginnings of keys of learned tokens: OneTrainer, ai-toolkit, cloneofsimo/lora."""
 
 
-@dataclass(frozen=True, slots=True)
-class Structure:
+class Structure(NamedTuple):
     """The modules of an adapter file."""
 
     architecture: Architecture | None
@@ -54,94 +52,72 @@ class Structure:
     """The modules that could be read, with their tensors."""
 
 
-def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None) -> Structure:
-    """Understand the keys of ``raw``; ``configs`` are a PEFT folder's. Raises NotAnAdapterError."""
+def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None, *, keep: bool = False) -> Structure:
+    """Understand the keys of ``raw``; ``configs`` are a PEFT folder's, ``keep`` fills ``sources``. Raises NotAnAdapterError."""
     raw = named_modules(raw)
     findings: list[Finding] = []
     groups, others = grouped(raw, findings)
     refuse_other_models(raw, groups)
-    configs = header_rules(raw, findings) if configs is None else configs
-    deltas, broken = built(groups, raw)
-    shapes = {stem: None if (delta := deltas.get(stem)) is None else delta.shape for stem in groups}
+    rules = scale_rules(raw, header_rules(raw, findings) if configs is None else configs)
+    parts = Parts(raw, groups, *built(groups, raw), rules)
+    shapes = {stem: None if (delta := parts.deltas.get(stem)) is None else delta.shape for stem in groups}
     embeddings = tuple(key for key in others if key.startswith(EMBEDDINGS))
     lost = [(k, "not part of any module") for k in others if k not in TOP_LEVEL and k not in embeddings]
     try:
         best, ties = detect(shapes, raw.metadata, path=raw.path)
     except UnknownArchitectureError as error:
-        findings += [*_broken(broken), Finding("unknown-architecture", error.message)]
-        rules = scale_rules(raw, configs)
-        modules = [unknown_module(own, deltas.get(stem), rules, broken.get(stem)) for stem, own in groups.items()]
+        findings += [*_broken(parts.broken), Finding("unknown-architecture", error.message)]
+        modules = [unknown_module(own, parts.deltas.get(stem), rules, parts.broken.get(stem)) for stem, own in groups.items()]
         layout = unknown_layout(groups.values())
         return Structure(None, error.candidates, (), 0.0, layout, tuple(modules), embeddings, tuple(lost), tuple(findings))
-    return _explained(raw, _Parts(groups, deltas, broken, configs), (best, ties), embeddings, lost, findings)
+    return _explained(parts, (best, ties), _Rest(embeddings, lost, findings), keep=keep)
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """A file's groups and what became of them."""
+class _Rest(NamedTuple):
+    """What is known of a file beside its modules."""
 
-    groups: Mapping[str, Group]
-    deltas: Mapping[str, Delta | None]
-    broken: Mapping[str, str]
-    configs: Mapping[str, PeftConfig]
+    embeddings: tuple[str, ...]
+    unexplained: list[tuple[str, str]]
+    findings: list[Finding]
 
 
-def _explained(
-    raw: RawFile,
-    parts: _Parts,
-    matches: tuple[Match, list[Match]],
-    embeddings: tuple[str, ...],
-    lost: list[tuple[str, str]],
-    findings: list[Finding],
-) -> Structure:
+def _explained(parts: Parts, matches: tuple[Match, list[Match]], rest: _Rest, *, keep: bool) -> Structure:
     """The structure of a file whose architecture is known."""
     best, ties = matches
-    arch = best.architecture
+    arch, groups = best.architecture, parts.groups
     names = index(arch)
-    found = {stem: names.find(stem) for stem in parts.groups}
-    whole = {stem: own for stem, own in parts.groups.items() if found[stem] is not None and stem not in parts.broken}
-    read, layout = parsed(raw, whole, arch, parts.configs, findings)
-    broken = {**parts.broken, **{stem: reason for stem, reason in read.items() if isinstance(reason, str)}}
-    findings += _broken(broken)
-    infos = [_info(raw, parts, arch, own, found[own.stem], read.get(own.stem)) for own in parts.groups.values()]
-    lost += [
-        (entry.key, f"{arch.name} has no such module")
-        for stem, place in found.items() if place is None for entry in parts.groups[stem].entries.values()
-    ]  # fmt: skip
-    findings += _two_spellings({stem: found[stem] for stem, own in parts.groups.items() if own.families()})
+    found = {stem: names.find(stem) for stem in groups}
+    rows, modules = parsed(parts, arch, found, keep=keep)
+    broken = {**parts.broken, **{stem: row for stem, row in rows.items() if isinstance(row, str)}}
+    findings = [*rest.findings]
+    findings += [Finding("parse", warning) for warning in warnings_of(parts.raw, parts.rules, modules)]
+    findings += [*_broken(broken), *_two_spellings({stem: found[stem] for stem, own in groups.items() if own.families()})]
+    nowhere = f"{arch.name} has no such module"
+    infos = [row if isinstance(row := rows.get(stem), ModuleInfo) else _odd(parts, own, found[stem], broken.get(stem, nowhere))
+             for stem, own in groups.items()]  # fmt: skip
+    lost = [(e.key, nowhere) for stem, place in found.items() if place is None for e in groups[stem].entries.values()]
     kin = {other.architecture.id: other.architecture for other in ties if other.architecture.id != arch.id}
+    whole = {stem: place for stem, place in found.items() if stem in rows and stem not in broken}
     return Structure(
         arch,
         tuple((match.architecture.key, match.share) for match in (best, *ties)),
-        tuple(other.key for other in kin.values() if not same_results(arch, other, parts.groups)),
+        tuple(other.key for other in kin.values() if not same_results(arch, other, groups)),
         best.share,
-        layout,
+        layout_of(groups, whole, arch),
         tuple(infos),
-        embeddings,
-        tuple(lost),
+        rest.embeddings,
+        (*rest.unexplained, *lost),
         tuple(findings),
-        sources=tuple(module for module in read.values() if not isinstance(module, str)),
+        sources=tuple(modules) if keep else (),
     )
 
 
-def _info(
-    raw: RawFile, parts: _Parts, arch: Architecture, own: Group, place: Found | None, read: Module | str | None
-) -> ModuleInfo:
-    """A module's row, whether it could be read or not (``read`` is then the reason)."""
-    if read is not None and not isinstance(read, str):
-        return module_info(read, own, arch, parts.configs)
-    problem = parts.broken.get(own.stem, read)
-    return _odd(own, parts.deltas.get(own.stem), scale_rules(raw, parts.configs), arch, place, problem)
-
-
-def _odd(
-    own: Group, delta: Delta | None, rules: ScaleRules, arch: Architecture, place: Found | None, problem: str | None
-) -> ModuleInfo:
-    """A module that is broken, or that the architecture does not have."""
-    info = unknown_module(own, delta, rules, problem or f"{arch.name} has no such module")
+def _odd(parts: Parts, own: Group, place: Found | None, problem: str) -> ModuleInfo:
+    """The row of a module that is broken, or that the architecture does not have."""
+    info = unknown_module(own, parts.deltas.get(own.stem), parts.rules, problem)
     if place is None:
         return info
-    return replace(info, component=place.site.component, weight=place.site.spans[0].weight)
+    return info._replace(component=place.site.component, weight=place.site.spans[0].weight)
 
 
 def _broken(problems: Mapping[str, str]) -> list[Finding]:

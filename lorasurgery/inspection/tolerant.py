@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasurgery.errors import BrokenModuleError, SurgeryError
 from lorasurgery.inspection.description import Finding
-from lorasurgery.inspection.lokr import FACTOR
-from lorasurgery.io.header import RawFile
-from lorasurgery.layouts.detect import expected_shape, fits
+from lorasurgery.inspection.modules import module_info
 from lorasurgery.layouts.group import build, group
-from lorasurgery.layouts.names import index
-from lorasurgery.layouts.parse import FLAGS, parse
-from lorasurgery.layouts.scales import ScaleRules, header_configs
-from lorasurgery.layouts.words import split_key
+from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
+from lorasurgery.layouts.names import REMEMBERED
+from lorasurgery.layouts.scales import header_configs
+from lorasurgery.layouts.words import ALPHA, split_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.deltas.base import Delta
+    from lorasurgery.inspection.description import ModuleInfo
+    from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
-    from lorasurgery.layouts.scales import PeftConfig
+    from lorasurgery.layouts.names import Found
+    from lorasurgery.layouts.scales import PeftConfig, ScaleRules
 
 TOP_LEVEL = (FACTOR, *FLAGS)
 """Tensors that belong to no module and are understood."""
@@ -57,6 +57,17 @@ def header_rules(raw: RawFile, findings: list[Finding]) -> Mapping[str, PeftConf
         return {}
 
 
+class Parts(NamedTuple):
+    """A file's groups and what became of them, before any architecture is known."""
+
+    raw: RawFile
+    groups: Mapping[str, Group]
+    deltas: Mapping[str, Delta | None]
+    broken: Mapping[str, str]
+    """Module -> what is wrong with it."""
+    rules: ScaleRules
+
+
 def built(groups: Mapping[str, Group], raw: RawFile) -> tuple[dict[str, Delta | None], dict[str, str]]:
     """Module -> delta, and module -> what is wrong with it."""
     deltas: dict[str, Delta | None] = {}
@@ -78,52 +89,44 @@ def _build(own: Group, raw: RawFile) -> Delta | str | None:
         return error.message
 
 
-def scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig]) -> ScaleRules:
-    """Where scales come from when no table knows the modules."""
-    flag = raw.tensors.get(FLAGS[0])
-    return ScaleRules(configs, rslora_flag=flag is not None and bool(flag.item()), whole_lokr_by_shape=FACTOR in raw.tensors)
+_rows: dict[Any, ModuleInfo] = {}
 
 
 def parsed(
-    raw: RawFile, groups: Mapping[str, Group], arch: Architecture, configs: Mapping[str, PeftConfig], findings: list[Finding]
-) -> tuple[dict[str, Module | str], str]:
-    """Module name -> the module, or what is wrong with it; and the layout. All at once, or one by one if that fails."""
-    try:
-        adapter = parse(_part(raw, groups.values()), among=(arch,), configs=configs)
-    except SurgeryError:
-        pass
-    else:
-        findings += [Finding("parse", warning) for warning in adapter.warnings]
-        read: dict[str, Module | str] = {module.name: module for module in adapter.modules.values()}
-        if len(read) == len(groups):
-            return read, adapter.layout
-    read = {}
-    layouts: Counter[str] = Counter()
-    for stem, own in groups.items():
-        read[stem], layout = _parsed_alone(raw, own, arch, configs)
-        layouts[layout] += 1
-    layouts.pop("", None)
-    return read, layouts.most_common(1)[0][0] if layouts else "unknown"
+    parts: Parts, arch: Architecture, found: Mapping[str, Found | None], *, keep: bool
+) -> tuple[dict[str, ModuleInfo | str], list[Module]]:
+    """Module name -> its row, or what is wrong with it; and the modules themselves, all of them with ``keep``.
+
+    Rows are remembered by everything they are made from: the files of a folder have many modules in common.
+    """
+    rows: dict[str, ModuleInfo | str] = {}
+    modules: list[Module] = []
+    rules = parts.rules
+    remember = not (keep or rules.configs or rules.whole_lokr_by_shape)
+    for stem, place in found.items():
+        if place is None or stem in parts.broken:
+            continue
+        own = parts.groups[stem]
+        key = (arch, rules.rslora_flag, stem, _made_from(own)) if remember else None
+        row = _rows.get(key)
+        if row is None:
+            try:
+                module = module_of(own, parts.deltas[stem], place, arch, rules, parts.raw.path)
+            except SurgeryError as error:
+                rows[stem] = error.message
+                continue
+            modules.append(module)
+            row = module_info(module, own, arch, rules.configs)
+            if key is not None:
+                if len(_rows) >= REMEMBERED:
+                    _rows.clear()
+                _rows[key] = row
+        rows[stem] = row
+    return rows, modules
 
 
-def _parsed_alone(raw: RawFile, own: Group, arch: Architecture, configs: Mapping[str, PeftConfig]) -> tuple[Module | str, str]:
-    """One module, or what is wrong with it; and its layout."""
-    try:
-        adapter = parse(_part(raw, [own]), among=(arch,), configs=configs)
-    except SurgeryError as error:
-        return _misfit(own, arch, raw) or error.message, ""
-    return next(iter(adapter.modules.values())), adapter.layout
-
-
-def _misfit(own: Group, arch: Architecture, raw: RawFile) -> str | None:
-    """The sentence for a module whose shape is not its base weight's."""
-    delta, place = build(own, raw.path), index(arch).find(own.stem)
-    if delta is None or place is None or fits(delta.shape, expected := expected_shape(arch, place.site)):
-        return None
-    return f"{own.stem} is {list(delta.shape)}, {arch.name} expects {list(expected)}"
-
-
-def _part(raw: RawFile, groups: Iterable[Group]) -> RawFile:
-    """The file with these modules only, and its top-level tensors."""
-    tensors = {entry.key: entry.tensor for own in groups for entry in own.entries.values()}
-    return RawFile(raw.path, tensors | {k: raw.tensors[k] for k in TOP_LEVEL if k in raw.tensors}, raw.metadata)
+def _made_from(own: Group) -> tuple[Any, ...]:
+    """What a row depends on besides the module's name: words, dtypes, shapes, and the alpha's value."""
+    alpha = own.modifier(ALPHA)
+    tensors = [(e.key[len(own.stem) :], e.tensor.dtype, e.tensor.shape) for e in own.entries.values()]
+    return (b"" if alpha is None or alpha.tensor.size != 1 else alpha.tensor.tobytes(), *tensors)

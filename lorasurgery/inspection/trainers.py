@@ -27,6 +27,8 @@ class Signature(NamedTuple):
     weight: int
     """How telling: 3 alone is certain, 1 is a habit that others share."""
     says: str
+    part: str = ""
+    """What every such key has, looked for first: far cheaper than the pattern on thousands of keys."""
 
 
 _MUSUBI = r"lora_(?:wan|framepack|hv_1_5|qwen_image|zimage|kandinsky|flux_2|hidream_o1|ideogram4|krea2)"
@@ -49,27 +51,28 @@ SIGNATURES = (
     Signature(_FORK, KEY, r"^(lokr_factor|use_rslora_flag|use_dora_flag)$", 5, "a lokr_factor or flag tensor"),
     Signature("ai-toolkit", METADATA, r"software=.*ai-toolkit", 6, "software"),
     Signature("ai-toolkit", METADATA, r"training_info=", 2, "training_info"),
-    Signature("ai-toolkit", KEY, r"\.magnitude$", 3, "DoRA magnitude called .magnitude"),
+    Signature("ai-toolkit", KEY, r"\.magnitude$", 3, "DoRA magnitude called .magnitude", ".magnitude"),
     Signature("OneTrainer", METADATA, r"ot_(config|branch|revision)=", 6, "ot_config or ot_revision"),
-    Signature("OneTrainer", KEY, r"^bundle_emb\.", 4, "bundled embeddings"),
-    Signature("OneTrainer", KEY, r"^lora_transformer_", 2, "lora_transformer_ names"),
+    Signature("OneTrainer", KEY, r"^bundle_emb\.", 4, "bundled embeddings", "bundle_emb."),
+    Signature("OneTrainer", KEY, r"^lora_transformer_", 2, "lora_transformer_ names", "lora_transformer_"),
     Signature("OneTrainer", LAYOUT, r"^onetrainer$", 1, "its key layout"),
     Signature("SimpleTuner", METADATA, r"(?i)[^=]*simpletuner|[^=]*=.*simpletuner", 6, "metadata names it"),
     Signature("SimpleTuner (or LyCORIS alone)", METADATA, r"lycoris_config=", 4, "lycoris_config"),
-    Signature("SimpleTuner (or LyCORIS alone)", KEY, r"^lycoris_", 2, "lycoris_ names"),
+    Signature("SimpleTuner (or LyCORIS alone)", KEY, r"^lycoris_", 2, "lycoris_ names", "lycoris_"),
     Signature("diffusion-pipe", METADATA, r"(?i)[^=]*diffusion[-_]pipe|[^=]*=.*diffusion-pipe", 6, "metadata names it"),
     Signature("Diffusers", METADATA, r"lora_adapter_metadata=", 2, "lora_adapter_metadata"),
-    Signature("Diffusers (before 0.20)", KEY, r"\.processor\.to_\w+_lora\.(down|up)\.weight$", 4, "attention processor names"),
-    Signature("Diffusers", KEY, r"\.lora_linear_layer\.(down|up)\.weight$", 3, "lora_linear_layer names"),
-    Signature("Diffusers", KEY, r"^unet\..*\.lora\.(down|up)\.weight$", 3, "lora.down names"),
+    Signature("Diffusers (before 0.20)", KEY, r"\.processor\.to_\w+_lora\.(down|up)\.weight$", 4, "attention processor names",
+              ".processor."),
+    Signature("Diffusers", KEY, r"\.lora_linear_layer\.(down|up)\.weight$", 3, "lora_linear_layer names", "linear_layer"),
+    Signature("Diffusers", KEY, r"^unet\..*\.lora\.(down|up)\.weight$", 3, "lora.down names", ".lora."),
     Signature("Diffusers", LAYOUT, r"^diffusers$", 1, "its key layout"),
-    Signature("PEFT", KEY, r"^base_model\.model\.", 2, "base_model.model. names"),
-    Signature("DiffSynth-Studio", KEY, r"\.lora_[AB]\.default\.weight$", 2, "adapter name kept in the keys"),
-    Signature("XLabs x-flux", KEY, r"\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$", 4, "processor names"),
+    Signature("PEFT", KEY, r"^base_model\.model\.", 2, "base_model.model. names", "base_model.model."),
+    Signature("DiffSynth-Studio", KEY, r"\.lora_[AB]\.default\.weight$", 2, "adapter name kept in the keys", ".default.weight"),
+    Signature("XLabs x-flux", KEY, r"\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$", 4, "processor names", ".processor."),
     Signature("Black Forest Labs", LAYOUT, r"^bfl$", 3, "its key layout"),
-    Signature("VideoX-Fun", KEY, r"^lora_unet__", 4, "lora_unet__ names"),
-    Signature("Mochi fine-tuner", KEY, r"\.lora_[AB]$", 4, "factors without .weight"),
-    Signature("cloneofsimo/lora", KEY, r"^(unet|text_encoder):\d+:(up|down)$", 5, "numbered modules"),
+    Signature("VideoX-Fun", KEY, r"^lora_unet__", 4, "lora_unet__ names", "lora_unet__"),
+    Signature("Mochi fine-tuner", KEY, r"\.lora_[AB]$", 4, "factors without .weight", ".lora_A\n"),
+    Signature("cloneofsimo/lora", KEY, r"^(unet|text_encoder):\d+:(up|down)$", 5, "numbered modules", ":"),
     Signature("sd-scripts or a relative", LAYOUT, r"^sd-scripts$", 1, "its key layout"),
     Signature("ai-toolkit, diffusion-pipe or ComfyUI", LAYOUT, r"^comfyui$", 1, "its key layout"),
 )  # fmt: skip
@@ -83,8 +86,11 @@ PROCESSORS = (
 
 def key_signs(keys: Iterable[str]) -> tuple[Signature, ...]:
     """The signatures that a file's keys bear."""
-    text = "\n".join(keys)
-    return tuple(sign for sign in SIGNATURES if sign.where == KEY and re.search(sign.pattern, text, re.MULTILINE))
+    text = "\n".join((*keys, ""))
+    return tuple(
+        sign for sign in SIGNATURES
+        if sign.where == KEY and sign.part in text and re.search(sign.pattern, text, re.MULTILINE)
+    )  # fmt: skip
 
 
 def trainer(metadata: Mapping[str, str], signs: tuple[Signature, ...], layout: str, *, peft_folder: bool) -> Trainer | None:

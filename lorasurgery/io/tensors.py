@@ -49,6 +49,12 @@ _NUMPY_NAMES = MappingProxyType(
         "I32": "int32", "F16": "float16", "U16": "uint16", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     }
 )  # fmt: skip
+_STRUCT_CODES = MappingProxyType(
+    {
+        "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "U64": "<Q", "I32": "<i", "U32": "<I", "I16": "<h", "U16": "<H",
+        "I8": "<b", "U8": "<B", "BOOL": "<?",
+    }
+)  # fmt: skip
 _ML_NAMES = MappingProxyType(
     {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 )
@@ -206,13 +212,12 @@ def scalar_value(dtype: str, data: bytes) -> float:
 
     if dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + data)[0])
-    code = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "U64": "Q", "I32": "i", "U32": "I", "I16": "h",
-            "U16": "H", "I8": "b", "U8": "B", "BOOL": "?"}.get(dtype)  # fmt: skip
+    code = _STRUCT_CODES.get(dtype)
     if code is None:
         import numpy as np
 
         return float(np.frombuffer(data, numpy_dtype(dtype)).astype(np.float64)[0])
-    return float(struct.unpack(f"<{code}", data)[0])
+    return float(struct.unpack(code, data)[0])
 
 
 def of_bytes(dtype: str, shape: Shape, data: bytes) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from lorasurgery.architectures.table import NAMINGS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.errors import UnknownArchitectureError
 from lorasurgery.layouts.foreign import unmangled
-from lorasurgery.layouts.names import index, stem_pattern
+from lorasurgery.layouts.names import index
+from lorasurgery.layouts.near import near
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 ENOUGH = 0.5
 """A table that explains less than this share of a file's modules is not taken to be its architecture."""
-SAMPLE = 24
-"""Modules looked at before tables are compared in full."""
-NEAR = 0.8
-"""Tables whose names cover at least this share of the best one's are compared in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +44,14 @@ class Match:
 def expected_shape(architecture: Architecture, site: Site) -> Shape:
     """(out, in[, k...]) of the weight rows a site stands for."""
     if site.component in TEXT_ENCODERS:
-        return TEXT_ENCODERS[site.component].shapes[site.spans[0].weight]
+        rows = sum(span.stop - span.start for span in site.spans)
+        return TEXT_ENCODERS[site.component].shapes.get(site.spans[0].weight, (rows,))  # norms are not in the tables
     return architecture.module_shape(site.spans)
 
 
 def fits(shape: Shape, expected: Shape) -> bool:
     """Whether a delta of ``shape`` can be added to ``expected``; flat convolutions count as their kernel's size."""
-    if not shape:
+    if not shape or shape == expected:
         return True
     return shape[0] == expected[0] and prod(shape[1:]) == prod(expected[1:])
 
@@ -74,7 +72,7 @@ def detect(
     hinted = {arch.key for arch in architectures().values() if _said(metadata) & set(arch.metadata_names)}
     matches = [score(arch, stems) for arch in (_hinted(hinted) if among is None else among)]
     if among is None and not any(m.fitting == m.total for m in matches):  # the metadata is silent or wrong
-        matches = [score(arch, stems) for arch in _fitting_a_sample(_near(stems), stems)]
+        matches = _scored(stems)
         if not any(m.fitting == m.total for m in matches):
             matches += [score(arch, stems) for arch in plugins()]
     if not any(m.named for m in matches):
@@ -85,18 +83,21 @@ def detect(
     if best.architecture.key in hinted:
         return best, []
     ties = [m for m in matches if (m.fitting, m.named) == (best.fitting, best.named)]
-    whole = [m for m in ties if _is_whole(m.architecture, stems)]
-    if whole and len({m.architecture.id for m in whole}) < len({m.architecture.id for m in ties}):
-        ties = whole
+    if len({m.architecture.id for m in ties}) > 1:
+        whole = [m for m in ties if _is_whole(m.architecture, stems)]
+        ids = {m.architecture.id for m in whole}
+        ties = whole if whole and len(ids) < len({m.architecture.id for m in ties}) else ties
     return ties[0], ties[1:]
 
 
-def _fitting_a_sample(candidates: list[Architecture], stems: Mapping[str, Shape | None]) -> list[Architecture]:
-    """The candidates that fit at least half as many of a few modules as the best: wider and narrower models fall out."""
-    sample = dict(list(stems.items())[:: max(len(stems) // SAMPLE, 1)])
-    fitting = {arch.key: score(arch, sample).fitting for arch in candidates} if len(stems) > SAMPLE else {}
-    best = max(fitting.values(), default=0)
-    return [arch for arch in candidates if not best or 2 * fitting[arch.key] >= best]
+def _scored(stems: Mapping[str, Shape | None]) -> list[Match]:
+    """The tables that come near, compared in full, except those that cannot fit as many modules as another does."""
+    matches: dict[str, Match] = {}
+    for arch, most in near(stems):
+        best = max((m.fitting for m in matches.values()), default=0)
+        if most >= best or 2 * best < len(stems):
+            matches[arch.key] = score(arch, stems)
+    return [matches[key] for key in architectures() if key in matches]
 
 
 def _said(metadata: Mapping[str, str]) -> set[str]:
@@ -113,7 +114,13 @@ def _is_whole(architecture: Architecture, stems: Mapping[str, Shape | None]) -> 
     names = index(architecture)
     touched = {span.weight for stem in stems if (place := names.find(stem)) is not None for span in place.site.spans}
     blocks = _blocks(touched & architecture.shapes.keys())
-    return bool(blocks) and all(_blocks(architecture.shapes)[stack] == own for stack, own in blocks.items())
+    every = _all_blocks(architecture)
+    return bool(blocks) and all(every[stack] == own for stack, own in blocks.items())
+
+
+@cache
+def _all_blocks(architecture: Architecture) -> Mapping[str, set[str]]:
+    return _blocks(architecture.shapes)
 
 
 def _blocks(weights: Iterable[str]) -> dict[str, set[str]]:
@@ -161,23 +168,10 @@ def score(architecture: Architecture, stems: Mapping[str, Shape | None]) -> Matc
     fitting = named = 0
     for stem, shape in stems.items():
         found = names.find(stem)
-        if found is None:
-            continue
-        named += 1
-        fitting += shape is None or fits(shape, expected_shape(architecture, found.site))
+        if found is not None:
+            named += 1
+            fitting += shape is None or fits(shape, found.shape)
     return Match(architecture, fitting, named, len(stems))
-
-
-def _near(stems: Mapping[str, Shape | None]) -> list[Architecture]:
-    """The tables whose name patterns cover about as many modules as the best one's."""
-    patterns = Counter(stem_pattern(stem) for stem in stems)
-    encoder_stems = sum(n for p, n in patterns.items() if p.startswith(("lora_te", "text_encoder")))
-    cover = {
-        arch.key: sum(n for p, n in patterns.items() if p in arch.patterns) + (encoder_stems if arch.encoders else 0)
-        for arch in architectures().values()
-    }
-    best = max(cover.values(), default=0)
-    return [arch for key, arch in architectures().items() if cover[key] and cover[key] >= NEAR * best]
 
 
 def _unknown(stems: Mapping[str, Shape | None], matches: list[Match], path: Path | None) -> UnknownArchitectureError:
@@ -207,7 +201,6 @@ def _first_misfit(architecture: Architecture, stems: Mapping[str, Shape | None])
         found = names.find(stem)
         if found is None:
             return f"It has no {stem}."
-        expected = expected_shape(architecture, found.site)
-        if shape is not None and not fits(shape, expected):
-            return f"{stem} is {list(shape)}, it expects {list(expected)}."
+        if shape is not None and not fits(shape, found.shape):
+            return f"{stem} is {list(shape)}, it expects {list(found.shape)}."
     return ""

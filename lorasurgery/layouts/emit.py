@@ -13,6 +13,7 @@ from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
@@ -141,7 +142,7 @@ def _scaled(
 ) -> tuple[Delta, Tensor | None, float]:
     """(delta as written, alpha tensor or None, scale that remains for the reader)."""
     value, stored = module.scale.value, module.scale.alpha
-    if isinstance(delta, (Full, Opaque)):
+    if isinstance(delta, (Full, Miss, Opaque)):
         return delta.scaled(value, record) if value != 1.0 else delta, None if value != 1.0 else stored, 1.0
     if isinstance(delta, Kronecker) and delta.rank is None:
         return _whole_kronecker(delta, module, target, record)
@@ -179,6 +180,8 @@ def _suffix(delta: Delta, slot: str, words: Mapping[str, str]) -> str:
         return f".hada_{slot}"
     if isinstance(delta, Kronecker):
         return f".lokr_{slot}"
+    if isinstance(delta, Miss):
+        return f".{slot}"
     return words.get(slot, f".{slot}")
 
 

@@ -10,8 +10,9 @@ from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.tensors import FLOATS
+from lorasurgery.io.tensors import CARRIED, FLOATS
 from lorasurgery.layouts.words import (
     ALPHA,
     BIAS,
@@ -21,6 +22,7 @@ from lorasurgery.layouts.words import (
     LOKR,
     LORA,
     MAGNITUDE,
+    MISS,
     NORM,
     OPAQUE_FAMILIES,
     SET,
@@ -55,11 +57,15 @@ class Group:
 
     def families(self) -> list[str]:
         """The families its tensors belong to, modifiers (alpha, magnitude, bias) left out."""
-        return list(dict.fromkeys(family for family, _ in self.entries if family not in _MODIFIERS))
+        found: list[str] = []
+        for family, _ in self.entries:
+            if family not in found and family not in _MODIFIERS:
+                found.append(family)
+        return found
 
     def modifier(self, name: str) -> Entry | None:
         """The alpha, magnitude, bias or extra entry."""
-        return next((entry for (family, _), entry in self.entries.items() if family == name), None)
+        return self.entries.get((name, "reshape_weight" if name == EXTRA else name))
 
     def slots(self, family: str) -> dict[str, Tensor]:
         """The family's tensors by slot."""
@@ -83,8 +89,10 @@ def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
             others[key] = tensor
             continue
         entry = Entry(key, split.word, tensor)
-        own = groups.setdefault(split.stem, Group(split.stem))
-        slot = (split.word.family, split.word.slot)
+        own = groups.get(split.stem)
+        if own is None:
+            own = groups[split.stem] = Group(split.stem)
+        slot = split.word[:2]
         if slot in own.entries:
             raise BrokenModuleError(
                 f"{key} and {own.entries[slot].key} fill the same place; the file seems to hold two adapters",
@@ -126,7 +134,7 @@ def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:
     return delta
 
 
-_FACTORED = (LORA, LOHA, LOKR)
+_FACTORED = (LORA, LOHA, LOKR, MISS)
 _CORES = ("mid", "t1", "t2")
 
 
@@ -138,7 +146,7 @@ def _check_factors(own: Group, family: str, path: object) -> None:
         shape, dtype = entry.tensor.shape, entry.tensor.dtype
         if len(shape) < (3 if slot in _CORES else 2) or 0 in shape:
             raise _broken(own, path, f"{entry.key} has shape {list(shape)}, a factor has rows and columns", "the original file")
-        if dtype not in FLOATS:
+        if dtype not in FLOATS and dtype not in CARRIED:
             raise _broken(
                 own,
                 path,
@@ -175,7 +183,13 @@ def _norm(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # no
     return Full(slots["w_norm"], "norm")
 
 
-_BUILDERS = {LORA: _low_rank, LOHA: _hadamard, LOKR: _kronecker, FULL: _full, NORM: _norm}
+def _miss(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # noqa: ARG001  the builders' signature
+    """A block of rows; with three axes it is the variant that multiplies the base."""
+    block = slots["miss_block"]
+    return Miss(block) if len(block.shape) == 2 else Opaque("bat", ((own.key()[len(own.stem) :], block),))
+
+
+_BUILDERS = {LORA: _low_rank, LOHA: _hadamard, LOKR: _kronecker, FULL: _full, NORM: _norm, MISS: _miss}
 
 
 def _opaque(own: Group, family: str, slots: Mapping[str, Tensor]) -> Opaque:

@@ -16,7 +16,7 @@ from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lorasurgery.architectures.table import Encoder, Spans
+    from lorasurgery.architectures.table import Encoder, Shape, Spans
 
 ALIAS = "alias"
 
@@ -64,6 +64,12 @@ class Found(NamedTuple):
     site: Site
     naming: str
     layout: str
+    shape: Shape
+    """(out, in[, k...]) of the weight rows the site stands for."""
+
+
+REMEMBERED = 1 << 15
+"""Names that an index remembers: the files of a folder have many in common."""
 
 
 class NameIndex:
@@ -72,6 +78,7 @@ class NameIndex:
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self._flat: dict[str, Mapping[str, Spans]] = {}
+        self._found: dict[str, Found | None] = {}
 
     def _names(self, naming: str, *, is_flat: bool) -> Mapping[str, Spans]:
         """The names of one naming (or the aliases), with underscores for dots when ``is_flat``."""
@@ -95,17 +102,31 @@ class NameIndex:
             found += [(number, encoders[0].table, True, "sd-scripts") for number in numbers]
         return tuple(sorted(set(found), key=lambda item: -len(item[0])))
 
+    @cached_property
+    def _encoder_starts(self) -> tuple[str, ...]:
+        """The encoder prefixes alone."""
+        return tuple(text for text, *_ in self._encoder_prefixes)
+
     def find(self, stem: str) -> Found | None:
         """The site of a spelled module name, or None when this architecture has no such name."""
-        return self._in_encoder(stem) or self._in_denoiser(stem) or self._in_root(stem)
+        try:
+            return self._found[stem]
+        except KeyError:
+            pass
+        if len(self._found) >= REMEMBERED:
+            self._found.clear()
+        self._found[stem] = found = self._in_encoder(stem) or self._in_denoiser(stem) or self._in_root(stem)
+        return found
 
     def _in_encoder(self, stem: str) -> Found | None:
+        if not stem.startswith(self._encoder_starts):
+            return None
         for text, component, is_flat, layout in self._encoder_prefixes:
             if stem.startswith(text):
                 weight = _encoder_names(component)[is_flat].get(stem[len(text) :])
                 if weight is not None:
-                    rows = TEXT_ENCODERS[component].shapes[weight][0]
-                    return Found(Site(component, (Span(weight, 0, rows),)), ORIGINAL, layout)
+                    shape = TEXT_ENCODERS[component].shapes[weight]
+                    return Found(Site(component, (Span(weight, 0, shape[0]),)), ORIGINAL, layout, shape)
         return None
 
     def _in_denoiser(self, stem: str) -> Found | None:
@@ -113,7 +134,7 @@ class NameIndex:
             for naming in (*prefix.order, ALIAS):
                 spans = self._names(naming, is_flat=prefix.flat).get(body)
                 if spans is not None:
-                    return Found(Site(prefix.component, spans), naming, prefix.layout)
+                    return self._of(Site(prefix.component, spans), naming, prefix.layout)
         return None
 
     def _in_root(self, stem: str) -> Found | None:
@@ -122,8 +143,11 @@ class NameIndex:
             if stem.startswith(component + "."):
                 spans = self._names(DIFFUSERS, is_flat=False).get(root + stem[len(component) + 1 :])
                 if spans is not None:
-                    return Found(Site(DENOISER, spans), DIFFUSERS, "diffusers")
+                    return self._of(Site(DENOISER, spans), DIFFUSERS, "diffusers")
         return None
+
+    def _of(self, site: Site, naming: str, layout: str) -> Found:
+        return Found(site, naming, layout, self.architecture.module_shape(site.spans))
 
     def spellings(self) -> Iterator[str]:
         """Every name without its prefix, for nearest-name searches."""
@@ -132,10 +156,14 @@ class NameIndex:
                 yield from self._names(naming, is_flat=is_flat)
 
 
-@lru_cache(maxsize=1 << 14)
+_STARTS = tuple(prefix.text for prefix in PREFIXES if prefix.text)
+
+
+@lru_cache(maxsize=REMEMBERED)
 def prefixed(stem: str) -> tuple[tuple[Prefix, str], ...]:
     """The denoiser prefixes a spelled name can begin with, and what follows each: the same for every architecture."""
-    return tuple((prefix, stem[len(prefix.text) :]) for prefix in PREFIXES if stem.startswith(prefix.text))
+    possible = PREFIXES if stem.startswith(_STARTS) else PREFIXES[-1:]
+    return tuple([(prefix, stem[len(prefix.text) :]) for prefix in possible if stem.startswith(prefix.text)])
 
 
 def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:
@@ -167,9 +195,7 @@ def index(architecture: Architecture) -> NameIndex:
     return NameIndex(architecture)
 
 
+@lru_cache(maxsize=REMEMBERED)
 def stem_pattern(stem: str) -> str:
     """A spelled name without its prefix, its numbers as ``#``: what :attr:`Architecture.patterns` holds."""
-    for prefix in PREFIXES:
-        if prefix.text and stem.startswith(prefix.text):
-            return name_pattern(stem[len(prefix.text) :])
-    return name_pattern(stem)
+    return name_pattern(prefixed(stem)[0][1])

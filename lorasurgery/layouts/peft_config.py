@@ -1,6 +1,6 @@
 """PEFT's configuration of what was written: ``adapter_config.json``, and Diffusers' copy of it in a file's header.
 
-Source: PEFT 0.21 ``LoraConfig``, ``LoHaConfig``, ``LoKrConfig`` and ``get_pattern_key``; Diffusers 0.42
+Source: PEFT 0.21 ``LoraConfig``, ``LoHaConfig``, ``LoKrConfig``, ``MissConfig`` and ``get_pattern_key``; Diffusers 0.42
 ``loaders/peft.py`` (``lora_adapter_metadata``).
 """
 
@@ -16,6 +16,7 @@ from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.layouts.emit import common
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.emit import Written
 
 PREFIX, TEXT_MODEL = "base_model.model.", "text_model."
-_TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
+_TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "miss": "MISS"}
+_NOT_OF_MISS = ("alpha", "rank_pattern", "alpha_pattern")
 
 
 def components(written: Sequence[Written], arch: Architecture) -> dict[str, list[Written]]:
@@ -64,8 +66,8 @@ def adapter_config(written: Sequence[Written], names: Collection[str], prefix: s
 
     ``prefix`` is what stands before a module's name in its stem, ``root`` what is left out of the name itself.
 
-    Raises NotRepresentableError for modules of several PEFT types, and for a LoKr whose factors PEFT would shape
-    otherwise.
+    Raises NotRepresentableError for modules of several PEFT types, for a LoKr whose factors PEFT would shape otherwise,
+    and for MiSS blocks of several sizes.
     """
     kinds = {_TYPES[w.module.family] for w in written}
     if len(kinds) > 1:
@@ -90,6 +92,8 @@ def adapter_config(written: Sequence[Written], names: Collection[str], prefix: s
         "alpha_pattern": {_pattern(n, names): _plain(w.alpha) for n, w in modules.items() if w.alpha != alpha},
         "target_modules": _targets(modules, names),
     }
+    if kind == "MISS":
+        config = {key: value for key, value in config.items() if key not in _NOT_OF_MISS}
     return config | _SPECIFIC[kind](written)
 
 
@@ -153,7 +157,22 @@ def _lokr(written: Sequence[Written]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_SPECIFIC = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr}
+def _miss(written: Sequence[Written]) -> dict[str, Any]:
+    """PEFT has one r for all blocks, and one width for all where they are repeated over the outputs."""
+    blocks = [(w, w.module.delta.block.shape) for w in written if isinstance(w.module.delta, Miss)]
+    rank = blocks[0][1][0]
+    narrow = next((columns for w, (_, columns) in blocks if columns != w.shape[0]), None)
+    for own, (rows, columns) in blocks:
+        if rows != rank or columns != (own.shape[0] if narrow is None else narrow):
+            raise NotRepresentableError(
+                f"{own.module.name}: PEFT gives every MiSS block one size", module=own.module.name, hint="--as lora"
+            )
+    return {"miss_dropout": 0.0, "bias": "none"} | (
+        {"init_weights": True} if narrow is None else {"init_weights": "mini", "mini_r": narrow}
+    )
+
+
+_SPECIFIC = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "MISS": _miss}
 
 
 def factorization(dimension: int, factor: int) -> tuple[int, int]:

@@ -95,7 +95,7 @@ LAYOUTS = MappingProxyType(
             ),
             Layout(
                 "peft", "PEFT", Naming("base_model.model.", False, DIFFUSERS), PEFT, ("header", "fold"),
-                holds=frozenset({"lora", "dora", "loha", "lokr"}), carries_unknown=False, in_axis_dora=False,
+                holds=frozenset({"lora", "dora", "loha", "lokr", "miss"}), carries_unknown=False, in_axis_dora=False,
                 encoders="diffusers",
             ),
             Layout(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import NamedTuple
 
-LORA, LOHA, LOKR, FULL, NORM, SET = "lora", "loha", "lokr", "full", "norm", "set"
+LORA, LOHA, LOKR, FULL, NORM, SET, MISS = "lora", "loha", "lokr", "full", "norm", "set", "miss"
 ALPHA, MAGNITUDE, BIAS, EXTRA = "alpha", "magnitude", "bias", "extra"
 OPAQUE_FAMILIES = ("oft", "boft", "glora", "ia3", "sparse")
 
@@ -59,6 +59,8 @@ WORDS = MappingProxyType(
         ".diff": Word(FULL, "diff", "kohya"),
         ".w_norm": Word(NORM, "w_norm", "kohya"),
         ".set_weight": Word(SET, "set_weight", "kohya"),
+        ".miss_block": Word(MISS, "miss_block", "peft"),
+        ".bone_block": Word(MISS, "miss_block", "peft"),  # its name until PEFT 0.17
         ".reshape_weight": Word(EXTRA, "reshape_weight", "kohya"),
         **_HADA,
         **_LOKR,
@@ -69,7 +71,7 @@ WORDS = MappingProxyType(
 
 _NAMED = ("lora_A", "lora_B", "lora_magnitude_vector")
 """PEFT's parameters that carry an adapter's name in a raw state dict: ``lora_A.default.weight``."""
-_NAMED_PREFIXES = ("hada_", "lokr_", "oft_R", "boft_")
+_NAMED_PREFIXES = ("hada_", "lokr_", "oft_R", "boft_", "miss_", "bone_")
 
 
 class Split(NamedTuple):
@@ -80,11 +82,31 @@ class Split(NamedTuple):
     adapter: str
 
 
+_PLAIN = MappingProxyType(
+    {
+        suffix[1:]: word
+        for suffix, word in WORDS.items()
+        if suffix[0] == "." and not suffix.endswith((".down.weight", ".up.weight"))
+    }
+)
+"""Suffixes that are no end of a longer one, without their dot."""
+_MAY_BE_NAMED = (*_NAMED, *_NAMED_PREFIXES)
+
+
 def split_key(key: str) -> Split | None:
     """Take a key apart at its longest known suffix; None when it ends in none.
 
     ``a.b.lora_A.default.weight`` gives stem ``a.b``, the word of ``.lora_A.weight`` and adapter ``default``.
     """
+    at = key.rfind(".", 0, -7) if key.endswith(".weight") else key.rfind(".")
+    own = _PLAIN.get(key[at + 1 :]) if at > 0 else None
+    if own is not None and not key.startswith(_MAY_BE_NAMED, key.rfind(".", 0, at) + 1):  # nearly every key
+        return Split(key[:at], own, "")
+    return _split_at_longest(key)
+
+
+def _split_at_longest(key: str) -> Split | None:
+    """The same by trying every suffix, adapter names and irregular words included."""
     tail = key.split(".")
     adapter = ""
     if len(tail) > 3 and tail[-3] in _NAMED and tail[-1] in ("weight", "bias"):

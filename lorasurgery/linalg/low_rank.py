@@ -17,6 +17,8 @@ from lorasurgery.linalg.factors import AnyArray, Array, as_float64, check_reques
 
 GRAM_LIMIT = 1e-4
 """Smallest ``S / (||up||_2 ||down||_2)`` for which the Gram route is trusted."""
+SMALLEST = 1e-100
+"""Smallest ``||up||_2 ||down||_2`` for it: squares of what is smaller leave float64's range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ def _gram_core(up: Array, down: Array, needed: int) -> _Core | None:
     squares, vectors = np.linalg.eigh(root.T @ up_gram @ root)
     values = np.sqrt(np.maximum(squares[::-1], 0.0))
     bound = np.sqrt(np.linalg.norm(up_gram) * max(spread[-1], 0.0))
-    if not values[needed - 1] > GRAM_LIMIT * bound:
+    if not (bound > SMALLEST and values[needed - 1] > GRAM_LIMIT * bound):
         return None
     safe = np.maximum(values, GRAM_LIMIT * bound)  # those below are never used: not among the first `needed`
     mixed = root @ vectors[:, ::-1]

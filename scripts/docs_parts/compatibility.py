@@ -48,10 +48,12 @@ TAIL = """
 
 | what | who reads it |
 |---|---|
-| LoHa, LoKr | ComfyUI, sd-scripts, musubi-tuner, OneTrainer, PEFT, LyCORIS; Diffusers: LoKr for FLUX.2 and Z-Image only |
-| DoRA as `dora_scale` | ComfyUI, OneTrainer, LyCORIS; Diffusers deletes it, and refuses Wan files with it |
+| LoHa, LoKr | ComfyUI, Forge, musubi-tuner, OneTrainer, PEFT, LyCORIS; sd-scripts for SDXL and Anima |
+| LoHa, LoKr | SD.Next where it has a loader of its own; Diffusers: LoKr of FLUX.2 and Z-Image |
+| DoRA as `dora_scale` | ComfyUI, Forge, OneTrainer, LyCORIS, SD.Next where it has a loader of its own |
+| DoRA as `dora_scale` | Diffusers deletes it, and refuses Wan files with it |
 | DoRA as `lora_magnitude_vector` | Diffusers, PEFT, OneTrainer |
-| `.diff`, `.diff_b`, norms | ComfyUI (no bias of a part of a fused weight), LyCORIS |
+| `.diff`, `.diff_b`, norms | ComfyUI and Forge (no bias of a part of a fused weight), SD.Next, LyCORIS |
 | alpha in the header or `adapter_config.json` | Diffusers and PEFT; every other program applies the file at another strength |
 | alpha of a LoKr with two whole factors | nobody but PEFT and the musubi-tuner fork with `lokr_factor` |
 
@@ -68,12 +70,12 @@ TAIL = """
 | `known` | false when nothing is recorded about this program and architecture |
 | `complete` | every module loads with the effect the file gives it |
 | `verdict` | one line |
-| `modules` | `total`, `loads`, `changed`, `ignored`, `rejected` |
+| `modules` | `total`, `loads`, `changed`, `ignored`, `rejected`, `unknown` (nothing is recorded) |
 | `refusals` | why the program refuses the whole file |
 | `findings` | the modules that do not simply load: `module`, `status`, `reason`, `text` |
 | `unread_keys` | keys of no module that are passed over |
 | `notes` | remarks |
-| `mend` | the command that makes a file which loads completely, or null |
+| `mend` | the command that makes a file which loads completely, or null where there is none or it cannot be foreseen |
 
 `reason` is `prefix`, `name`, `suffix`, `shape`, `strength`, `dora`, `bias`, `effect`, `twice`, `broken` or `file`. A file
 that cannot be read gives `schema`, `input`, `for` and `error`. Exit codes: 0 checked; 1 unreadable, or not complete under

@@ -57,6 +57,18 @@ def test_singular_values_of_any_shape_and_condition(seed, out, width, rank, stee
     assert_is_svd(*factors(seed, out, width, rank, steep=steep))
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), st.floats(-2.0, 2.0))
+def test_a_sum_of_products_by_concatenated_factors(seed, count, rank, weight):
+    terms = [factors(seed + i, 20, 15, rank + i, steep=1.5) for i in range(count)]
+    weights = [weight, *range(1, count)]
+    up = np.hstack([w * u for w, (u, _) in zip(weights, terms, strict=True)])
+    down = np.vstack([d for _, d in terms])
+    dense = sum(w * u @ d for w, (u, d) in zip(weights, terms, strict=True))
+    values = factored_svd(up, down)[1]
+    bound = np.linalg.norm(up, 2) * np.linalg.norm(down, 2)
+    np.testing.assert_allclose(values, dense_values(dense)[: len(values)], rtol=1e-6, atol=1e-14 * bound + 1e-300)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
 def test_stored_dtypes_are_read_exactly(dtype):
     assert_is_svd(*factors(3, 30, 20, 5, dtype=dtype))

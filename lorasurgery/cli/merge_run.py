@@ -1,0 +1,179 @@
+"""A merge from the command line: files are found and read, merged, and written in the layout that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.cli.batch import SUFFIX
+from lorasurgery.errors import NotRepresentableError, OutputExistsError, RequestError, SurgeryError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasurgery.adapter import Adapter
+    from lorasurgery.report import Losses, Report
+    from lorasurgery.surgery.merge import MergeOptions, MergeReport, Source, Wanted
+
+HINTS = {
+    "a rank, a policy or a size to recompress it to, or --as full": "--rank 32, --policy sv_fro --param 0.9, --size 40MiB, or "
+    "--as full",
+    "as LoRA": "--as lora",
+    "as LoRA, or a fixed rank": "--as lora, or --rank alone",
+    "average": "--method average",
+}  # fmt: skip
+"""The library's advice in the words of the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to merge, and how to write it."""
+
+    files: tuple[str, ...]
+    out: Path
+    options: MergeOptions
+    lora_dir: Path | None = None
+    presets: Path | None = None
+    target: str | None = None
+    arch: str | None = None
+    as_lora: bool = False
+    strict: bool = False
+    force: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A merge that is done."""
+
+    out: Path
+    report: MergeReport
+    writing: Report
+    size: int | None
+    """Bytes, None when nothing was written."""
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of rounding to the dtype, of all modules that have one."""
+        return self.report.losses.total()
+
+    @property
+    def dropped(self) -> list[tuple[str, str]]:
+        """What is not in the result."""
+        return [*self.report.dropped, *self.writing.dropped]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object for ``--json``."""
+        found = self.report.to_json()
+        found["dropped"] = [{"key": key, "reason": reason} for key, reason in self.dropped]
+        found["warnings"] = [*found["warnings"], *self.writing.warnings]
+        return {"output": str(self.out), "written": self.writing.written, "bytes": self.size, **found}
+
+
+def merged(how: Request) -> Outcome:
+    """Do it; raises SurgeryError, with advice in the words of the command line."""
+    try:
+        return _merged(how)
+    except SurgeryError as error:
+        if error.hint is not None:
+            error.hint = HINTS.get(error.hint, error.hint)
+        raise
+
+
+def _merged(how: Request) -> Outcome:
+    from lorasurgery.api import SaveOptions, save
+    from lorasurgery.surgery.convert import Options, convert
+    from lorasurgery.surgery.merge import merge
+
+    wanted = _wanted(how)
+    how.options.check(len(wanted))
+    sources = _sources(wanted, how)
+    target = _target(sources[0].adapter, how)
+    _check_output(how, [w.path for w in wanted], target)
+    result, report = merge(sources, how.options, target)
+    try:
+        result, writing = convert(result, target, Options(dtype=how.options.dtype, as_lora=how.as_lora))
+    except NotRepresentableError as error:
+        error.path = error.path or _home(error.module, sources)
+        raise
+    _gather(report.losses, writing.losses)
+    writing.losses = report.losses
+    if report.dropped and how.strict:
+        raise RequestError(f"--strict: {report.dropped[0][0]} would be left out ({report.dropped[0][1]})", hint="no --strict")
+    save(result, how.out, options=SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run), report=writing)
+    if report.resize is not None:
+        _gather(report.losses, report.resize.losses)
+    report.seconds += writing.seconds
+    return Outcome(how.out, report, writing, _bytes(how.out) if writing.written else None)
+
+
+def _gather(into: Losses, more: Losses) -> None:
+    for name, (squared, norm) in more.entries.items():
+        into.record(name, squared, norm)
+
+
+def _home(module: str, sources: Sequence[Source]) -> str | None:
+    """The file that a module comes from."""
+    return next((str(s.adapter.path) for s in sources for m in s.adapter.modules.values() if m.name == module), None)
+
+
+def _wanted(how: Request) -> list[Wanted]:
+    from lorasurgery.surgery.block_lists import read_presets
+    from lorasurgery.surgery.merge import parse_source
+
+    presets = {} if how.presets is None else read_presets(how.presets)
+    return [wanted for text in how.files for wanted in parse_source(text, how.lora_dir, presets)]
+
+
+def _sources(wanted: Sequence[Wanted], how: Request) -> list[Source]:
+    """The files, all under one architecture."""
+    from lorasurgery.surgery.merge import Source, one_architecture
+
+    adapters = [_load(one.path, how.arch) for one in wanted]
+    adapters = one_architecture(adapters, lambda i, arch: _load(wanted[i].path, arch))
+    return [Source(adapter, one.weight, one.path.name) for adapter, one in zip(adapters, wanted, strict=True)]
+
+
+def _load(path: Path, arch: str | None) -> Adapter:
+    """Errors say which of the files they are about."""
+    from lorasurgery.api import load
+
+    try:
+        return load(path, arch=arch)
+    except SurgeryError as error:
+        error.path = error.path or str(path)
+        raise
+
+
+def _target(first: Adapter, how: Request) -> str:
+    """The layout to write; raises RequestError where the first file's own is only read."""
+    from lorasurgery.layouts.targets import LAYOUTS, layout
+
+    if how.target is not None:
+        return layout(how.target).id
+    name = "peft" if first.path is not None and first.path.is_dir() else first.layout
+    if name not in LAYOUTS:
+        raise RequestError(
+            f"its layout, {name}, is only read, not written", path=first.path, hint="--target comfyui, or another"
+        )
+    return name
+
+
+def _check_output(how: Request, inputs: Sequence[Path], target: str) -> None:
+    from lorasurgery.io.writer import check_output
+
+    if target == "peft" and how.out.suffix == SUFFIX and not how.dry_run:
+        raise RequestError("PEFT's layout is a folder", hint=f"-o {how.out.with_suffix('')}, or --target diffusers")
+    for path in inputs:
+        if how.out.exists() and path.exists() and how.out.samefile(path):
+            raise OutputExistsError("the output is an input; it is never overwritten", path=how.out, hint="another name")
+    if not how.dry_run:
+        check_output(how.out, list(inputs), force=how.force)
+
+
+def _bytes(path: Path) -> int:
+    """Of a file, or of the safetensors files in a PEFT folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob(f"*{SUFFIX}"))
+    return path.stat().st_size

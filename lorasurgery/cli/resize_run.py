@@ -1,0 +1,166 @@
+"""One file of ``lorasurgery resize``: read, resize, write, and what is said about it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.cli.batch import SUFFIX, Job
+from lorasurgery.cli.meta_files import Shown
+from lorasurgery.cli.resize_advice import Advice
+from lorasurgery.cli.resize_request import Request, cache_file
+from lorasurgery.cli.resize_text import dropped_lines, plan_lines, report_lines
+from lorasurgery.errors import OutputExistsError, RequestError, UnknownArchitectureError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorasurgery.adapter import Adapter
+    from lorasurgery.report import Report
+    from lorasurgery.surgery.resize import BaseModel, NormCache, Plan, ResizeReport
+
+SCHEMA = 1
+"""Version of the JSON form; see docs/resize.md."""
+
+
+def resized(job: Job, how: Request) -> Shown:
+    """Resize one file; raises SurgeryError with advice in the words of the command line."""
+    with Advice():
+        adapter = _load(job.source, how)
+        how = replace(how, options=replace(how.options, layout=_writable(adapter, how)))
+        target = _output(job, adapter, how)
+        model, cache = _base(adapter, how)
+        try:
+            return _resized(job.source, target, adapter, how, model)
+        finally:
+            if cache is not None:
+                with suppress(OSError):  # a cache that cannot be written is no reason to fail
+                    cache.save()
+
+
+def _load(source: Path, how: Request) -> Adapter:
+    """The adapter; names that no table knows come from the base model."""
+    from lorasurgery.api import load
+
+    try:
+        return load(source, arch=how.arch)
+    except UnknownArchitectureError as error:
+        if how.base is not None and how.base.exists() and how.arch is None:
+            return load(source, base=how.base)
+        error.hint = "--base MODEL for names and shapes, or --arch NAME"
+        raise
+
+
+def _writable(adapter: Adapter, how: Request) -> str:
+    """The layout to write; raises RequestError for an input whose own is only read."""
+    from lorasurgery.layouts.targets import LAYOUTS
+
+    folder = adapter.path is not None and adapter.path.is_dir()
+    name = how.options.layout or ("peft" if folder else adapter.layout)
+    if name not in LAYOUTS:
+        raise RequestError(
+            f"its layout, {name}, is only read, not written", path=adapter.path, hint="--target comfyui, or another"
+        )
+    return name
+
+
+def _output(job: Job, adapter: Adapter, how: Request) -> Path:
+    """Where the result goes, checked before anything is computed."""
+    from lorasurgery.io.writer import check_output
+
+    target = job.target
+    if how.options.layout == "peft" and target.suffix == SUFFIX:
+        raise RequestError(
+            "PEFT's layout is a folder",
+            path=adapter.path,
+            hint=f"{target.with_suffix('')} for the output, or --target diffusers",
+        )
+    for path in (how.base, job.source):
+        if path is not None and path.exists() and target.exists() and target.samefile(path):
+            what = "the base model" if path == how.base else "the input"
+            raise OutputExistsError(f"the output is {what}; it is never overwritten", path=target, hint="another name")
+    if not how.dry_run:
+        check_output(target, [job.source], force=how.force)
+    return target
+
+
+def _base(adapter: Adapter, how: Request) -> tuple[BaseModel | None, NormCache | None]:
+    """The base model where a recipe or DoRA modules may look at it."""
+    from lorasurgery.surgery.resize import NormCache, open_base
+
+    if how.base is None or (how.options.recipe is None and how.options.dora == "refuse"):
+        return None, None
+    cache = NormCache(cache_file())
+    return open_base(how.base, adapter.architecture, cache), cache
+
+
+def _resized(source: Path, target: Path, adapter: Adapter, how: Request, model: BaseModel | None) -> Shown:
+    from lorasurgery.api import SaveOptions, save
+    from lorasurgery.surgery.resize import plan, resize
+    from lorasurgery.surgery.resize.size import file_size
+
+    planned = plan(adapter, how.options, how.plan_ranks(adapter), model) if how.dry_run else None
+    if not how.asked:
+        return _shown(source, target, adapter, how, planned, None)
+    result, report = resize(how.marked(adapter), how.options, model)
+    result, writing = _converted(result, adapter, how)
+    writing.input = str(source)
+    report.size = file_size(result)
+    save(result, target, options=SaveOptions(force=how.force, dry_run=how.dry_run), report=writing)
+    if writing.written:
+        report.size = _bytes(target)
+    return _shown(source, target, adapter, how, planned, (report, writing))
+
+
+def _converted(result: Adapter, adapter: Adapter, how: Request) -> tuple[Adapter, Report]:
+    """The result in its target layout; in the input's own it needs no conversion."""
+    from lorasurgery.report import Report
+    from lorasurgery.surgery.convert import convert
+
+    target = how.options.layout or adapter.layout
+    if target != adapter.layout:
+        return convert(result, target)
+    return result, Report(architecture=adapter.architecture.key, source_layout=target, target_layout=target)
+
+
+def _bytes(path: Path) -> int:
+    """Of a file, or of the safetensors files in a PEFT folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob(f"*{SUFFIX}"))
+    return path.stat().st_size
+
+
+def _shown(
+    source: Path, target: Path, adapter: Adapter, how: Request, planned: Plan | None, done: tuple[ResizeReport, Report] | None
+) -> Shown:
+    report, writing = done if done is not None else (None, None)
+    written = writing is not None and writing.written
+    warnings = [*adapter.warnings, *(writing.warnings if writing is not None else ())]
+    before = _bytes(source)
+    found = {
+        "schema": SCHEMA,
+        "input": str(source),
+        "output": str(target),
+        "written": written,
+        "architecture": adapter.architecture.key,
+        "layout": {"from": adapter.layout, "to": how.options.layout},
+        "way": how.way,
+        "base": None if how.base is None else str(how.base),
+        "bytes": {"input": before, "output": None if report is None else report.size},
+        "resize": None if report is None else report.to_json(),
+        "plan": None if planned is None else planned.to_json(),
+        "dropped": [] if writing is None else [{"key": key, "reason": reason} for key, reason in writing.dropped],
+        "warnings": warnings,
+    }
+    lines = [f"{source.name} -> {target if written else f'{target} (not written)'}"]
+    layout = adapter.layout if adapter.layout == how.options.layout else f"{adapter.layout} -> {how.options.layout}"
+    lines += [f"  {'model':<13}{adapter.architecture.key}", f"  {'layout':<13}{layout}"]
+    if report is not None and writing is not None:
+        lines.append(f"  {'asked':<13}{how.way}")
+        lines += report_lines(report, before=before, after=report.size or 0, verbose=how.verbose)
+        lines += dropped_lines(writing.dropped)
+    if how.base is not None and how.options.dora != "refuse":
+        lines.append(f"  note: errors of DoRA modules are against what they do to {how.base.name}")
+    lines += [f"  note: {text}" for text in warnings]
+    return Shown(found, lines + (plan_lines(planned) if planned is not None else []))

@@ -1,0 +1,136 @@
+"""One module from its tensors: scale, magnitude and bias, checked against the base weight."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import Magnitude, Module, Scale
+from lorasurgery.deltas.base import CannotError, multiplied
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.deltas.miss import Miss
+from lorasurgery.errors import BrokenModuleError
+from lorasurgery.layouts.detect import fits
+from lorasurgery.layouts.scales import ScaleRules
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.io.header import RawFile
+    from lorasurgery.io.tensors import Tensor
+    from lorasurgery.layouts.group import Entry, Group
+    from lorasurgery.layouts.names import Found
+    from lorasurgery.layouts.scales import PeftConfig
+
+ORIGINAL_FILE = "the file as its trainer wrote it, or without this key"
+OTHER_BASE = "--base MODEL if the base was changed, or --arch NAME"
+LARGEST_SCALE = 1e30
+"""Nothing that was trained has such a strength, and float32 could not hold alpha = scale * rank."""
+FACTOR = "lokr_factor"
+FLAGS = ("use_rslora_flag", "use_dora_flag")
+"""Top-level booleans of the musubi-tuner fork; they are read, and written only in sd-scripts layout."""
+_NO_SCALE = Scale(1.0, "none (1.0)")
+
+
+def scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig]) -> ScaleRules:
+    """What the file says about scales, beside the alpha tensors; ``configs`` by component."""
+    rslora = raw.tensors.get(FLAGS[0])
+    return ScaleRules(
+        configs, rslora_flag=rslora is not None and bool(rslora.item()), whole_lokr_by_shape=FACTOR in raw.tensors
+    )
+
+
+def module_of(own: Group, delta: Delta | None, place: Found, arch: Architecture, rules: ScaleRules, path: Path) -> Module:
+    """One module, put together from its tensors and its delta (None: only a bias).
+
+    Raises BrokenModuleError when they do not fit together, or do not fit the base weight.
+    """
+    if isinstance(delta, Miss):
+        try:
+            delta = delta.over(place.shape)
+        except CannotError as reason:
+            raise _misfit(f"{own.stem}: {reason.message}", own, path) from reason
+    scale = _scale(own, delta, rules, path)
+    bias, extra = own.modifier(BIAS), own.modifier(EXTRA)
+    module = Module(
+        place.site,
+        own.stem,
+        delta,
+        scale,
+        _magnitude(own, delta, place.shape[0], path),
+        None if bias is None else _bias(bias, scale),
+        {} if extra is None else {extra.key[len(own.stem) :]: extra.tensor},
+    )
+    expected = place.shape
+    if delta is not None and not fits(delta.shape, expected):
+        raise _misfit(f"{own.stem} is {list(delta.shape)}, {arch.name} expects {list(expected)}", own, path)
+    if bias is not None and bias.tensor.size != expected[0]:
+        text = f"the bias of {own.stem} has {bias.tensor.size} elements, {arch.name} expects {expected[0]}"
+        raise _misfit(text, own, path)
+    return module
+
+
+def _misfit(message: str, own: Group, path: Path) -> BrokenModuleError:
+    return BrokenModuleError(message, key=own.key(), path=path, hint=OTHER_BASE)
+
+
+def _scale(own: Group, delta: Delta | None, rules: ScaleRules, path: Path) -> Scale:
+    """What the delta is multiplied by; raises BrokenModuleError when that is no number."""
+    alpha = own.modifier(ALPHA)
+    if alpha is None:
+        scale, value = _NO_SCALE if delta is None else rules.resolve(own.stem, delta, None), 0.0
+    elif alpha.tensor.size != 1:
+        raise BrokenModuleError(
+            f"{alpha.key} has shape {list(alpha.tensor.shape)}, an alpha is one number",
+            key=alpha.key,
+            path=path,
+            hint=ORIGINAL_FILE,
+        )
+    else:
+        scale = _NO_SCALE if delta is None else rules.resolve(own.stem, delta, alpha.tensor)
+        ignored = isinstance(delta, Kronecker) and delta.rank is None  # ai-toolkit's 1e10, inf in half precision
+        value = 0.0 if ignored else alpha.tensor.item()
+    if not abs(scale.value) < LARGEST_SCALE or not isfinite(value):
+        strength = f"a scale of {scale.value}" if alpha is None else f"an alpha of {alpha.tensor.item()}"
+        key = own.key() if alpha is None else alpha.key
+        raise BrokenModuleError(
+            f"{key} gives {strength}, which is no number to multiply by",
+            key=key,
+            path=path,
+            hint="the original file; the strength cannot be recovered from this one",
+        )
+    return scale
+
+
+def _bias(entry: Entry, scale: Scale) -> Tensor:
+    """What is added to the base bias. ``lora_B`` and ``lora_up`` are layers: theirs is scaled like their weight."""
+    return multiplied(entry.tensor, scale.value) if entry.key.endswith(".bias") else entry.tensor
+
+
+def _magnitude(own: Group, delta: Delta | None, out: int, path: Path) -> Magnitude | None:
+    """The DoRA magnitude with its axis, from its shape; PEFT's and ai-toolkit's are always per output row."""
+    entry = own.modifier(MAGNITUDE)
+    if entry is None:
+        return None
+    tensor = entry.tensor
+    if entry.word.dialect in ("peft", "ai-toolkit") or entry.key.endswith(".dora_layer.weight"):
+        axis = "out" if tensor.size == out else ""
+    elif len(tensor.shape) > 1 and tensor.shape[0] == tensor.size == out:
+        axis = "out"
+    elif len(tensor.shape) > 1 and tensor.shape[0] == 1:
+        axis = "in"
+    else:
+        axis = "out" if tensor.size == out else "in"
+    columns = delta.shape[1] if delta is not None and len(delta.shape) > 1 else tensor.size
+    if not axis or not tensor.size or (axis == "in" and columns % tensor.size):
+        raise BrokenModuleError(
+            f"{entry.key} has shape {list(tensor.shape)}, which fits neither {out} rows nor {columns} columns",
+            key=entry.key,
+            path=path,
+            hint=ORIGINAL_FILE,
+        )
+    return Magnitude(tensor, axis)

@@ -1,0 +1,157 @@
+"""Whole processes: a LoRA applied to a checkpoint of several gigabytes, against ``cp`` of the same file.
+
+    python scripts/bench_parts/apply.py [--rounds 3] [--double 3 --single 6] [--rank 32] [--dtype BF16] [--json]
+
+The checkpoint is FLUX.1's table with fewer blocks (3.7 GB in bf16 as it stands), the LoRA sd-scripts' with every matrix of
+the blocks (``typical``: nearly all bytes change) or with the attention of one block (``few``: nearly all are copied).
+Ours is the whole process: start, match, compute, write. Rounds alternate with ``cp``; everything is in the page cache, and
+outputs are removed between runs. ``peak`` is the largest resident set, ``bound`` 300 MiB + 3x the largest tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+POOL = 1 << 24
+"""Random values that the tensors are cut from, at different places."""
+
+
+def shapes(double: int, single: int) -> dict[str, tuple[int, ...]]:
+    """Original names of FLUX.1's weights, with so many blocks."""
+    from lorasurgery.architectures import named
+
+    def kept(name: str) -> bool:
+        part, number = ([*name.split("."), "", ""])[:2]
+        return {"double_blocks": double, "single_blocks": single}.get(part, 10**6) > (int(number) if number.isdigit() else 0)
+
+    return {name: shape for name, shape in named("flux1-dev")[0].shapes.items() if kept(name)}
+
+
+def make_model(path: Path, double: int, single: int, dtype: str) -> None:
+    """The checkpoint. In a process of its own: memory is not given back."""
+    import numpy as np
+
+    from lorasurgery.io.sources import MemorySource, Region
+    from lorasurgery.io.tensors import BITS, Tensor, numpy_dtype
+    from lorasurgery.io.writer import write_safetensors
+
+    pool = (np.random.default_rng(0).standard_normal(POOL, np.float32) * 0.02).astype(numpy_dtype(dtype))
+    source, size = MemorySource(pool.tobytes()), BITS[dtype] // 8
+    tensors = {}
+    for i, (name, shape) in enumerate(shapes(double, single).items()):
+        left, regions, at = int(np.prod(shape)), [], (i * 9973) % (POOL // 2)
+        while left:
+            count = min(left, POOL - at)
+            regions.append(Region(source, at * size, count * size))
+            left, at = left - count, 0
+        suffix = ".scale" if name.endswith("_norm") else ".weight"
+        tensors[name + suffix] = Tensor(dtype, shape, tuple(regions))
+    write_safetensors(path, tensors, {"format": "pt"})
+
+
+def make_lora(path: Path, double: int, single: int, rank: int, only: str) -> None:
+    """An sd-scripts LoRA for the matrices of blocks whose name holds ``only``."""
+    import numpy as np
+
+    from lorasurgery.architectures.table import flat
+    from lorasurgery.io.tensors import of_array, scalar
+    from lorasurgery.io.writer import write_safetensors
+
+    rng = np.random.default_rng(1)
+    tensors = {}
+    for name, shape in shapes(double, single).items():
+        if len(shape) != 2 or "_blocks." not in name or only not in name:
+            continue
+        stem = f"lora_unet_{flat(name)}"
+        tensors[f"{stem}.lora_down.weight"] = of_array(rng.standard_normal((rank, shape[1]), np.float32) / 30, "BF16")
+        tensors[f"{stem}.lora_up.weight"] = of_array(rng.standard_normal((shape[0], rank), np.float32) / 30, "BF16")
+        tensors[f"{stem}.alpha"] = scalar(rank / 2, "F32")
+    write_safetensors(path, tensors, {"ss_network_module": "networks.lora_flux"})
+
+
+def apart(function: Any, *args: object) -> Any:  # noqa: ANN401  whatever the function returns
+    """Call it in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def timed(command: list[str], out: Path) -> tuple[float, float]:
+    """Seconds and peak MiB of a process that writes ``out``, which is removed before and after."""
+    out.unlink(missing_ok=True)
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603  our own words
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    out.unlink(missing_ok=True)
+    return seconds, usage.ru_maxrss / 1024
+
+
+def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both LoRAs."""
+    model, out = folder / "model.safetensors", folder / "out.safetensors"
+    apart(make_model, model, options.double, options.single, options.dtype)
+    largest = max(shapes(options.double, options.single).values(), key=lambda s: s[0] * (s[1] if len(s) > 1 else 1))
+    bound = 300 + 3 * largest[0] * largest[1] * (2 if options.dtype in {"BF16", "F16"} else 1) / 2**20
+    found = []
+    for name, only in (("typical", ""), ("few", "double_blocks.0.img_attn")):
+        lora = folder / f"{name}.safetensors"
+        apart(make_lora, lora, options.double, options.single, options.rank, only)
+        command = [sys.executable, "-m", "lorasurgery", "apply", str(model), f"{lora}:0.8", "-o", str(out)]
+        timed(["cp", str(model), str(out)], out)  # warms the page cache
+        ours, copies = [], []
+        for _ in range(options.rounds):
+            copies.append(timed(["cp", str(model), str(out)], out)[0])
+            ours.append(timed(command, out))
+        seconds, copying = statistics.median(s for s, _ in ours), statistics.median(copies)
+        found.append(
+            {
+                "lora": name,
+                "model_gb": round(model.stat().st_size / 1e9, 2),
+                "ours_s": round(seconds, 2),
+                "range_s": [round(min(s for s, _ in ours), 2), round(max(s for s, _ in ours), 2)],
+                "cp_s": round(copying, 2),
+                "ratio": round(seconds / copying, 2),
+                "peak_mib": round(max(m for _, m in ours)),
+                "bound_mib": round(bound),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--double", type=int, default=3, help="double blocks of the model")
+    parser.add_argument("--single", type=int, default=6, help="single blocks")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--dtype", default="BF16", help="BF16, F16, F8_E4M3, ...")
+    parser.add_argument("--folder", type=Path, help="where the files go; default: the system's temporary folder")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows = measure(Path(folder), options)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(
+            f"{row['lora']:8} {row['model_gb']} GB: {row['ours_s']} s ({row['range_s']}), cp {row['cp_s']} s, "
+            f"{row['ratio']} x cp, peak {row['peak_mib']} MiB (bound {row['bound_mib']})"
+        )
+
+
+if __name__ == "__main__":
+    main()

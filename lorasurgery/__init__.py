@@ -21,18 +21,35 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter, Magnitude, Module, Scale, Site
     from lorasurgery.api import SaveOptions, load, save
     from lorasurgery.errors import SurgeryError
+    from lorasurgery.models import open_model
     from lorasurgery.report import Report
+    from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
+    from lorasurgery.surgery.compare import CompareOptions, Comparison, compare
     from lorasurgery.surgery.convert import Options, convert
+    from lorasurgery.surgery.ema import EmaOptions, ema
+    from lorasurgery.surgery.extract import ExtractOptions, extract
+    from lorasurgery.surgery.merge import MergeOptions, merge
+    from lorasurgery.surgery.parts import split
+    from lorasurgery.surgery.prune import PruneOptions, prune
+    from lorasurgery.surgery.resize import ResizeOptions, resize
 
 _HOMES = {
     "Adapter": "adapter", "Magnitude": "adapter", "Module": "adapter", "Options": "surgery.convert",
     "Report": "report", "SaveOptions": "api", "Scale": "adapter", "Site": "adapter", "SurgeryError": "errors",
     "convert": "surgery.convert", "load": "api", "save": "api",
+    "MergeOptions": "surgery.merge", "merge": "surgery.merge",
+    "CompareOptions": "surgery.compare", "Comparison": "surgery.compare", "compare": "surgery.compare",
+    "EmaOptions": "surgery.ema", "ema": "surgery.ema", "split": "surgery.parts", "PruneOptions": "surgery.prune",
+    "ApplyOptions": "surgery.apply", "apply": "surgery.apply", "read_source": "surgery.apply", "open_model": "models",
+    "prune": "surgery.prune", "ExtractOptions": "surgery.extract", "extract": "surgery.extract",
+    "ResizeOptions": "surgery.resize", "resize": "surgery.resize",
 }  # fmt: skip
 
 __all__ = [
-    "Adapter", "Magnitude", "Module", "Options", "Report", "SaveOptions", "Scale", "Site", "SurgeryError",
-    "__version__", "convert", "load", "save",
+    "Adapter", "ApplyOptions", "CompareOptions", "Comparison", "EmaOptions", "ExtractOptions", "Magnitude", "MergeOptions",
+    "Module", "Options", "PruneOptions", "Report", "ResizeOptions", "SaveOptions", "Scale", "Site", "SurgeryError",
+    "__version__", "apply", "compare", "convert", "ema", "extract", "load", "merge", "open_model", "prune", "read_source",
+    "resize", "save", "split",
 ]  # fmt: skip
 
 

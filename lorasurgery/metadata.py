@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FACTOR, FACTOR_KEY, FACTOR_DTYPE = "lokr_factor", "ss_lokr_factor", "lorasurgery.lokr_factor_dtype"
 
-_MODULES = {
+NETWORK_MODULES = {
     "flux1": "networks.lora_flux", "chroma": "networks.lora_flux", "flux2": "networks.lora_flux_2",
     "sd3": "networks.lora_sd3", "lumina2": "networks.lora_lumina", "hunyuan-image": "networks.lora_hunyuan_image",
     "anima": "networks.lora_anima", "wan": "networks.lora_wan", "framepack": "networks.lora_framepack",
@@ -61,7 +61,7 @@ def _network(adapter: Adapter, source: Mapping[str, str], written: Sequence[Writ
     plain = all(w.module.family in ("lora", "dora", "bias") for w in written)
     module = source.get("ss_network_module", "")
     if not module or (plain and module == "networks.lokr") or (plain and module == "networks.loha"):
-        own = _MODULES.get(adapter.architecture.id, "networks.lora")
+        own = NETWORK_MODULES.get(adapter.architecture.id, "networks.lora")
         found["ss_network_module"] = own if plain else "lycoris.kohya"
     if "ss_base_model_version" not in source and adapter.architecture.metadata_names:
         found["ss_base_model_version"] = adapter.architecture.metadata_names[0]

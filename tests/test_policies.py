@@ -88,6 +88,11 @@ def test_ratio_and_threshold_count_strictly(values, ratio):
     assert policies.absolute_threshold(array(values), values[0] / ratio) == sum(v > values[0] / ratio for v in values)
 
 
+@given(spectra, st.integers(1, 60))
+def test_a_fixed_rank_is_the_rank_or_all_there_is(values, rank):
+    assert policies.fixed(array(values), rank) == min(rank, len(values))
+
+
 @given(spectra, shares, st.floats(0.01, 100.0))
 def test_relative_rules_do_not_see_the_scale(values, share, scale):
     assume(all(v == 0.0 or v > 1e-5 for v in values))
@@ -267,6 +272,18 @@ def test_scores_as_resize_lora_computes_them(weights, rescale, values):
         assert scores[i] == pytest.approx(expected)
     assert recipe.threshold == -2
     assert recipe.needs_base == bool({"spn_ckpt", "subspace", "fro_ckpt"} & set(weights))
+
+
+@given(spectra, st.sampled_from(["spn_lora", "fro_lora", "params", "spn_ckpt", "fro_ckpt", "subspace"]), st.floats(-6, 3))
+def test_a_threshold_counts_what_scores_above_it(values, name, threshold):
+    size = 7.0 + 0.0 * array(values)
+    recipe = parse_recipe(f"{name},thr={threshold!r}")
+    (kept,) = policies.within([recipe.scores(array(values), References(12, lambda: 2.0, lambda: 5.0, lambda: size))], threshold)
+    norm = np.linalg.norm(values)
+    refs = {"spn_lora": values[0], "fro_lora": norm, "params": 12, "spn_ckpt": 2.0, "fro_ckpt": 5.0, "subspace": 7.0}
+    ratios = [v / refs[name] if v else 0.0 for v in values]
+    assume(all(r == 0.0 or abs(np.log10(r) - threshold) > 1e-9 for r in ratios))
+    assert kept.tolist() == [i for i, r in enumerate(ratios) if r > 10.0**threshold]
 
 
 def test_recipes_parse_as_written():

@@ -36,6 +36,7 @@ ARCH = {"lycoris_standalone.safetensors": "flux1"}
 FAMILIES = {
     "peft_dora": {"dora"}, "peft_ia3": {"ia3"}, "peft_loha": {"loha"}, "peft_loha_tucker": {"loha"},
     "peft_lokr": {"lokr"}, "peft_lokr_both": {"lokr"}, "peft_lokr_tucker": {"lokr"},
+    "peft_miss": {"miss"}, "peft_miss_mini": {"miss"},
     "diffusers_sd15_dora.safetensors": {"dora"}, "lycoris_dora_in.safetensors": {"dora"},
     "lycoris_dora_out.safetensors": {"dora"}, "lycoris_full.safetensors": {"full"}, "lycoris_ia3.safetensors": {"ia3"},
     "lycoris_loha.safetensors": {"loha"}, "lycoris_loha_tucker.safetensors": {"loha"},
@@ -47,8 +48,13 @@ FAMILIES = {
 }  # fmt: skip
 """Every other file is plain LoRA."""
 
-ONLY_PEFT_HOLDS = {name for name, own in FAMILIES.items() if own in ({"loha"}, {"lokr"})} - {"lycoris_lokr_dora.safetensors"}
+ONLY_PEFT_HOLDS = {name for name, own in FAMILIES.items() if own in ({"loha"}, {"lokr"}, {"miss"})} - {
+    "lycoris_lokr_dora.safetensors"
+}
+MISS = {name for name, own in FAMILIES.items() if own == {"miss"}}
+"""Which only PEFT loads."""
 REFUSED = {
+    **dict.fromkeys(("sd-scripts", "comfyui", "other", "lycoris", "onetrainer"), MISS),
     "diffusers": {n for n, own in FAMILIES.items() if not own <= {"lora", "dora"}} | {"lycoris_dora_in.safetensors"},
     "peft": {n for n, own in FAMILIES.items() if not own <= {"lora", "dora"}} - ONLY_PEFT_HOLDS
     | {
@@ -180,7 +186,9 @@ def assert_same(name: str, result: Adapter) -> None:
             np.testing.assert_array_equal(same.magnitude.tensor.f64().ravel(), module.magnitude.tensor.f64().ravel())
 
 
-@pytest.mark.parametrize("name", ["lycoris_lokr.safetensors", "lycoris_loha.safetensors", "peft_lokr", "peft_loha"])
+@pytest.mark.parametrize(
+    "name", ["lycoris_lokr.safetensors", "lycoris_loha.safetensors", "peft_lokr", "peft_loha", *sorted(MISS)]
+)
 def test_as_lora_keeps_the_delta(name, tmp_path):
     source = adapter(name)
     written, report = lorasurgery.convert(source, "diffusers", lorasurgery.Options(as_lora=True))

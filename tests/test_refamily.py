@@ -224,6 +224,64 @@ def test_full_and_tucker_to_loha_and_cuts(tmp_path: Path) -> None:
     assert cut.report.losses.total() > 0.01
 
 
+@pytest.mark.parametrize("family", ["lora", "full", "lokr", "loha"])
+def test_a_smaller_loha_is_near_and_its_error_true(family: str, tmp_path: Path) -> None:
+    builder = sd1("F32")
+    names = list(weights(builder).values())[:2]
+    for name in names:
+        builder.add(name, family, rank=6, alpha=4.0)
+    output = convert(builder.made, "sd-scripts", tmp_path, family="loha", rank=2)
+    losses = output.report.losses.relative()
+    assert {t.shape[0] for k, t in output.tensors.items() if k.endswith("hada_w1_b")} == {2}
+    for stem in (k.removesuffix(".hada_w1_a") for k in output.tensors if k.endswith(".hada_w1_a")):
+        arms = [output.tensors[f"{stem}.hada_{slot}"].f64() for slot in ("w1_a", "w1_b", "w2_a", "w2_b")]
+        strength = output.tensors[f"{stem}.alpha"].item() / 2
+        before = dense_of(builder, stem, family)
+        error = np.linalg.norm(before - strength * (arms[0] @ arms[1]) * (arms[2] @ arms[3])) / np.linalg.norm(before)
+        assert losses[stem] == pytest.approx(error, rel=1e-6)
+        values = np.linalg.svd(before, compute_uv=False)
+        assert error < np.sqrt(np.sum(values[2:] ** 2) / np.sum(values**2))  # the best LoRA of rank 2
+
+
+def dense_of(builder: Builder, stem: str, family: str) -> Array:
+    """A module's scaled change, (out, in), restated."""
+    slots = {k.removeprefix(f"{stem}."): t.f64() for k, t in builder.made.tensors.items() if k.startswith(f"{stem}.")}
+    scale = slots["alpha"].item() / 6 if "alpha" in slots else 1.0
+    change: Array
+    if family == "full":
+        change = slots["diff"].reshape(len(slots["diff"]), -1)
+    elif family == "lora":
+        up, down = (slots[f"lora_{side}.weight"] for side in ("up", "down"))
+        change = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+    elif family == "loha":
+        change = (slots["hada_w1_a"] @ slots["hada_w1_b"]) * (slots["hada_w2_a"] @ slots["hada_w2_b"])
+    else:
+        change = np.asarray(np.kron(slots["lokr_w1"], slots["lokr_w2_a"] @ slots["lokr_w2_b"]), np.float64)
+    return scale * change
+
+
+def test_an_energy_asks_for_the_rank_of_a_lora(tmp_path: Path) -> None:
+    builder = sd1("F32")
+    name = weights(builder)["linear"]
+    builder.add(name, "lora", rank=6, alpha=4.0)
+    output = convert(builder.made, "sd-scripts", tmp_path, family="loha", energy=0.5)
+    (rank,) = {t.shape[0] for k, t in output.tensors.items() if k.endswith("hada_w1_b")}
+    (error,) = output.report.losses.relative().values()
+    assert 1 <= rank < 6
+    assert error**2 <= 0.5
+    assert convert(builder.made, "sd-scripts", tmp_path, family="loha", energy=1.0).report.exact
+
+
+@pytest.mark.parametrize("family", ["loha", "lokr"])
+def test_as_lora_rounds_once_to_the_asked_dtype(family: str, tmp_path: Path) -> None:
+    builder = sd1("F16")
+    builder.add(weights(builder)["linear"], family, rank=2, alpha=3.0)
+    builder.add(conv3(builder), "lora", rank=2, alpha=3.0, tucker=True)
+    wide = convert(builder.made, "comfyui", tmp_path, as_lora=True, dtype="fp32")
+    assert {t.dtype for k, t in wide.tensors.items() if "lora_" in k} == {"F32"}
+    assert max(relative_errors(builder.made.meaning(), wide.meaning()).values()) < ROUNDING["F32"]
+
+
 @pytest.mark.parametrize("family", ["lora", "loha", "lokr"])
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_to_full(family: str, dtype: str, tmp_path: Path) -> None:

@@ -374,3 +374,14 @@ def test_order() -> None:
     assert order_score([np.zeros(8), np.ones(2)]) == (0.0, 0.0)
     rng = np.random.default_rng(0)
     assert abs(order_score([rng.random(16) for _ in range(200)])[1]) < 4
+
+
+def test_a_dry_run_names_another_file_than_the_input(source: Path, tmp_path: Path) -> None:
+    outputs = rerun(source, "--rank", 2, "--dry-run")["outputs"]
+    assert [(Path(one["output"]).name, one["written"]) for one in outputs] == [("dylora-reranked.safetensors", False)]
+    every = rerun(source, "--all", "--unit", 4, "--dry-run")["outputs"]
+    assert [Path(one["output"]).name for one in every] == [f"dylora-reranked-{n:04d}.safetensors" for n in (4, 8)]
+    folder = run("rerank", tmp_path, "--rank", 2, "--dry-run")
+    assert folder.code == 0
+    assert "reranked/dylora.safetensors (not written)" in folder.out
+    assert [p.name for p in tmp_path.iterdir()] == ["dylora.safetensors"]

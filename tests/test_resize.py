@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lorasurgery.adapter import DENOISER, Adapter, Magnitude, Module, Scale, Site
 from lorasurgery.api import SaveOptions, save
+from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Architecture, Encoder, row
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.deltas.full import Full
@@ -383,6 +384,32 @@ def test_ranks_by_kind_and_name():
     assert ranks(policy="sv_ratio", param=1e9, rank=4, conv_rank=2, compat="kohya")["pointwise"] == 2
 
 
+def test_ranks_by_block_and_component():
+    make = Maker(layout="sd-scripts")
+    flux = named("flux1-dev")[0]
+    names = ("double_blocks.0.img_mlp.0", "double_blocks.18.img_mlp.0", "single_blocks.3.linear2", "img_in")
+    for name in names:
+        spans = flux.namings["original"][name]
+        make.add(
+            name,
+            LowRank(make.tensor(flux.shapes[name][0], 8), make.tensor(8, flux.shapes[name][1])),
+            site=Site(DENOISER, spans),
+        )
+    adapter = replace(make.adapter(), architecture=flux)
+
+    def ranks(**how):
+        return {m.name: m.new_rank for m in resize(adapter, ResizeOptions(**how))[1].modules}
+
+    asked = tuple(parse_rank(text) for text in ("double=0-9=2", "single=3", "re=img_in=4"))
+    assert list(ranks(rank=6, ranks=asked).values()) == [2, 6, 3, 4]
+    assert set(ranks(rank=6, include=("double=18", "img_in"))) == {names[1], names[3]}
+    assert set(ranks(rank=6, exclude=("double",))) == set(names[2:])
+    assert set(ranks(policy="energy", param=0.5, include=("transformer",))) == set(names)
+    for bad in ("double=19", "middle=1"):
+        with pytest.raises(RequestError, match=r"FLUX\.1"):
+            resize(adapter, ResizeOptions(ranks=((bad, 2),)))
+
+
 # policies ---------------------------------------------------------------------------------------------------------------
 
 
@@ -732,6 +759,37 @@ def test_dora_with_its_base(tmp_path, name, axis):
     assert report.modules[0].relative_error == pytest.approx(error / np.linalg.norm(change), rel=1e-3)
     stale = dora(weight, dense(new).reshape(shape), values.astype(np.float64), axis)
     assert error <= np.linalg.norm(target - stale)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("family", ["lokr", "loha", "lokr as LoRA"])
+def test_dora_of_other_families_with_its_base(tmp_path, family, axis):
+    weight = base_file(tmp_path / "base.safetensors", "original")["attn.out"].astype(np.float64)
+    base = open_base(tmp_path / "base.safetensors", ARCH)
+    make = Maker()
+    delta = kron_delta(make, True, False) if family != "loha" else Hadamard(
+        make.tensor(D, 6, steep=1.5), make.tensor(6, D), make.tensor(D, 6, steep=1.5), make.tensor(6, D)
+    )  # fmt: skip
+    values = make.rng.uniform(5.0, 9.0, D).astype(np.float32)
+    make.add(
+        "attn.out",
+        delta,
+        alpha=9.0,
+        magnitude=Magnitude(of_array(values.reshape((-1, 1) if axis == "out" else (1, -1)), "F32"), axis),
+    )
+    adapter = make.adapter()
+    target = dora(weight, dense(every(adapter)[0]), values.astype(np.float64), axis)
+    norm = np.linalg.norm(target - weight)
+    options = ResizeOptions(rank=2, dora="recompute", as_lora=family == "lokr as LoRA", **EXACT)
+    result, report = resize(adapter, options, base)
+    new, (said,) = every(result)[0], report.modules
+    assert new.family == said.family == ("dora" if family == "lokr as LoRA" else family)
+    assert (new.delta.rank, new.magnitude.axis) == (2, axis)
+    after = dora(weight, dense(new), new.magnitude.tensor.f64().ravel(), axis)
+    assert said.relative_error == pytest.approx(np.linalg.norm(target - after) / norm, rel=1e-3)
+    stale = dora(weight, dense(new), values.astype(np.float64), axis)
+    assert np.linalg.norm(target - after) < np.linalg.norm(target - stale)
+    assert "the magnitude is the best one for it" in said.note
 
 
 # refusals ---------------------------------------------------------------------------------------------------------------

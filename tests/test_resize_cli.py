@@ -116,6 +116,15 @@ def test_ranks_by_kind_and_name(source: Path) -> None:
     assert found == dict(zip(SHAPES, (4, RANK, 4, RANK, RANK, 4, RANK), strict=True))
 
 
+def test_ranks_by_block(source: Path) -> None:
+    found = ranks(resized(source, "--rank", 9, "--rank", "in=1=4", "--te", "--rank", "te=2")[0])
+    assert found == dict(zip(SHAPES, (4, 4, 4, 4, 4, 4, 2), strict=True))
+    assert ranks(resized(source, "--rank", 3, "--exclude", "in=1", "--te")[0])[ENCODER] == 3
+    outcome = run("resize", source, source.parent / "no.safetensors", "--rank", "in=40=4")
+    assert outcome.code == 2
+    assert "has no block 40" in outcome.err
+
+
 POLICIES = {
     "sv_ratio": 5, "sv_cumulative": 0.8, "sv_fro": 0.9, "energy": 0.8, "threshold": 0.5, "knee": 1, "error": 0.3, "params": 0.3,
 }  # fmt: skip

@@ -10,7 +10,6 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
-from lorasurgery.io.tensors import widest
 from lorasurgery.layouts.targets import KOHYA, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
@@ -42,7 +41,7 @@ def held(job: Job, module: Module) -> Module | None:
     if module.magnitude is not None and module.magnitude.axis == "in" and not job.target.in_axis_dora:
         return without_magnitude(job, module, f"{job.target.reader} only knows DoRA magnitudes per output row")
     if isinstance(module.delta, LowRank) and module.delta.mid is not None and job.target.words != KOHYA:
-        flat = module.delta.to_low_rank().cast(module.delta.down.dtype, job.recorder(module))
+        flat = module.delta.to_low_rank().cast(job.options.dtype_for([module.delta.down]), job.recorder(module))
         module = module.with_delta(flat)
         job.actions[module.site] = "Tucker core folded"
     return module
@@ -90,7 +89,7 @@ def _as_lora(job: Job, module: Module) -> Module | None:
 
 def reduced(job: Job, module: Module, members: Sequence[tuple[Delta | None, float, int]], action: str) -> Module:
     """``module`` with the LoRA of ``members``; its error goes into the report."""
-    dtype = widest([t.dtype for d, _, _ in members if d is not None for t in d.tensors.values()])
+    dtype = job.options.dtype_for(t for d, _, _ in members if d is not None for t in d.tensors.values())
     try:
         reduced = to_lora(members, job.options.budget, dtype, job.recorder(module))
     except CannotError as reason:
@@ -121,4 +120,4 @@ def without_magnitude(job: Job, module: Module, reason: str) -> Module:
 
 
 def _name(family: str) -> str:
-    return {"loha": "LoHa", "lokr": "LoKr", "full": "full-difference", "set": "replacement"}.get(family, family)
+    return {"loha": "LoHa", "lokr": "LoKr", "full": "full-difference", "set": "replacement", "miss": "MiSS"}.get(family, family)

@@ -5,9 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from lorasurgery.errors import RequestError
+from lorasurgery.io.tensors import widest
 from lorasurgery.surgery.reduce import Budget
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lorasurgery.io.tensors import Tensor
 
 AUTO, FUSE, SPLIT = "auto", "fuse", "split"
 DTYPES = MappingProxyType({"fp32": "F32", "fp16": "F16", "bf16": "BF16"})
@@ -45,6 +52,10 @@ class Options:
     def budget(self) -> Budget:
         """The cut that was asked for."""
         return Budget() if self.family == "lokr" else Budget(self.rank, self.energy)
+
+    def dtype_for(self, tensors: Iterable[Tensor]) -> str:
+        """The dtype to compute a result in: the asked one, so that it is rounded once, else the widest of these."""
+        return DTYPES.get(self.dtype) or widest([tensor.dtype for tensor in tensors])
 
     def check(self) -> None:
         """Raises RequestError for values out of range."""

@@ -88,6 +88,7 @@ def apart(function: Any, *args: object) -> Any:  # noqa: ANN401  whatever the fu
 def timed(command: list[str], out: Path) -> tuple[float, float]:
     """Seconds and peak MiB of a process that writes ``out``, which is removed before and after."""
     out.unlink(missing_ok=True)
+    os.sync()  # what was written before would be flushed at this process's cost
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603  our own words
     _, status, usage = os.wait4(process.pid, 0)

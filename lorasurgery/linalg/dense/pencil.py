@@ -12,7 +12,9 @@ from lorasurgery.linalg.dense.products import float64, gram, times, turned, whit
 INDEPENDENT = 1e-2
 """The share of a direction of the older block that must lie outside the newer one: less of it is amplified rounding."""
 ATTEMPTS = 4
-"""How often dependent columns are made orthonormal, each time better."""
+"""How often dependent columns are made orthonormal, each time better; the last time what still depends is left out."""
+PARALLEL = 1e-4
+"""Directions with less than this share of the largest are left out then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,12 @@ class Block:
 def block_of(batch: Tensor, sketch: Tensor) -> Block:
     """A basis of the columns of ``sketch: (b, m, l)`` and its image under ``batch: (b, m, n)``."""
     basis = turned(sketch, whitener(gram(float64(sketch))))
-    for attempt in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS + 1):
         wide = float64(basis)
         small = gram(wide)
-        if attempt == ATTEMPTS - 1 or _is_orthonormal(small):
+        if attempt == ATTEMPTS or _is_orthonormal(small):
             break
-        basis = turned(basis, whitener(small))
+        basis = turned(basis, whitener(small) if attempt < ATTEMPTS - 1 else _without_dependent(small))
     image = times(batch.mT, basis)
     wide_image = float64(image)
     return Block(basis, image, wide, wide_image, small, gram(wide_image))
@@ -64,6 +66,17 @@ def in_order(block: Block, turn: Tensor) -> Block:
     basis, image = turned(block.basis, turn), turned(block.image, turn)
     wide_basis, wide_image = float64(basis), float64(image)
     return Block(basis, image, wide_basis, wide_image, gram(wide_basis), gram(wide_image))
+
+
+def _without_dependent(small: Tensor) -> Tensor:
+    """M (b, l, l) with ``M^T G M`` = 1 for the directions in which the columns really extend, columns of zeros for the rest.
+
+    Columns that are parallel to the last bit, as those of an exact product of small integers, have no rounding outside of
+    each other that could be lengthened to something new.
+    """
+    values, vectors = torch.linalg.eigh(small)
+    found: Tensor = vectors * torch.where(values > PARALLEL * values[:, -1:], values.clamp_min(1e-300).rsqrt(), 0.0)[:, None, :]
+    return found
 
 
 def _is_orthonormal(small: Tensor) -> bool:

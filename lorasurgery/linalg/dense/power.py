@@ -38,6 +38,8 @@ MAX_ROUNDS = 40
 """Or three times the smaller side over the columns: by then the complete decomposition is no dearer."""
 SLOWEST = 0.98
 """The slowest rate that the stopping rule believes in."""
+SLACK = 1e-4
+"""What the squares may be more than the squared norm by rounding."""
 SAFETY = (torch.inf, 5.0, 1.7)
 """What the bound is multiplied by in round 0, 1 and later."""
 
@@ -122,5 +124,7 @@ def _missing(squares: Tensor, before: Tensor | None, rank: int) -> Tensor:
 def _converged(squares: Tensor, missing: Tensor, squared_norms: Tensor, request: Request) -> list[bool]:
     residual = (squared_norms - squares[:, : request.rank].sum(1)).clamp_min(0.0)
     allowed = residual * (1.0 - (1.0 + request.tolerance) ** -2)
-    done: list[bool] = (missing <= torch.maximum(allowed, request.noise * squared_norms)).tolist()
+    near = missing <= torch.maximum(allowed, request.noise * squared_norms)
+    possible = squares.sum(1) <= squared_norms * (1.0 + SLACK)  # more than there is: the basis is none
+    done: list[bool] = (near & possible).tolist()
     return done

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lorasurgery.linalg.factors import as_float64
-from lorasurgery.linalg.low_rank import GRAM_LIMIT, factored_svd
+from lorasurgery.linalg.low_rank import GRAM_LIMIT, SMALLEST, factored_svd
 
 if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
@@ -83,7 +83,7 @@ def measure(up: AnyArray, down: AnyArray, needed: int | None, *, narrow: bool = 
         count = min(rank, most)
         return Measured(np.zeros(count), Core(np.zeros((rank, count)), np.zeros((count, rank))))
     wanted = min(rank if needed is None else needed, rank)
-    if wanted > most or not values[wanted - 1] > GRAM_LIMIT * bound:
+    if wanted > most or not (bound > SMALLEST and values[wanted - 1] > GRAM_LIMIT * bound):
         exact = factored_svd(left, right)[1]
         return Measured(np.where(exact > NUMERICAL_ZERO * bound, exact, 0.0), None)
     mixed, kept = root @ vectors[:, ::-1][:, :wanted], values[:wanted]

@@ -1,8 +1,9 @@
 """DoRA with the base model: ``W' = m (W + s D) / ||W + s D||``, the norm per output row or per input column.
 
-*fold*: ``W' - W`` is an ordinary change, cut like one; the result is a plain LoRA. *recompute*: the LoRA inside is cut to
-``D'`` and each magnitude becomes the one that brings its row (or column) nearest to the old one, ``m' = <W', v>`` with
-``v = (W + s D') / ||W + s D'||``. The reference of every error is ``W' - W``, what the adapter does to this base model.
+*fold*: ``W' - W`` is an ordinary change, cut like one; the result is a plain LoRA. *recompute*: what is inside (a LoRA, a
+LoHa or a LoKr) is cut to ``D'`` as it would be alone, and each magnitude becomes the one that brings its row (or column)
+nearest to the old one, ``m' = <W', v>`` with ``v = (W + s D') / ||W + s D'||``. The reference of every error is ``W' - W``,
+what the adapter does to this base model.
 The norm is over all other axes, as PEFT and LyCORIS take it (per input column: over rows and kernel).
 """
 
@@ -16,7 +17,6 @@ import numpy as np
 
 from lorasurgery.adapter import Magnitude
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import of_array
 from lorasurgery.surgery.resize.families import subject_of
 from lorasurgery.surgery.resize.sources import Slot, dense_source
@@ -33,41 +33,8 @@ if TYPE_CHECKING:
 TINY = 1e-12
 
 
-def dora_subject(module: Module, shape: Shape, needed: int | None, base: Callable[[], AnyArray], how: str) -> Subject:
-    """The DoRA module as something that can be cut; ``base`` yields its weight as (out, in*k*k)."""
-    assert module.magnitude is not None  # noqa: S101  it is a DoRA
-    if how == "fold":
-        return _folded(module, shape, needed, base)
-    if module.family != "dora":
-        raise RequestError(f"{module.name}: only a LoRA's magnitude can be recomputed", hint="dora fold")
-    subject = subject_of(module, shape, needed, as_lora=True)
-    magnitude = module.magnitude
-
-    def after(cut: Cut) -> tuple[Float64, Array]:
-        """(W + s D' normalised, the new magnitudes)."""
-        old = _changed(module, shape, base)
-        up, down = (side.f64() for side in low_rank_factors(subject.source, _exactly(cut), *_flat_shapes(shape, cut)))
-        new = base() + module.scale.value * (up @ down)
-        unit = new / _norms(new, magnitude, shape)
-        return unit, _sums(old * unit, magnitude, shape)
-
-    def renewed(cut: Cut) -> Magnitude:
-        values = after(cut)[1].reshape(magnitude.tensor.shape)
-        return Magnitude(of_array(values, magnitude.tensor.dtype), magnitude.axis)
-
-    def error(cut: Cut) -> float:
-        unit, values = after(cut)
-        old, weight = _changed(module, shape, base), base()
-        new = unit * _spread(values, magnitude, shape)
-        norm = float(np.linalg.norm(old - weight))
-        return float(np.linalg.norm(old - new)) / norm if norm else 0.0
-
-    subject.magnitude, subject.reported = renewed, error
-    subject.form, subject.note = "dora", "the LoRA inside is cut; the magnitude is the best one for it"
-    return subject
-
-
-def _folded(module: Module, shape: Shape, needed: int | None, base: Callable[[], AnyArray]) -> Subject:
+def folded_subject(module: Module, shape: Shape, needed: int | None, base: Callable[[], AnyArray]) -> Subject:
+    """What the DoRA module adds to the base weight, as something that can be cut; ``base`` yields it as (out, in*k*k)."""
     sides = (shape[0], prod(shape[1:]))
     scale = module.scale.value or 1.0
 
@@ -85,6 +52,40 @@ def _folded(module: Module, shape: Shape, needed: int | None, base: Callable[[],
         module, source, "lora", rank, min(sides), sides, build, shape, note="folded with the base model's weight",
         may_stay=False, magnitude=lambda _: None,
     )  # fmt: skip
+
+
+def recomputed_subject(
+    module: Module, shape: Shape, needed: int | None, base: Callable[[], AnyArray], *, as_lora: bool
+) -> Subject:
+    """The change inside the DoRA module as something that can be cut, with the magnitude that is best beside the result."""
+    assert module.magnitude is not None  # noqa: S101  it is a DoRA
+    subject = subject_of(module, shape, needed, as_lora=as_lora)
+    magnitude, build = module.magnitude, subject.build
+
+    def after(cut: Cut) -> tuple[Float64, Array]:
+        """(W + s D' normalised, the new magnitudes)."""
+        old = _changed(module, shape, base)
+        inside = build(_exactly(cut)).dense().reshape(shape[0], -1)
+        new = base() + module.scale.value * inside
+        unit = new / _norms(new, magnitude, shape)
+        return unit, _sums(old * unit, magnitude, shape)
+
+    def renewed(cut: Cut) -> Magnitude:
+        values = after(cut)[1].reshape(magnitude.tensor.shape)
+        return Magnitude(of_array(values, magnitude.tensor.dtype), magnitude.axis)
+
+    def error(cut: Cut) -> float:
+        unit, values = after(cut)
+        old, weight = _changed(module, shape, base), base()
+        new = unit * _spread(values, magnitude, shape)
+        norm = float(np.linalg.norm(old - weight))
+        return float(np.linalg.norm(old - new)) / norm if norm else 0.0
+
+    subject.magnitude, subject.reported = renewed, error
+    inside = f"cut inside ({subject.note})" if subject.note else "cut inside"
+    subject.form = "dora" if subject.form == "lora" else subject.form
+    subject.note = f"{inside}; the magnitude is the best one for it"
+    return subject
 
 
 def _changed(module: Module, shape: Shape, base: Callable[[], AnyArray]) -> Float64:
@@ -119,7 +120,3 @@ def _spread(values: Array, magnitude: Magnitude, shape: Shape) -> Array:
 def _exactly(cut: Cut) -> Cut:
     """The same cut in float64 with the scale left out."""
     return replace(cut, factor=1.0, dtype="F64", record=lambda _error, _norm: None)
-
-
-def _flat_shapes(shape: Shape, cut: Cut) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (shape[0], cut.rank), (cut.rank, prod(shape[1:]))

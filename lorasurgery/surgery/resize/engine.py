@@ -49,6 +49,7 @@ def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
     """
     started = time.perf_counter()
     options.check()
+    options = options.on(adapter.architecture)
     report = ResizeReport()
     held = Held(options, report) if options.is_fixed and not options.uniform else None
     found = survey(adapter, options, base, None if held is None else held.make)
@@ -57,6 +58,7 @@ def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
 
 def resized_from(found: Survey, options: ResizeOptions, base: BaseModel | None = None) -> tuple[Adapter, ResizeReport]:
     """The same from a survey that was made with the same options but for the ranks."""
+    options = options.on(found.adapter.architecture)
     return _resized(found, options, base, ResizeReport(), time.perf_counter())
 
 

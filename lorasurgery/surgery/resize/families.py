@@ -14,7 +14,7 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.io.tensors import computed, widest
 from lorasurgery.surgery.resize.hadamard import loha_subject
-from lorasurgery.surgery.resize.sources import FactoredSource, Slot, dense_source, kronecker_source
+from lorasurgery.surgery.resize.sources import NARROW, FactoredSource, Slot, dense_source, kronecker_source
 from lorasurgery.surgery.resize.subject import Cut, Subject, low_rank_factors
 
 if TYPE_CHECKING:
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Float64, Shape, Tensor
     from lorasurgery.surgery.resize.sources import Source
 
-NARROW = frozenset({"F16", "BF16"})
 GIVEN_W1 = "the best w2 of its rank for the w1 it has, not the best LoKr"
 
 
-def subject_of(module: Module, shape: Shape, needed: int | None, *, as_lora: bool) -> Subject:
+def subject_of(
+    module: Module, shape: Shape, needed: int | None, *, as_lora: bool, measured: FactoredSource | None = None
+) -> Subject:
     """The module as something that can be cut; ``shape``: (out, in[, k...]) of the layer.
 
-    ``needed``: how many singular values decide, None for all. Raises ``ValueError`` for factors with NaN or infinity.
+    ``needed``: how many singular values decide, None for all; ``measured``: a plain LoRA's, if they are known.
+    Raises ``ValueError`` for factors with NaN or infinity.
     """
     delta = module.delta
     if isinstance(delta, Kronecker) and not as_lora:
@@ -38,7 +40,7 @@ def subject_of(module: Module, shape: Shape, needed: int | None, *, as_lora: boo
     if isinstance(delta, Hadamard) and not as_lora:
         return loha_subject(module, delta, shape, needed)
     assert delta is not None  # noqa: S101  biases are sorted out before
-    return _as_lora(module, delta, shape, needed)
+    return _as_lora(module, delta, shape, needed, measured)
 
 
 def dtype_of(delta: Delta, wanted: str) -> str:
@@ -46,7 +48,7 @@ def dtype_of(delta: Delta, wanted: str) -> str:
     return wanted if wanted != "keep" else widest([tensor.dtype for tensor in delta.tensors.values()])
 
 
-def _as_lora(module: Module, delta: Delta, shape: Shape, needed: int | None) -> Subject:
+def _as_lora(module: Module, delta: Delta, shape: Shape, needed: int | None, measured: FactoredSource | None) -> Subject:
     slot, (out, width) = Slot(), (shape[0], prod(shape[1:]))
     most = min(out, width)
     limit: int = most
@@ -55,11 +57,11 @@ def _as_lora(module: Module, delta: Delta, shape: Shape, needed: int | None) -> 
         source = kronecker_source(delta.outer_array, lambda: _flat(delta.inner_array()), slot)
         limit = min(len(source.values), most)
     elif isinstance(delta, Full) or (isinstance(delta, Hadamard) and delta.w1_b.shape[0] * delta.w2_b.shape[0] > most):
-        source = dense_source(lambda: _flat(delta.dense()), None if needed is None else min(needed, most), slot)
+        source = dense_source(lambda: _flat(delta.dense()), _at_most(needed, most), slot)
     else:
         low = delta.to_low_rank()
-        narrow = all(tensor.dtype in NARROW for tensor in delta.tensors.values())
-        source = FactoredSource.of(low.up, low.down, None if needed is None else min(needed, most), slot, narrow=narrow)
+        narrow, wanted = all(tensor.dtype in NARROW for tensor in delta.tensors.values()), _at_most(needed, most)
+        source = measured or FactoredSource.of(low.up, low.down, wanted, slot, narrow=narrow)
         limit = min(low.rank, most)
     if isinstance(delta, Full):
         limit = max(min(limit, (out * width - 1) // (out + width)), 1)  # beyond that the full difference is smaller
@@ -81,7 +83,7 @@ def _lokr(module: Module, delta: Kronecker, shape: Shape, needed: int | None) ->
     source: Source
     if delta.w2 is None and delta.t2 is None and delta.w2_a is not None and delta.w2_b is not None:
         narrow = all(tensor.dtype in NARROW for tensor in delta.tensors.values())
-        wanted = None if needed is None else min(needed, *sides)
+        wanted = _at_most(needed, min(sides))
         source = FactoredSource.of(delta.w2_a, delta.w2_b, wanted, slot, narrow=narrow)
         old, limit = delta.w2_b.shape[0], min(delta.w2_b.shape[0], *sides)
     elif delta.w2 is None and delta.w2_a is not None and delta.w2_b is not None:
@@ -117,6 +119,10 @@ def _folded_w2(delta: Kronecker, w2_a: Tensor, slot: Slot) -> FactoredSource:
 
     left = computed("F64", w2_a.shape[::-1], lambda: w2_a.f64().T)
     return FactoredSource.of(left, computed("F64", (core.shape[0], width), right), None, slot, narrow=False)
+
+
+def _at_most(needed: int | None, most: int) -> int | None:
+    return None if needed is None else min(needed, most)
 
 
 def _flat(array: Float64) -> Float64:

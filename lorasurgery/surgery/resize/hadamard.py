@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Float64, Shape, Tensor
     from lorasurgery.linalg.factors import AnyArray
 
-EACH_ARM = "each arm cut on its own, which is not the best LoHa of its rank; as LoRA there is a best one"
+EACH_ARM = "each arm cut on its own, not the best LoHa: conversion to that rank comes nearer, as LoRA there is a best one"
 
 
 def loha_subject(module: Module, delta: Hadamard, shape: Shape, needed: int | None) -> Subject:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,11 +21,14 @@ from lorasurgery.linalg.policies import (
     sv_ratio,
 )
 from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.resize.pick import picked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from lorasurgery.architectures.table import Architecture
     from lorasurgery.linalg.factors import AnyArray
+    from lorasurgery.surgery.resize.pick import Pattern
 
 RULES: Mapping[str, Callable[[AnyArray, float], int]] = {
     "sv_ratio": sv_ratio, "sv_cumulative": sv_cumulative, "sv_fro": sv_fro, "energy": energy,
@@ -60,11 +63,13 @@ class ResizeOptions:
     """The layout in which that is counted; None: the adapter's own."""
     recipe: str | None = None
     """As resize_lora: ``fro_ckpt=1,thr=-3.5``."""
-    ranks: tuple[tuple[str, int], ...] = ()
-    """(regular expression, rank): the first one found in a module's name, in the file or in the model, decides its rank."""
-    include: tuple[str, ...] = ()
-    """Regular expressions: resize only modules in whose name one is found."""
-    exclude: tuple[str, ...] = ()
+    ranks: tuple[tuple[Pattern, int], ...] = ()
+    """(modules, rank): the first that holds a module decides its rank. Modules are blocks or a component of the model, as
+    :mod:`lorasurgery.surgery.blocks` reads them (``double=0-18``), or a regular expression, looked for in the module's
+    name in the file and in the model."""
+    include: tuple[Pattern, ...] = ()
+    """Resize only these modules, named as in ``ranks``."""
+    exclude: tuple[Pattern, ...] = ()
     """Leave these as they are."""
     as_lora: bool = False
     """Turn LoHa and LoKr into LoRA: the best approximation of their rank, which those families rarely have."""
@@ -88,6 +93,19 @@ class ResizeOptions:
     """Of the whole result: ``keep``, ``fp32``, ``fp16``, ``bf16``."""
     workers: int | None = None
     """Threads; None: one for each core, at most 8."""
+    device: str | None = None
+    """A torch device (``cuda``, ``cuda:1``, ``cpu``) for the decompositions of LoRAs; None: numpy on the threads."""
+
+    def on(self, arch: Architecture) -> ResizeOptions:
+        """The options with blocks and components looked up in the architecture; raises RequestError for unknown ones."""
+        if not (self.ranks or self.include or self.exclude):
+            return self
+        return replace(
+            self,
+            ranks=tuple((picked(pattern, arch), rank) for pattern, rank in self.ranks),
+            include=tuple(picked(pattern, arch) for pattern in self.include),
+            exclude=tuple(picked(pattern, arch) for pattern in self.exclude),
+        )
 
     def parsed_recipe(self) -> Recipe | None:
         """The recipe; raises RequestError for one that cannot be read."""
@@ -123,7 +141,7 @@ class ResizeOptions:
         self._check_policy()
         self.parsed_recipe()
         for pattern in (*self.include, *self.exclude, *(p for p, _ in self.ranks)):
-            _check_pattern(pattern)
+            _check_pattern(str(pattern))
 
     def _check_choices(self) -> None:
         choices = (
@@ -180,8 +198,8 @@ def _positive(text: str) -> bool:
 
 
 def parse_rank(text: str) -> int | tuple[str, int]:
-    """``16``, or ``REGEX=16`` for :attr:`ResizeOptions.ranks`; raises RequestError for anything else."""
+    """``16``, or ``MODULES=16`` for :attr:`ResizeOptions.ranks`; raises RequestError for anything else."""
     pattern, _, number = text.rpartition("=")
     if not number.strip().isdigit():
-        raise RequestError(f"{text!r} is no rank", hint="16, or REGEX=16")
+        raise RequestError(f"{text!r} is no rank", hint="16, REGEX=16, or double=0-18=16 for blocks")
     return (pattern, int(number)) if pattern else int(number)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     """(U: (out, k), S: (k,), Vt: (k, in))."""
 
 
+NARROW = frozenset({"F16", "BF16"})
+"""Dtypes whose results lose nothing by small matrices in float32."""
 NEGLIGIBLE = 1e-13
 """Of the largest: products of singular values below it are rounding."""
 
@@ -69,6 +71,8 @@ class FactoredSource:
     residual: float = 0.0
     fresh: tuple[AnyArray, AnyArray] | None = None
     """The factors just measured, for whoever makes the result at once; to be given up then."""
+    multiply: Callable[[AnyArray, AnyArray], AnyArray] = np.matmul
+    """Of a factor and a small matrix, both of one dtype."""
 
     @classmethod
     def of(cls, up: Tensor, down: Tensor, needed: int | None, slot: Slot, *, narrow: bool) -> FactoredSource:
@@ -90,8 +94,7 @@ class FactoredSource:
             return self._exact()[0][:, kept] * weights
         small = self.core.left[:, kept]
         factor = wide(self.up) if self.fresh is None else self.fresh[0]
-        product: AnyArray = factor.astype(small.dtype, copy=False) @ (small * weights.astype(small.dtype))
-        return product
+        return self.multiply(factor.astype(small.dtype, copy=False), small * weights.astype(small.dtype))
 
     def right(self, kept: Indices, weights: Array) -> AnyArray:
         """One product with ``down``."""
@@ -100,8 +103,7 @@ class FactoredSource:
             return weights[:, None] * self._exact()[2][kept]
         small = self.core.right[kept]
         factor = wide(self.down) if self.fresh is None else self.fresh[1]
-        product: AnyArray = (small * weights.astype(small.dtype)[:, None]) @ factor.astype(small.dtype, copy=False)
-        return product
+        return self.multiply(small * weights.astype(small.dtype)[:, None], factor.astype(small.dtype, copy=False))
 
     def _exact(self) -> Triple:
         return self.slot.get(len(self.values), lambda: factored_svd(wide(self.up), wide(self.down)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,20 +10,20 @@ import numpy as np
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.deltas.full import Full, Opaque
-from lorasurgery.deltas.kronecker import Kronecker
-from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.linalg.threads import map_threads
-from lorasurgery.surgery.resize.dora import dora_subject
+from lorasurgery.surgery.resize.dora import folded_subject, recomputed_subject
 from lorasurgery.surgery.resize.families import subject_of
 from lorasurgery.surgery.resize.options import KOHYA
+from lorasurgery.surgery.resize.pick import named
 from lorasurgery.surgery.resize.sources import FactoredSource
 from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-    from lorasurgery.adapter import Adapter, Module
+    from lorasurgery.adapter import Adapter, Module, Site
     from lorasurgery.surgery.resize.base import BaseModel
     from lorasurgery.surgery.resize.options import ResizeOptions
     from lorasurgery.surgery.resize.subject import Subject
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 
 CORE_BYTES = 48 << 20
 """Small matrices of all modules that may be held together; beyond it they are computed again once the ranks are known."""
+
+MOST_WORKERS = 8
+"""Threads unless more are asked for: beyond that they wait for memory."""
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ def survey(
     Raises NotRepresentableError for DoRA modules without a base, for LoHa where anything but a fixed rank is asked,
     BrokenModuleError for NaN and infinity.
     """
-    found = Survey(adapter)
+    found, options = Survey(adapter), options.on(adapter.architecture)
     wanted: list[Module] = []
     for module in adapter.modules.values():
         reason = _stays(module, options)
@@ -63,9 +65,10 @@ def survey(
             found.kept.append((module, reason))
 
     keep = sum(_core_bytes(adapter, module, options) for module in wanted) <= CORE_BYTES
+    known = _on_device(adapter, wanted, options)
 
     def measured(module: Module) -> Subject:
-        subject = _subject(adapter, module, options, base)
+        subject = _subject(adapter, module, options, base, known.get(module.site))
         if then is not None:
             then(subject)
         if isinstance(subject.source, FactoredSource):
@@ -78,15 +81,35 @@ def survey(
     return found
 
 
-def _subject(adapter: Adapter, module: Module, options: ResizeOptions, base: BaseModel | None) -> Subject:
+def _on_device(adapter: Adapter, wanted: Sequence[Module], options: ResizeOptions) -> Mapping[Site, FactoredSource]:
+    """The plain LoRAs, measured on the device that was asked for."""
+    if options.device is None:
+        return {}
+    from lorasurgery.surgery.resize.device import Device
+
+    plain = [module for module in wanted if module.magnitude is None]
+    return Device(options.device).sources(plain, lambda module: _needed(adapter, module, options))
+
+
+def _needed(adapter: Adapter, module: Module, options: ResizeOptions) -> int | None:
+    """How many singular values decide; None: all."""
+    kind = kind_of(expected_shape(adapter.architecture, module.site))
+    return rank_asked(module, kind, options) if options.is_fixed else None
+
+
+def _subject(
+    adapter: Adapter, module: Module, options: ResizeOptions, base: BaseModel | None, known: FactoredSource | None
+) -> Subject:
     """The module measured; raises BrokenModuleError for NaN and infinity."""
-    shape = expected_shape(adapter.architecture, module.site)
-    needed = rank_asked(module, kind_of(shape), options) if options.is_fixed else None
+    shape, needed = expected_shape(adapter.architecture, module.site), _needed(adapter, module, options)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, with the module's name
             if module.magnitude is not None and base is not None:
-                return dora_subject(module, shape, needed, base.weight(module.site), options.dora)
-            return subject_of(module, shape, needed, as_lora=options.as_lora)
+                weight = base.weight(module.site)
+                if options.dora == "fold":
+                    return folded_subject(module, shape, needed, weight)
+                return recomputed_subject(module, shape, needed, weight, as_lora=options.as_lora)
+            return subject_of(module, shape, needed, as_lora=options.as_lora, measured=known)
     except ValueError as error:
         raise BrokenModuleError(
             f"{module.name}: {error}", key=module.name, path=adapter.path, hint="an earlier checkpoint of the training run"
@@ -103,11 +126,14 @@ def _core_bytes(adapter: Adapter, module: Module, options: ResizeOptions) -> int
 
 def workers_of(options: ResizeOptions) -> int:
     """How many threads work."""
-    return options.workers or min(os.cpu_count() or 1, 8)
+    return options.workers or min(os.cpu_count() or 1, MOST_WORKERS)
 
 
 def rank_asked(module: Module, kind: str, options: ResizeOptions) -> int | None:
-    """The rank that the options name for a module of this kind: by its name, else by its kind; None: none."""
+    """The rank that the options name for a module of this kind: by its name, else by its kind; None: none.
+
+    The options are those of :meth:`ResizeOptions.on` the module's architecture, here and in :func:`named_rank`.
+    """
     for pattern, rank in options.ranks:
         if named(module, pattern):
             return rank
@@ -118,11 +144,6 @@ def rank_asked(module: Module, kind: str, options: ResizeOptions) -> int | None:
         CONV: conv,
         POINTWISE: pointwise if options.pointwise_rank is None else options.pointwise_rank,
     }[kind]
-
-
-def named(module: Module, pattern: str) -> bool:
-    """Whether the expression is found in the module's name, as the file spells it or as the model does."""
-    return bool(re.search(pattern, module.name) or re.search(pattern, module.site.spans[0].weight))
 
 
 def _stays(module: Module, options: ResizeOptions) -> str | None:
@@ -158,8 +179,6 @@ def _refuse(adapter: Adapter, module: Module, options: ResizeOptions, base: Base
             path=adapter.path,
             hint="as LoRA, or a fixed rank",
         )
-    if isinstance(module.delta, Kronecker) and module.magnitude is not None and options.dora == "recompute":
-        raise RequestError("a LoKr's magnitude cannot be recomputed", hint="dora fold")
 
 
 def named_rank(module: Module, options: ResizeOptions) -> bool:

@@ -108,6 +108,18 @@ def test_a_known_product_comes_back(dtype):
     assert down.is_contiguous()
 
 
+@pytest.mark.parametrize("inner", [1, 2, 7, 20])
+def test_products_of_small_integers(inner):
+    """Their columns are parallel to the last bit: there is no rounding to make independent ones of."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        matrix = rng.integers(-1, 2, (320, inner)) @ rng.integers(-1, 2, (inner, 256)) / 16.0
+        found = truncated_svd(as_float32(matrix), 24)
+        assert error(matrix, found) <= 4e-6 * np.linalg.norm(matrix)
+        left = found.u[:, : np.linalg.matrix_rank(matrix)].double()
+        assert (left.T @ left - torch.eye(left.shape[1])).abs().max() < 1e-5
+
+
 def test_rank_and_error_of_fewer_columns():
     matrix = named("slow", 240, 300)
     found = truncated_svd(torch.from_numpy(matrix), 40)

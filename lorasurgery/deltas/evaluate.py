@@ -1,0 +1,110 @@
+"""Some rows of a delta at a time, in a working precision: what is added to rows of a base weight that is read in chunks.
+
+A low-rank delta of 21504 x 3072 would be 264 MB in float32; its rows ``start:stop`` are ``up[start:stop] @ down``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.deltas.hadamard import Hadamard
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.deltas.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lorasurgery.deltas.base import Delta
+    from lorasurgery.io.tensors import Float64, Tensor
+
+    Work = NDArray[Any]
+
+Rows = Callable[[int, int], "Work"]
+"""(start, stop) -> those rows, (stop - start, in*k*k), in the working precision, a fresh array."""
+
+
+def row_function(delta: Delta, work: str, factor: float = 1.0) -> Rows:
+    """Rows of ``factor`` times the delta in the dtype ``work`` (``float32`` or ``float64``); factors are read now.
+
+    Everything but the last product is computed in float64. Raises CannotError for a family that multiplies the base weight.
+    """
+    if isinstance(delta, LowRank):
+        return _low_rank(delta, work, factor)
+    if isinstance(delta, Hadamard):
+        return _hadamard(delta, work, factor)
+    if isinstance(delta, Kronecker):
+        return _kronecker(delta, work, factor)
+    if isinstance(delta, Full):
+        diff = delta.diff
+        return lambda start, stop: flat(diff.rows([(start, stop)]).array(), work) * np.asarray(factor, work)
+    if isinstance(delta, Opaque):
+        raise CannotError(f"the change {delta.family.upper()} makes depends on the base weight")
+    return _low_rank(delta.to_low_rank(), work, factor)
+
+
+def flat(array: Work, work: str) -> Work:
+    """(rows, -1) in ``work``."""
+    return array.reshape(array.shape[0], prod(array.shape[1:])).astype(work)
+
+
+def flat_factors(delta: LowRank, work: str, factor: float = 1.0) -> tuple[Work, Work]:
+    """(out, rank) times ``factor``, and (rank, in*k*k) with a Tucker core multiplied into it."""
+    return _times(delta.up, factor, work), _flat64(delta.to_low_rank().down).astype(work)
+
+
+def _low_rank(delta: LowRank, work: str, factor: float) -> Rows:
+    up, down = flat_factors(delta, work, factor)
+    return lambda start, stop: up[start:stop] @ down
+
+
+def _hadamard(delta: Hadamard, work: str, factor: float) -> Rows:
+    """Both arms' products, multiplied; a Tucker core is multiplied into ``w*_b`` first."""
+    arms = []
+    for a, b, core in ((delta.w1_a, delta.w1_b, delta.t1), (delta.w2_a, delta.w2_b, delta.t2)):
+        left, right = (a.f64(), _flat64(b)) if core is None else (a.f64().T, _cored(core, b))
+        arms.append((left, right.astype(work)))
+    (one, first), (two, second) = arms
+    one, two = (one * factor).astype(work), two.astype(work)
+
+    def rows(start: int, stop: int) -> Work:
+        product: Work = one[start:stop] @ first
+        product *= two[start:stop] @ second
+        return product
+
+    return rows
+
+
+def _kronecker(delta: Kronecker, work: str, factor: float) -> Rows:
+    """Row ``o * out_k + p`` is ``kron(w1[o], w2[p])``."""
+    outer = (delta.outer_array() * factor).astype(work)
+    inner = delta.inner_array()
+    inner = inner.reshape(inner.shape[0], -1).astype(work)
+
+    def rows(start: int, stop: int) -> Work:
+        block, row = np.divmod(np.arange(start, stop), inner.shape[0])
+        product: Work = outer[block][:, :, None] * inner[row][:, None, :]
+        return product.reshape(stop - start, -1)
+
+    return rows
+
+
+def _cored(core: Tensor, b: Tensor) -> Float64:
+    """core (i, j, k...) and b (j, in) -> (i, in*k...)."""
+    product: Float64 = np.einsum("ij...,jr->ir...", core.f64(), b.f64())
+    return product.reshape(product.shape[0], -1)
+
+
+def _flat64(tensor: Tensor) -> Float64:
+    return tensor.f64().reshape(tensor.shape[0], -1)
+
+
+def _times(tensor: Tensor, factor: float, work: str) -> Work:
+    """(rows, -1) times ``factor``: the product in float64, rounded once."""
+    scaled: Work = (_flat64(tensor) * factor).astype(work)
+    return scaled

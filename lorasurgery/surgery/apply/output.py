@@ -1,0 +1,111 @@
+"""A file like another with some tensors changed: the same keys in the same order, everything else copied as bytes.
+
+The places of all tensors are known before anything is computed, so workers write theirs while the rest is copied by the
+kernel. Nothing has its name before it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorasurgery.io.header import header_bytes, serialiser_order
+from lorasurgery.io.in_place import header_of, header_text
+from lorasurgery.io.sniff import TORCH_SUFFIXES
+from lorasurgery.io.sources import Region
+from lorasurgery.io.writer import copy_region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from lorasurgery.io.header import RawFile
+
+PIECE = 64 << 20
+"""Bytes copied between two looks at whether to go on."""
+
+
+class Skeleton(NamedTuple):
+    """What a changed file begins with, and where each tensor's data goes."""
+
+    head: bytes
+    offsets: Mapping[str, int]
+
+
+def skeleton(raw: RawFile, metadata: Mapping[str, str]) -> Skeleton:
+    """The header of ``raw`` with this metadata, its keys and data in their own order.
+
+    A PyTorch file's tensors are laid out as safetensors writes them.
+    """
+    if raw.path.suffix.lower() in TORCH_SUFFIXES:
+        head, offsets, at = header_bytes(raw.tensors, metadata), {}, 0
+        for name in serialiser_order(raw.tensors):
+            offsets[name], at = at, at + raw.tensors[name].nbytes
+    else:
+        header = header_of(raw)
+        text = header_text(header, metadata)
+        text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+        offsets = {name: entry["data_offsets"][0] for name, entry in header.entries.items()}
+    return Skeleton(head, {name: len(head) + at for name, at in offsets.items()})
+
+
+class Output:
+    """A file that several threads write at once, each at its own places."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._lock = fd, Lock()
+        self._parallel = hasattr(os, "pwrite")
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """All of ``data`` at ``offset``."""
+        view = memoryview(data).cast("B")
+        while view:
+            count = self._some(view, offset)
+            view, offset = view[count:], offset + count
+
+    def _some(self, view: memoryview, offset: int) -> int:
+        if self._parallel:
+            return os.pwrite(self._fd, view, offset)
+        with self._lock:  # Windows has no pwrite
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.write(self._fd, view)
+
+    def copy(self, region: Region, offset: int) -> None:
+        """A region's bytes at ``offset``, inside the kernel where it can; for one thread at a time."""
+        with self._lock:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            copy_region(self._fd, region)
+
+
+def copy_rest(
+    raw: RawFile, output: Output, offsets: Mapping[str, int], changed: Collection[str], done: Callable[[int], None]
+) -> None:
+    """Copy every tensor but the changed ones; neighbours go together. ``done`` is told how many bytes went."""
+    for region, offset in _gaps(raw, offsets, changed):
+        for at in range(0, region.length, PIECE):
+            length = min(PIECE, region.length - at)
+            output.copy(Region(region.source, region.offset + at, length), offset + at)
+            done(length)
+
+
+def _gaps(raw: RawFile, offsets: Mapping[str, int], changed: Collection[str]) -> Iterator[tuple[Region, int]]:
+    """(region, where it goes), one for each run of neighbours on both sides."""
+    run: tuple[Region, int] | None = None
+    for name in sorted((n for n in raw.tensors if n not in changed), key=lambda n: offsets[n]):
+        at = offsets[name]
+        for region in raw.tensors[name].regions:
+            if run is not None and _follows(run, region, at):
+                run = Region(region.source, run[0].offset, run[0].length + region.length), run[1]
+            else:
+                if run is not None:
+                    yield run
+                run = region, at
+            at += region.length
+    if run is not None:
+        yield run
+
+
+def _follows(run: tuple[Region, int], region: Region, offset: int) -> bool:
+    before, at = run
+    return before.source is region.source and before.offset + before.length == region.offset and at + before.length == offset

@@ -1,0 +1,120 @@
+"""The files of the new model: changed ones written by several threads, all others copied."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from lorasurgery.io.sources import FileSource, Region
+from lorasurgery.io.writer import copy_region, replacing, write_all
+from lorasurgery.linalg.threads import one_blas_thread
+from lorasurgery.surgery.apply.output import Output, copy_rest, skeleton
+from lorasurgery.surgery.apply.produce import Stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lorasurgery.models import Model, ModelFile
+    from lorasurgery.surgery.apply.match import Change, Plan
+    from lorasurgery.surgery.apply.produce import Producer
+    from lorasurgery.surgery.apply.tally import Tally
+
+Progress = "Callable[[int, int], None]"
+
+
+class Writing:
+    """Writes every file of a model; ``progress`` is told (bytes done, bytes in all), from any thread."""
+
+    def __init__(self, model: Model, plan: Plan, producer: Producer, workers: int) -> None:
+        self.model, self.producer, self.workers = model, producer, workers
+        self.changes: dict[Path, dict[str, Change]] = {}
+        for change in plan.changes.values():
+            self.changes.setdefault(change.weight.file.path, {})[change.weight.key] = change
+        self.total = sum(file.path.stat().st_size for file in model.files)
+        self._progress: Callable[[int, int], None] = lambda _done, _total: None
+        self._done, self._lock = 0, Lock()
+
+    def told(self, progress: Callable[[int, int], None] | None) -> Writing:
+        """Itself, telling how far it is."""
+        self._progress = progress or self._progress
+        return self
+
+    def _count(self, size: int) -> None:
+        """Tell the progress; raises Stopped when a worker failed."""
+        with self._lock:
+            self._done += size
+            self._progress(min(self._done, self.total), self.total)
+        if self.producer.stop.is_set():
+            raise Stopped
+
+    def file(self, file: ModelFile, out: Path, metadata: Mapping[str, str]) -> list[Tally]:
+        """One file; without a change it is copied whole. ``metadata`` is what a changed one gets."""
+        changes = self.changes.get(file.path, {})
+        with replacing(out) as fd:
+            if not changes:
+                source = FileSource(file.path)
+                copy_region(fd, Region(source, 0, source.size()))
+                self._count(source.size())
+                return []
+            head, offsets = skeleton(file.raw, metadata)
+            write_all(fd, head)
+            output = Output(fd)
+            with one_blas_thread(), self.producer.tools.running(), ThreadPoolExecutor(self.workers) as pool:
+                try:
+                    futures = [pool.submit(self._change, own, output, offsets) for own in changes.values()]
+                    with suppress(Stopped):
+                        copy_rest(file.raw, output, offsets, _owned(changes.values()), self._count)
+                    return _results(futures)
+                except BaseException:
+                    self.producer.stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+
+    def _change(self, change: Change, output: Output, offsets: Mapping[str, int]) -> Tally:
+        row = change.weight.tensor.nbytes // max(change.weight.shape[0], 1)
+        start = offsets[change.weight.key]
+
+        def put(first: int, data: NDArray[np.generic]) -> None:
+            output.write(data.view("u1").data, start + first * row)
+            self._count(data.nbytes)
+
+        def put_scale(data: bytes) -> None:
+            output.write(data, offsets[scale_key(change)])
+
+        try:
+            return self.producer.make(change, put, put_scale)
+        except BaseException:
+            self.producer.stop.set()
+            raise
+
+
+def _results(futures: Sequence[Future[Tally]]) -> list[Tally]:
+    """What the workers return; raises the first error that is not the echo of another one's."""
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    real = next((error for error in errors if not isinstance(error, Stopped)), None)
+    if real is not None:
+        raise real
+    return [future.result() for future in futures]
+
+
+def _owned(changes: object) -> set[str]:
+    """The keys whose bytes the workers write: changed tensors and their scales."""
+    own: set[str] = set()
+    for change in changes:  # type: ignore[attr-defined]
+        own.add(change.weight.key)
+        if change.weight.scale is not None:
+            own.add(scale_key(change))
+    return own
+
+
+def scale_key(change: Change) -> str:
+    """The key of an fp8 weight's scale."""
+    scale = change.weight.scale
+    return next(key for key, tensor in change.weight.file.raw.tensors.items() if tensor is scale)

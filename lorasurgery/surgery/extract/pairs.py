@@ -1,0 +1,220 @@
+"""Which rows of both models become one module of the output, and what has no place in it.
+
+The modules are the target layout's own (sd-scripts trains FLUX with q, k and v fused, Diffusers with them apart), so every
+one is put together from whatever rows the two files hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
+from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.layouts.targets import PEFT, Speller
+from lorasurgery.surgery.extract.coverage import covers, held_rows, total_rows
+from lorasurgery.surgery.extract.parameters import excluded, parameters
+from lorasurgery.surgery.resize.subject import CONV, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorasurgery.io.tensors import Shape
+    from lorasurgery.models import Model, Reader, Weight
+    from lorasurgery.surgery.extract.options import ExtractOptions
+
+NORM, BIAS, EMBEDDING, PARAMETER = "norm", "bias", "embedding", "parameter"
+EMBEDDINGS = frozenset(
+    {"token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias", "word_embeddings"}
+)
+"""Last parts of names of weights that are looked up, not multiplied."""
+SHARED = 0.5
+"""Where less than this share of either model's weights is in the other, they are not two versions of one model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One tensor of the output: the same rows in both models."""
+
+    site: Site
+    name: str
+    """As the target spells the module."""
+    kind: str
+    """``linear``, ``conv``, ``1x1``, ``norm``, ``bias``, ``embedding``, or ``parameter``: what is no module's in the tables."""
+    base: Reader
+    tuned: Reader
+    reason: str = ""
+    """Why it is left out; empty for what is extracted."""
+
+    @property
+    def id(self) -> str:
+        """Names it in the journal."""
+        return f"{self.name}.bias" if self.kind == BIAS else self.name
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in[, k...]), or (out,)."""
+        return self.base.shape
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it goes along whole."""
+        return self.kind in (NORM, BIAS, EMBEDDING, PARAMETER)
+
+
+@dataclass(slots=True)
+class Pairs:
+    """All of them, and what only one of the models has."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    only_base: list[str] = field(default_factory=list)
+    only_tuned: list[str] = field(default_factory=list)
+    alone: list[int] = field(default_factory=lambda: [0, 0])
+    """How many of these two are modules of the denoiser."""
+
+
+def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
+    """Match two models by the original weights that they hold.
+
+    Raises RequestError for models of different architectures, of which too little is shared, or whose weights differ in
+    shape; NotRepresentableError where the target has no names for the model.
+    """
+    _same_architecture(base, tuned)
+    speller = Speller(options.layout, base.architecture)
+    held = held_rows(base), held_rows(tuned)
+    found = Pairs()
+    for site in _sites(base, tuned, speller):
+        there = [covers(own, site) for own in held]
+        stem = speller.stem(site) or ""
+        rows = [total_rows(own, site) for own in held]
+        if None not in rows and rows[0] != rows[1]:
+            if not excluded(site, stem, options):
+                raise _other_shape(_first_weight(base, site), _first_weight(tuned, site))
+            continue
+        if all(there):
+            _add(found, base, tuned, site, stem, options)
+        elif any(there):
+            (found.only_base if there[0] else found.only_tuned).append(stem or _unnamed(site))
+            if site.component == DENOISER:
+                found.alone[0 if there[0] else 1] += 1
+    _check_coverage(found, base, tuned)
+    if options.layout.words == PEFT:
+        found.pairs = _biases_for_all_or_none(found.pairs, options)
+    own = parameters(base, tuned, options)
+    found.pairs += [Pair(site, name, PARAMETER, one, two, reason) for site, name, one, two, reason in own.shared]
+    found.only_base += own.only_base
+    found.only_tuned += own.only_tuned
+    return found
+
+
+def _biases_for_all_or_none(pairs: list[Pair], options: ExtractOptions) -> list[Pair]:
+    """PEFT gives every LoRA layer a bias or none, and cannot merge one whose own layer has no bias.
+
+    Source: PEFT 0.21 ``LoraConfig.lora_bias`` and ``lora/layer.py``.
+    """
+    with_bias = {pair.site for pair in pairs if pair.kind == BIAS}
+    bare = [p for p in pairs if not (p.is_vector or p.reason or p.site in with_bias)]
+    if not bare:
+        return pairs
+    reason = f"{options.layout.reader} has LoRA biases for all layers or none, and some layers have no bias"
+    return [replace(p, reason=reason) if p.kind == BIAS and not p.reason else p for p in pairs]
+
+
+def _same_architecture(base: Model, tuned: Model) -> None:
+    one, two = base.architecture, tuned.architecture
+    if one.id != two.id:
+        raise RequestError(
+            f"its weights are those of {two.name} ({two.key}), the base model's those of {one.name} ({one.key})",
+            path=tuned.path, hint="two models of one architecture, or --arch NAME where one was not recognised",
+        )  # fmt: skip
+
+
+def _sites(base: Model, tuned: Model, speller: Speller) -> Iterator[Site]:
+    """Every module the target may have of this architecture; encoders' (and a second expert's) as either model has them."""
+    arch = base.architecture
+    naming = speller.namings[0].naming
+    names = arch.namings[naming]
+    if not names:
+        raise NotRepresentableError(
+            f"{arch.name} has no {naming} names", module=arch.name, path=base.path, hint="--target comfyui or sd-scripts"
+        )
+    yield from (Site(DENOISER, spans) for spans in names.values())
+    seen: dict[Site, None] = {}
+    for model in (base, tuned):
+        for component, spans in model.sites():
+            if component != DENOISER:
+                seen.update((Site(component, (span,)), None) for span in spans)
+    yield from seen
+
+
+def _unnamed(site: Site) -> str:
+    """A name for what the target has none for."""
+    return f"{site} [{', '.join(f'{span.start}:{span.stop}' for span in site.spans)}]"
+
+
+def _add(found: Pairs, base: Model, tuned: Model, site: Site, stem: str, options: ExtractOptions) -> None:
+    """The weight of a module, and its bias."""
+    readers = base.reader(*site), tuned.reader(*site)
+    biases = base.bias_reader(*site), tuned.bias_reader(*site)
+    name = site.spans[0].weight
+    kind = (
+        NORM
+        if len(readers[0].shape) == 1
+        else EMBEDDING
+        if name.rpartition(".")[2] in EMBEDDINGS
+        else kind_of(readers[0].shape)
+    )
+    for own, (one, two) in ((kind, readers), (BIAS, biases)):
+        if one is not None and two is not None:
+            reason = _left_out(own, site, stem, options)
+            if not excluded(site, stem, options):
+                if one.shape != two.shape:
+                    raise _other_shape(one.parts[0].weight, two.parts[0].weight)
+            elif one.shape != two.shape:
+                continue
+            found.pairs.append(Pair(site, stem or _unnamed(site), own, one, two, reason))
+
+
+def _left_out(kind: str, site: Site, stem: str, options: ExtractOptions) -> str:
+    """Why a tensor is not extracted; empty if it is."""
+    small = kind in (NORM, BIAS)
+    reasons = (
+        (site.component == SECOND_DENOISER, "the second expert, to be extracted from its own folder"),
+        (not stem, f"{options.layout.reader} has no name for it"),
+        (excluded(site, stem, options), "excluded"),
+        (site.component != DENOISER and not options.text_encoders, "a text encoder's"),
+        (kind == CONV and not options.conv, "a convolution with a kernel"),
+        (small and options.small == "none", f"a {kind}"),
+        (kind == EMBEDDING and options.small != "all", "an embedding"),
+        (kind == NORM and "norm" not in options.layout.holds, f"{options.layout.reader} does not load norms"),
+        (kind == EMBEDDING and "full" not in options.layout.holds, f"{options.layout.reader} loads no embeddings"),
+    )
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def _first_weight(model: Model, site: Site) -> Weight:
+    """A tensor that holds rows of a site's first weight."""
+    return next(
+        w for w in model.weights.values()
+        if w.place is not None and w.role != BIAS and w.place.component == site.component
+        and w.place.spans[0].weight == site.spans[0].weight
+    )  # fmt: skip
+
+
+def _other_shape(one: Weight, two: Weight) -> RequestError:
+    return RequestError(
+        f"{two.key} has {list(two.shape)}, the base model's {one.key} {list(one.shape)}",
+        path=two.file.path,
+        hint=f'the base model it was tuned from, or --exclude "{one.key.rpartition(".")[0]}" to leave it out',
+    )  # fmt: skip
+
+
+def _check_coverage(found: Pairs, base: Model, tuned: Model) -> None:
+    """An all-in-one file may stand beside a bare denoiser, so only the denoiser counts."""
+    both = sum(pair.kind != BIAS and pair.site.component == DENOISER for pair in found.pairs)
+    if both == 0 or both < SHARED * (both + max(found.alone)):
+        only = (*found.only_base[:1], *found.only_tuned[:1])
+        raise RequestError(
+            f"only {both} of its weights are in {base.path} too (not in both: {', '.join(only) or 'all'})",
+            path=tuned.path, hint="the model it was tuned from",
+        )  # fmt: skip

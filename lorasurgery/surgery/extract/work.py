@@ -1,0 +1,200 @@
+"""What is done with every pair, and the order of it: read, decompose and keep overlap, with few matrices in memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapter import Module, Scale
+from lorasurgery.linalg.threads import one_blas_thread
+from lorasurgery.surgery.extract.change import change_of
+from lorasurgery.surgery.extract.decompose import Wanted, decomposed
+from lorasurgery.surgery.extract.families import fitted
+from lorasurgery.surgery.extract.options import FACTORED
+from lorasurgery.surgery.resize.survey import named_rank, rank_asked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
+    from contextlib import AbstractContextManager
+
+    from lorasurgery.linalg.factors import AnyArray
+    from lorasurgery.surgery.extract.change import Change
+    from lorasurgery.surgery.extract.decompose import Found
+    from lorasurgery.surgery.extract.options import ExtractOptions
+    from lorasurgery.surgery.extract.pairs import Pair
+
+BATCH_BYTES = 512 << 20
+"""Matrices of one shape that a GPU decomposes together have at most so many bytes."""
+MEMORY = 1 << 30
+"""About as much for the matrices in flight, unless one alone is larger."""
+MOST_JOBS = 8
+READERS = 4
+"""Threads that read for a GPU, which decomposes faster than one reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished pair, for the store."""
+
+    id: str
+    numbers: Mapping[str, Any]
+    arrays: Mapping[str, AnyArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Pairs that are decomposed together: one, or several of one shape and rank on a GPU."""
+
+    pairs: tuple[Pair, ...]
+    wanted: Wanted
+    device: str
+
+
+def module_of(pair: Pair) -> Module:
+    """The pair as a module without a change, for what looks at names."""
+    return Module(pair.site, pair.name, None, Scale(1.0, "none (1.0)"))
+
+
+def wanted_of(pair: Pair, options: ExtractOptions) -> Wanted:
+    """The rank that the options name for a matrix."""
+    module = module_of(pair)
+    return Wanted(rank_asked(module, pair.kind, options.cut), options.cut.is_fixed or named_rank(module, options.cut))
+
+
+def needs_factors(pair: Pair, options: ExtractOptions) -> bool:
+    """Whether a pair is a matrix to be decomposed."""
+    return not pair.reason and not pair.is_vector and options.family != "full"
+
+
+def units_of(pairs: Sequence[Pair], options: ExtractOptions) -> Iterator[Unit]:
+    """All pairs in the order of the target's names; equal shapes together on a GPU, always in the same way."""
+    waiting: dict[tuple[Any, ...], list[Pair]] = {}
+    devices, at = options.devices, 0
+
+    def unit(own: Sequence[Pair]) -> Unit:
+        nonlocal at
+        at += 1
+        return Unit(tuple(own), wanted_of(own[0], options), devices[at % len(devices)])
+
+    for pair in pairs:
+        plain = options.family in FACTORED and not (options.tucker or options.dora)
+        if not devices[0].startswith("cuda") or not needs_factors(pair, options) or not plain:
+            if pair.kind in ("linear", "conv", "1x1"):
+                yield unit([pair])
+            else:
+                yield Unit((pair,), Wanted(None, fixed=True), "cpu")
+            continue
+        key = (pair.shape, pair.base.dtype, pair.tuned.dtype, wanted_of(pair, options))
+        own = waiting.setdefault(key, [])
+        own.append(pair)
+        if (len(own) + 1) * _bytes(pair) > BATCH_BYTES:
+            yield unit(waiting.pop(key))
+    yield from (unit(own) for own in waiting.values())
+
+
+def _bytes(pair: Pair) -> int:
+    return 4 * prod(pair.shape)
+
+
+def jobs_of(pairs: Sequence[Pair], options: ExtractOptions) -> int:
+    """How many units are worked on at a time."""
+    if options.jobs is not None:
+        return options.jobs
+    if not options.devices[0].startswith("cpu"):
+        return len(options.devices)
+    largest = max((_bytes(p) for p in pairs if needs_factors(p, options)), default=1)
+    return max(min(os.cpu_count() or 1, MOST_JOBS, MEMORY // (3 * largest)), 1)
+
+
+def run(units: Sequence[Unit], options: ExtractOptions, jobs: int, keep: Callable[[Unit, list[Done]], None]) -> None:
+    """Work on every unit; ``keep`` is called with each in their order, on this thread.
+
+    One thread reads ahead while ``jobs`` decompose, more for a GPU. The first error ends the work and is raised here.
+    """
+    running: deque[tuple[Unit, Future[list[Done]]]] = deque()
+    ahead = READERS if options.devices[0].startswith("cuda") else 1
+    readers, workers = ThreadPoolExecutor(ahead), ThreadPoolExecutor(jobs)
+    try:
+        with _threads(options, jobs):
+            for unit in units:
+                while len(running) >= jobs + ahead:
+                    _drain(running, keep)
+                loading = readers.submit(_load, unit, options)
+                running.append((unit, workers.submit(_finish, unit, loading, options)))
+            while running:
+                _drain(running, keep)
+    finally:
+        readers.shutdown(wait=True, cancel_futures=True)
+        workers.shutdown(wait=True, cancel_futures=True)
+
+
+def _threads(options: ExtractOptions, jobs: int) -> AbstractContextManager[Any]:
+    """Threads inside torch's operations, so that all jobs together use every core."""
+    if options.family not in FACTORED:
+        return one_blas_thread()
+    from lorasurgery.linalg.dense import torch_threads
+
+    return torch_threads(max((os.cpu_count() or 1) // jobs, 1))
+
+
+def _drain(running: deque[tuple[Unit, Future[list[Done]]]], keep: Callable[[Unit, list[Done]], None]) -> None:
+    unit, future = running.popleft()
+    keep(unit, future.result())
+
+
+def _load(unit: Unit, options: ExtractOptions) -> list[Change]:
+    first = unit.pairs[0]
+    wants = not first.reason and (first.is_vector or options.family != "full")
+    return [change_of(pair, keep=wants, keep_base=wants and options.dora and not first.is_vector) for pair in unit.pairs]
+
+
+def _finish(unit: Unit, loading: Future[list[Change]], options: ExtractOptions) -> list[Done]:
+    changes = loading.result()
+    changed = [c.squared > 0.0 and c.largest > options.min_diff for c in changes]
+    first = unit.pairs[0]
+    if first.is_vector and not first.reason:
+        return [_vector(p, c) if new else _plain(p, c) for p, c, new in zip(unit.pairs, changes, changed, strict=True)]
+    if not needs_factors(first, options):
+        return [_plain(p, c) for p, c in zip(unit.pairs, changes, strict=True)]
+    if options.family not in FACTORED or options.dora or (options.tucker and first.kind == "conv"):
+        return [
+            _fitted(p, c, unit, options) if new else _plain(p, c)
+            for p, c, new in zip(unit.pairs, changes, changed, strict=True)
+        ]
+    matrices = [c.delta for c, new in zip(changes, changed, strict=True) if new and c.delta is not None]
+    found = iter(decomposed(matrices, unit.wanted, options, unit.device) if matrices else ())
+    return [
+        _factored(p, c, next(found)) if new else _plain(p, c) for p, c, new in zip(unit.pairs, changes, changed, strict=True)
+    ]
+
+
+def _numbers(change: Change) -> dict[str, Any]:
+    return {"squared": change.squared, "base_squared": change.base_squared, "largest": change.largest}
+
+
+def _plain(pair: Pair, change: Change) -> Done:
+    """Only measured."""
+    return Done(pair.id, _numbers(change), {})
+
+
+def _vector(pair: Pair, change: Change) -> Done:
+    assert change.delta is not None  # noqa: S101  it was asked for
+    return Done(pair.id, _numbers(change), {"diff": change.delta.reshape(pair.shape)})
+
+
+def _factored(pair: Pair, change: Change, found: Found) -> Done:
+    numbers = _numbers(change) | {"residual": found.residual}
+    if found.clamp is not None:
+        numbers |= {"clamp": found.clamp, "clamped_error": found.clamped_error}
+    return Done(pair.id, numbers, {"u": found.u, "v": found.v, "values": found.values})
+
+
+def _fitted(pair: Pair, change: Change, unit: Unit, options: ExtractOptions) -> Done:
+    """Another family than a plain LoRA."""
+    error, arrays = fitted(pair, change, unit.wanted.rank, options, unit.device)
+    return Done(pair.id, _numbers(change) | {"error": error}, arrays)

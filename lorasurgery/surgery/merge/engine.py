@@ -1,0 +1,177 @@
+"""Merge: read the weights, bring the files to one granularity, and add up every module that more than one of them has."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import Adapter, Leftover
+from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.errors import RequestError
+from lorasurgery.io.tensors import same_values
+from lorasurgery.layouts.targets import layout, namings
+from lorasurgery.metadata import FACTOR, FACTOR_KEY
+from lorasurgery.report import Report
+from lorasurgery.surgery.merge.align import aligned
+from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, weighted
+from lorasurgery.surgery.merge.metadata import merged_metadata
+from lorasurgery.surgery.merge.methods import combine
+from lorasurgery.surgery.merge.options import DENSE, MergeOptions
+from lorasurgery.surgery.merge.report import MergeReport, SourceReport
+from lorasurgery.surgery.merge.spec import parse_weight
+from lorasurgery.surgery.merge.sums import Sums
+from lorasurgery.surgery.merge.weights import Weight
+from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.split_alpha import check_split_alpha
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.deltas.base import Record
+
+
+@dataclass(slots=True)
+class Merging:
+    """A merge while it runs."""
+
+    sources: list[Source]
+    options: MergeOptions
+    arch: Architecture
+    target: str
+    report: MergeReport
+
+    @property
+    def dtype(self) -> str:
+        """What the first file is mostly in."""
+        tensors = [t for m in self.sources[0].adapter.modules.values() if m.delta is not None for t in m.delta.tensors.values()]
+        return Counter(tensor.dtype for tensor in tensors).most_common(1)[0][0] if tensors else "F32"
+
+    def recorder(self, name: str) -> Record:
+        """Where the rounding errors of a module go."""
+
+        def record(error: float, norm: float) -> None:
+            self.report.losses.record(name, error, norm)
+
+        return record
+
+
+def merge(
+    files: Sequence[Source | tuple[Adapter, float | str]], options: MergeOptions | None = None, target: str | None = None
+) -> tuple[Adapter, MergeReport]:
+    """The merged adapter, in the granularity of layout ``target`` (None: the first file's), and what was done.
+
+    ``files``: adapters with their weights, as numbers or as the command line has them (``"0.7:te=0.5"``).
+    Sums are exact up to rounding to the dtype, which is reported; tensors are computed when the result is saved, and
+    tensors that stay as they are, are copied. Raises RequestError for options and files that do not fit together,
+    NotRepresentableError for modules that cannot be added.
+    """
+    started = time.perf_counter()
+    options = options or MergeOptions()
+    options.check(len(files))
+    sources = [own if isinstance(own, Source) else _source(*own) for own in files]
+    arch = architecture_for(sources)
+    target = layout(target or sources[0].adapter.layout).id
+    report = MergeReport(options.method, arch.key, target)
+    run = Merging(sources, options, arch, target, report)
+    result = _merged(run)
+    report.seconds = time.perf_counter() - started
+    return result, report
+
+
+def _source(adapter: Adapter, weight: float | str) -> Source:
+    parsed = parse_weight(weight.split(":")) if isinstance(weight, str) else Weight(float(weight))
+    return Source(adapter, parsed, adapter.path.name if adapter.path is not None else adapter.architecture.key)
+
+
+def _merged(run: Merging) -> Adapter:
+    run.sources = [_checked(run, source) for source in run.sources]
+    files = [weighted(source, i, run.arch) for i, source in enumerate(run.sources)]
+    _describe(run, files)
+    names = run.arch.namings[namings(layout(run.target), run.arch)[0].naming] or run.arch.namings[DIFFUSERS]
+    sites = aligned(files, run.sources, run.arch, names, run.recorder)
+    made = combine(run, sites, Sums(run))
+    if not made:
+        raise RequestError("nothing would be left: every weight is 0, the files cancel out, or nothing in them can be added")
+    used = [bool(source.used) for source in run.report.sources]
+    adapter = Adapter(
+        architecture=run.arch,
+        modules={module.site: module for module in made},
+        metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
+        layout=run.sources[0].adapter.layout,
+        leftovers=_leftovers(run),
+        ambiguous=_ambiguous(run),
+        operation=f"merge {run.options.method}",
+    )
+    adapter = _without_factor(adapter)
+    return adapter if run.options.resize is None or run.options.compat is not None else _resized(run, adapter)
+
+
+def _checked(run: Merging, source: Source) -> Source:
+    """The file; modules with the alpha of one part, as sd-scripts' ``split_qkv`` saves them, are told of or put right."""
+    told, fix = Report(), run.options.fix_split_alpha
+    modules = check_split_alpha(list(source.adapter.modules.values()), source.adapter, told, fix=fix)
+    run.report.warnings += [f"{source.name}: {text}" for text in told.warnings]
+    return replace(source, adapter=replace(source.adapter, modules={m.site: m for m in modules})) if fix else source
+
+
+def _describe(run: Merging, files: Sequence[Sequence[Weighted]]) -> None:
+    """The files in the report, and weights that concern no module in its warnings."""
+    for source, used in zip(run.sources, files, strict=True):
+        own = source.adapter
+        modules = list(own.modules.values())
+        families = dict(Counter(m.family for m in modules))
+        run.report.sources.append(
+            SourceReport(source.name, own.layout, own.architecture.key, str(source.weight), len(modules), len(used), families)
+        )
+        run.report.warnings += [f"{source.name}: {text}" for text in own.warnings]
+        for rule in source.weight.unused(run.arch, modules):
+            run.report.warnings.append(f"{source.name}: the weight of {rule} concerns no module of it")
+
+
+def _leftovers(run: Merging) -> tuple[Leftover, ...]:
+    """Keys that no table explains, of every file that is used; of one key in two files, the first file's."""
+    found: dict[str, Leftover] = {}
+    for source, own in zip(run.sources, run.report.sources, strict=True):
+        for left in source.adapter.leftovers if own.used else ():
+            first = found.setdefault(left.key, left)
+            if first is not left and not same_values(first.tensor, left.tensor):
+                run.report.dropped.append((f"{source.name}: {left.key}", "another file's was kept"))
+    return tuple(found.values())
+
+
+def _without_factor(adapter: Adapter) -> Adapter:
+    """Without the LoKr factor where no LoKr is left."""
+    if any(isinstance(module.delta, Kronecker) for module in adapter.modules.values()):
+        return adapter
+    metadata = {key: value for key, value in adapter.metadata.items() if key != FACTOR_KEY}
+    return replace(adapter, metadata=metadata, leftovers=tuple(left for left in adapter.leftovers if left.key != FACTOR))
+
+
+def _ambiguous(run: Merging) -> tuple[str, ...]:
+    """Models that every file could be for as well, where that would change names."""
+    if all(source.adapter.layout == run.target for source in run.sources):
+        return ()
+    others = [set(source.adapter.ambiguous) for source in run.sources]
+    return tuple(sorted(set.intersection(*others) - {run.arch.key}))
+
+
+def _resized(run: Merging, adapter: Adapter) -> Adapter:
+    """Cut as ``resize`` cuts; modules with a DoRA magnitude stay, as they cannot be cut without the base."""
+    from lorasurgery.surgery.resize import resize
+
+    options = run.options.resize
+    assert options is not None  # noqa: S101  the caller has looked
+    dora = [re.escape(module.name) for module in adapter.modules.values() if module.magnitude is not None]
+    exclude = (*options.exclude, *([f"^({'|'.join(dora)})$"] if dora else []))
+    dtype = run.options.dtype if run.options.dtype != "keep" else {v: k for k, v in DTYPES.items()}.get(run.dtype, "fp32")
+    options = replace(
+        options, exclude=exclude, dtype=dtype, layout=run.target, text_encoders=True,
+        full=options.full or run.options.method in DENSE,
+    )  # fmt: skip
+    result, run.report.resize = resize(adapter, options)
+    return result

@@ -1,0 +1,146 @@
+"""The files of a merge: one model for all of them, one granularity, and every module with its weight folded into its scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import Adapter, Module, Scale
+from lorasurgery.architectures import named
+from lorasurgery.deltas.base import multiplied
+from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.layouts.detect import expected_shape, fits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.surgery.merge.weights import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file of the merge."""
+
+    adapter: Adapter
+    weight: Weight
+    name: str
+    """For reports and messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A module of one file, and the number it is multiplied by, which its scale already contains."""
+
+    module: Module
+    weight: float
+    source: int
+    """Position of its file."""
+    original: Module
+    """As the file has it."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether its change is a matrix that can be scaled and added without the base weight."""
+        return self.module.magnitude is None and not isinstance(self.module.delta, Opaque)
+
+
+def one_architecture(adapters: Sequence[Adapter], load: Callable[[int, str], Adapter]) -> list[Adapter]:
+    """The adapters under one architecture; those that fit several models are read again as the one that fits all.
+
+    ``load(i, arch)`` reads the i-th file as another architecture. Variants of one model (FLUX.1 dev and schnell) are kept
+    as they are. Raises RequestError for files of different models.
+    """
+    if len({adapter.architecture.id for adapter in adapters}) == 1:
+        return list(adapters)
+    fitting = [[adapter.architecture.key, *(key for key, _ in adapter.candidates)] for adapter in adapters]
+    for key in fitting[0]:
+        if all(key in keys for keys in fitting):
+            return [a if a.architecture.key == key else load(i, key) for i, a in enumerate(adapters)]
+    first = adapters[0]
+    other = next(a for a in adapters if a.architecture.id != first.architecture.id)
+    raise RequestError(
+        f"{first.path} is for {first.architecture.name}, {other.path} for {other.architecture.name}: their weights have "
+        "nothing to do with each other",
+        hint="files for one model; --arch NAME where a file was taken for the wrong one",
+    )
+
+
+def architecture_for(sources: Sequence[Source]) -> Architecture:
+    """The variant that has every module of every file with its shape; raises RequestError when none does."""
+    own = {source.adapter.architecture.key: source.adapter.architecture for source in sources}
+    every = {**own, **{arch.key: arch for arch in named(next(iter(own.values())).id)}} if len(own) > 1 else own
+    misfit = None
+    for arch in every.values():
+        found = next(((s, m) for s in sources for m in s.adapter.modules.values() if not _has(arch, m)), None)
+        if found is None:
+            return arch
+        misfit = misfit or found
+    source, module = misfit if misfit is not None else (sources[0], next(iter(sources[0].adapter.modules.values())))
+    raise RequestError(
+        f"{source.name}: {module.name} is for {source.adapter.architecture.name} and does not fit "
+        f"{next(iter(own.values())).name}, the model of {sources[0].name}",
+        hint="files for one size of the model",
+    )
+
+
+def _has(arch: Architecture, module: Module) -> bool:
+    try:
+        expected = expected_shape(arch, module.site)
+    except KeyError:
+        return False
+    return all(span.stop <= arch.shapes.get(span.weight, (span.stop,))[0] for span in module.site.spans) and (
+        module.delta is None or fits(module.delta.shape, expected)
+    )
+
+
+def weighted(source: Source, index: int, arch: Architecture) -> list[Weighted]:
+    """Every module of a file whose weight is not 0, with the weight in its scale and its bias."""
+    weight = source.weight.of(arch)
+    found = []
+    for module in source.adapter.modules.values():
+        value = weight(module)
+        if value != 0.0:
+            cut = module if source.weight.dyn is None else _first_ranks(module, source.weight.dyn, source)
+            found.append(Weighted(times(_in_shape(cut, arch), value), value, index, module))
+    return found
+
+
+def times(module: Module, value: float) -> Module:
+    """The module with ``value`` in its scale and its bias, which is float64 then; the alpha tensor is forgotten."""
+    if value == 1.0:
+        return module
+    scale = module.scale if module.delta is None else Scale(module.scale.value * value, module.scale.source)
+    return replace(module, scale=scale, bias=None if module.bias is None else multiplied(module.bias.cast("F64"), value))
+
+
+def _in_shape(module: Module, arch: Architecture) -> Module:
+    """A LoRA's factors and a full difference with as many axes as the layer: files have flat convolutions, too."""
+    shape, delta = expected_shape(arch, module.site), module.delta
+    if delta is None or len(shape) < 2 or delta.shape == shape:
+        return module
+    ones = tuple(1 for _ in shape[2:])
+    if isinstance(delta, LowRank) and delta.mid is None:
+        up, down = delta.up.reshape(shape[0], delta.rank, *ones), delta.down.reshape(delta.rank, *shape[1:])
+        return replace(module, delta=LowRank(up, down))
+    if isinstance(delta, Full):
+        return replace(module, delta=replace(delta, diff=delta.diff.reshape(*shape)))
+    return module
+
+
+def _first_ranks(module: Module, count: int, source: Source) -> Module:
+    """The web UIs' ``dyn``: the first ranks with the scale of all. Source: A1111 ``lyco_helpers.rebuild_conventional``."""
+    delta = module.delta
+    if delta is None or (isinstance(delta, LowRank) and delta.mid is None and delta.rank <= count):
+        return module
+    if not isinstance(delta, LowRank) or delta.mid is not None:
+        raise NotRepresentableError(
+            f"{module.name}: dyn takes the first {count} ranks, which only a LoRA's factors have",
+            module=module.name, path=source.adapter.path, hint="no dyn for this file",
+        )  # fmt: skip
+    kept = [(0, count)]
+    return replace(
+        module, delta=LowRank(delta.up.columns(kept), delta.down.rows(kept)), scale=replace(module.scale, alpha=None)
+    )

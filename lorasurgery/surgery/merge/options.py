@@ -1,0 +1,110 @@
+"""What a merge may do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from lorasurgery.errors import RequestError
+from lorasurgery.surgery.options import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorasurgery.surgery.resize import ResizeOptions
+
+SUM = "sum"
+FACTORED = (SUM, "average", "slerp", "model-stock", "orthogonal", "remove")
+"""Methods that need no matrix larger than the factors."""
+DENSE = ("ties", "dare", "dare-ties", "della", "breadcrumbs", "magnitude-prune", "sce")
+"""Methods that look at every element, one module at a time."""
+METHODS = (*FACTORED, *DENSE)
+PEFT, KOHYA, KOHYA_CONCAT = "peft", "kohya", "kohya-concat"
+COMPATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {PEFT: (SUM, "ties", "magnitude-prune"), KOHYA: (SUM,), KOHYA_CONCAT: (SUM,)}
+)
+"""Whose results can be reproduced, and for which methods."""
+MERGE, FIRST, STRIP = "merge", "first", "strip"
+MAJORITIES = ("total", "frequency")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """What :func:`merge` may do."""
+
+    method: str = SUM
+    compat: str | None = None
+    """``peft``, ``kohya`` or ``kohya-concat``: another program's numbers, faults included."""
+    t: float = 0.5
+    """Of ``slerp``: 0 is the first file, 1 the second."""
+    density: float = 0.5
+    """Share of the elements that pruning methods keep; of ``sce``, that are looked at."""
+    gamma: float = 0.01
+    """Of ``breadcrumbs``: share of the largest elements that is dropped."""
+    epsilon: float = 0.15
+    """Of ``della``: how far the probability to stay spreads around the density."""
+    majority: str = "total"
+    """How signs are elected: by the sum of the values (``total``) or of their signs (``frequency``)."""
+    factor: float = 1.0
+    """Multiplies the result (lambda)."""
+    seed: int = 0
+    as_full: bool = False
+    """Write modules of dense methods as full differences."""
+    resize: ResizeOptions | None = None
+    """Recompress the result."""
+    metadata: str = MERGE
+    """``merge``: what the files agree on, and the trigger words of all; ``first``: the first file's; ``strip``: neither."""
+    dtype: str = "keep"
+    """``keep``: each module's own where its files agree, else the first file's."""
+    drop_nonlinear: bool = False
+    """Leave out modules that cannot be added (DoRA and families that multiply the base) and list them."""
+    fix_split_alpha: bool = False
+    """Multiply the scale of fused modules written by sd-scripts' ``split_qkv`` by the number of parts."""
+
+    def check(self, files: int) -> None:
+        """Raises RequestError for values out of range and options that contradict each other."""
+        choices = (
+            ("method", self.method, METHODS), ("compat", self.compat, (None, *COMPATS)),
+            ("metadata", self.metadata, (MERGE, FIRST, STRIP)), ("dtype", self.dtype, ("keep", *DTYPES)),
+            ("majority", self.majority, MAJORITIES),
+        )  # fmt: skip
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise RequestError(f"{name} is one of {', '.join(str(a) for a in allowed if a)}, not {value}")
+        if files < 1:
+            raise RequestError("nothing to merge", hint="two files or more, each with its weight")
+        self._check_numbers()
+        self._check_method(files)
+
+    def _check_numbers(self) -> None:
+        ranges = (("t", self.t, 0.0, 1.0), ("gamma", self.gamma, 0.0, 1.0), ("epsilon", self.epsilon, 0.0, 1.0))
+        for name, value, low, high in ranges:
+            if not low <= value <= high:
+                raise RequestError(f"{name} lies between {low:g} and {high:g}, not {value:g}")
+        if not 0.0 < self.density <= 1.0:
+            raise RequestError(f"the density lies in (0, 1], not {self.density:g}")
+        if self.method == "della" and not (self.density - self.epsilon / 2 > 0.0 and self.density + self.epsilon / 2 <= 1.0):
+            raise RequestError(
+                f"della's probabilities, {self.density:g} +- {self.epsilon / 2:g}, leave (0, 1]", hint="a smaller epsilon"
+            )
+        if self.method == "breadcrumbs" and self.density + self.gamma > 1.0:
+            raise RequestError(f"breadcrumbs drops {self.gamma:g} and keeps {self.density:g}: more than there is")
+
+    def _check_method(self, files: int) -> None:
+        if self.method == "slerp" and files != 2:
+            raise RequestError(f"slerp goes from one file to another, not over {files}", hint="average")
+        if self.method in ("orthogonal", "remove", "model-stock") and files < 2:
+            raise RequestError(f"{self.method} needs at least two files")
+        if self.compat is not None and self.method not in COMPATS[self.compat]:
+            raise RequestError(
+                f"{self.compat}'s results can be reproduced for {', '.join(COMPATS[self.compat])}, not for {self.method}",
+                hint="no --compat",
+            )
+        if self.as_full and self.resize is not None:
+            raise RequestError("a full difference has no rank to cut", hint="one of the two")
+        if self.method in DENSE and not self.as_full and self.resize is None and self.compat is None:
+            raise RequestError(
+                f"{self.method} changes single elements, and the result has full rank",
+                hint="a rank, a policy or a size to recompress it to, or --as full",
+            )

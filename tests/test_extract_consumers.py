@@ -1,0 +1,67 @@
+"""Diffusers loads what was extracted from its own models, and becomes the tuned model within the error that was told."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from lorasurgery.surgery.extract import ExtractOptions, Running, extract
+from lorasurgery.surgery.resize import ResizeOptions
+from tests.models.small import CONFIGS, built, original_of, save
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+KEYS = ("flux1-dev", "z-image", "sd1", "sdxl", "qwen-image", "wan-2.1-t2v-1.3b", "sd3-3.5-medium")
+
+
+def tuned_model(key):
+    """The small model of the real class, and a tuned one: low-rank changes of matrices, noise, other biases and norms."""
+    torch.manual_seed(3)
+    base, tuned = built(key), copy.deepcopy(built(key))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.ndim > 1:
+                width = math.prod(parameter.shape[1:])
+                low = torch.randn(parameter.shape[0], 2) @ torch.randn(2, width)
+                parameter.add_(0.1 * low.reshape(parameter.shape) + 0.01 * torch.randn(parameter.shape))
+            elif parameter.ndim == 1:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    return base, tuned
+
+
+def difference(first, second):
+    return sum(
+        float(((a - b).detach().double() ** 2).sum()) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
+
+
+def arrays(model):
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("key", "mix"), [*((key, "diffusers") for key in KEYS), ("flux1-dev", "original base"), ("flux1-dev", "original tuned")]
+)
+def test_diffusers_becomes_the_tuned_model(key, mix, tmp_path):
+    base, tuned = tuned_model(key)
+    paths = [tmp_path / "base", tmp_path / "tuned"]
+    for model, path in zip((base, tuned), paths, strict=True):
+        model.save_pretrained(path)
+    if mix != "diffusers":
+        at = ("original base", "original tuned").index(mix)
+        paths[at] = save(tmp_path / "original.safetensors", original_of(key, arrays((base, tuned)[at])))
+    out = tmp_path / "out" / "lora.safetensors"
+    options = ExtractOptions(cut=ResizeOptions(rank=4, dtype="fp32"), target="diffusers")
+    report = extract(paths[0], paths[1], out, options, Running(hashes=False))
+    loaded = copy.deepcopy(base)
+    loaded.load_lora_adapter(
+        str(out.parent), weight_name=out.name, prefix="unet" if "UNet" in CONFIGS[key][0] else "transformer"
+    )
+    loaded.fuse_lora()
+    loaded.unload_lora()
+    before, after = difference(base, tuned), difference(loaded, tuned)
+    told = report.squared_error + before - report.squared  # original files here have no norms
+    assert after < 0.2 * before
+    assert math.isclose(after, told, rel_tol=2e-3)

@@ -17,6 +17,7 @@ from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.surgery.apply.multiplied import MULTIPLIED
 from lorasurgery.surgery.apply.step import Step, Wanted, chunks, on_columns
+from lorasurgery.surgery.apply.tools import Tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Float64
     from lorasurgery.surgery.apply.match import Placed
     from lorasurgery.surgery.apply.options import ApplyOptions
-    from lorasurgery.surgery.apply.tools import Tools
 
     Work = NDArray[Any]
 
@@ -47,10 +47,10 @@ def is_added(placed: Placed) -> bool:
     return placed.bias or (placed.module.magnitude is None and not isinstance(placed.module.delta, Opaque))
 
 
-def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tools: Tools) -> Step:
+def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tools: Tools | None = None) -> Step:
     """The step of a placed module on a weight with so many columns, calculated in ``work``; its factors are read now.
 
-    Raises CannotError, with the reason, where it cannot be done or cannot be undone.
+    ``tools`` None are numpy's. Raises CannotError, with the reason, where it cannot be done or cannot be undone.
     """
     module = placed.module
     wanted = Wanted(
@@ -69,7 +69,7 @@ def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tool
         return _dora(module, wanted)
     factor = wanted.sign * wanted.strength * module.scale.value
     if isinstance(delta, LowRank):
-        return Step(local=True, change=tools.adder(*flat_factors(delta, work, factor)))
+        return Step(local=True, change=(tools or Tools()).adder(*flat_factors(delta, work, factor)))
     rows = row_function(delta, work, factor)
 
     def add(block: Work, start: int) -> None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.extract.options import ExtractOptions
 
 
-
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """How many singular triples."""

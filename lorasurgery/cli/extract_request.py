@@ -26,6 +26,8 @@ HINTS = {
     "the family lora, or the targets comfyui and lycoris": "--family lora, or --target comfyui or lycoris",
     "the same without tucker": "without --tucker",
     "min rank 0": "--min-rank 0",
+    "the family lora": "--family lora",
+    "factors kohya": "--factors kohya",
     "another tuned model, or other patterns": "another tuned model, or other --include and --exclude",
 }
 """The library's advice in the words of the command line."""

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 WIDE = frozenset({"F32", "F64"})
 """Where both models are at least this wide the difference is taken and decomposed in float64."""
+TINY, HUGE = 1e-12, 1e12
+"""Differences that are all smaller, or any larger, are decomposed in float64: their squares leave float32's range."""
+SMALL = 1e-20
+"""A float32 sum of squares below this may lack some that were too small for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ def change_of(pair: Pair, *, keep: bool = True, keep_base: bool = False) -> Chan
             delta[at : at + len(before)] = difference
         if base is not None:
             base[at : at + len(before)] = before
+    if delta is not None and not TINY <= largest <= HUGE:
+        delta = delta.astype(np.float64, copy=False)
     return Change(squared, base_squared, largest, delta, base)
 
 
@@ -69,10 +75,13 @@ def stored(reader: Reader) -> str:
 
 
 def _squared(flat: AnyArray) -> float:
-    """The sum of squares; a float32 product of a few million terms is right to 1e-6 or so."""
+    """The sum of squares; a float32 product of a few million terms is right to 1e-6 or so, unless it leaves its range."""
     with np.errstate(over="ignore", invalid="ignore"):
-        parts = flat.astype(np.float64) if flat.size < 1 << 16 else flat
-        return float(np.dot(parts, parts))
+        found = float(np.dot(flat, flat)) if flat.size >= 1 << 16 else 0.0
+        if not SMALL < found < np.inf:
+            parts = flat.astype(np.float64)
+            found = float(np.dot(parts, parts))
+        return found
 
 
 def _refuse(pair: Pair, before: AnyArray, after: AnyArray) -> None:

@@ -12,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.api import SaveOptions, save
-from lorasurgery.errors import RequestError
+from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.report import Report
 from lorasurgery.surgery.extract.inputs import check_devices, check_files, opened
 from lorasurgery.surgery.extract.meta import file_hash, metadata_of, operation
@@ -94,6 +94,9 @@ def extract(
             resumed = _work(pairs.pairs, store, options, running.progress)
             hashes = {which: _hash(store, which, future) for which, future in hashing.items()}
             report = _written(models, pairs, store, options, output, hashes)
+        except BrokenModuleError:  # a whole file, or other options, would be another extraction
+            store.remove()
+            raise
         finally:
             store.close(keep=any(entry.arrays for entry in store.entries.values()))
     store.remove()

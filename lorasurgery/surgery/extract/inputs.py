@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.architectures import named
 from lorasurgery.errors import OutputExistsError, RequestError
 from lorasurgery.io.writer import check_output
+from lorasurgery.layouts.words import split_key
 from lorasurgery.models import open_model
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def opened(base: str | Path, tuned: str | Path, arch: str | None, only: str | No
     ``arch`` overrides detection; ``only``: raises RequestError for any other architecture.
     """
     one, two = open_model(base, arch=arch), open_model(tuned, arch=arch)
+    for model in (one, two):
+        _refuse_adapter(model)
     if one.architecture.id == two.architecture.id == "custom" and one.architecture.rows != two.architecture.rows:
         two = open_model(tuned, arch=one.architecture)
     if only is not None and one.architecture.id != only:
@@ -31,6 +34,15 @@ def opened(base: str | Path, tuned: str | Path, arch: str | None, only: str | No
             f"it is {found.name} ({found.key}), not {wanted.name}", path=one.path, hint=f"the same command for {found.id}"
         )
     return one, two
+
+
+def _refuse_adapter(model: Model) -> None:
+    """Raises RequestError for a file most of whose keys end like an adapter's."""
+    if model.architecture.id == "custom" and 2 * sum(split_key(key) is not None for key in model.weights) > len(model.weights):
+        raise RequestError(
+            "this is an adapter, not a model", path=model.path,
+            hint="the two models; for the difference of two adapters: lorasurgery merge ONE TWO:-1 -o OUT",
+        )  # fmt: skip
 
 
 def check_devices(options: ExtractOptions) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.errors import RequestError
 from lorasurgery.layouts.targets import layout
-from lorasurgery.surgery.resize.options import ResizeOptions
+from lorasurgery.surgery.resize.options import KOHYA, ResizeOptions
 
 if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
@@ -83,6 +83,8 @@ class ExtractOptions:
         """Raises RequestError for values out of range and options that contradict each other."""
         if self.family not in FAMILIES:
             raise RequestError(f"no family is called {self.family}", hint=f"one of {', '.join(FAMILIES)}")
+        if self.family == "full" and not self.cut.is_fixed:
+            raise RequestError("the whole difference has no rank to choose", hint="the family lora")
         if self.small not in (NONE, VECTORS, ALL):
             raise RequestError(f"small is {NONE}, {VECTORS} or {ALL}, not {self.small}")
         if self.family != "full" and (self.family != "lokr" or self.cut.rank is not None):
@@ -101,6 +103,8 @@ class ExtractOptions:
         factored = self.family in FACTORED
         if (self.tucker or self.dora or self.clamp_quantile is not None) and not factored:
             raise RequestError(f"tucker, dora and clamp_quantile are for the family lora, not {self.family}")
+        if self.tucker and self.dora:
+            raise RequestError("tucker and dora contradict each other", hint="one of them")
         if self.factor != -1 and self.family != "lokr":
             raise RequestError("a factor is for the family lokr")
         if self.factor < 1 and self.factor != -1:
@@ -120,6 +124,10 @@ class ExtractOptions:
             raise RequestError("a smallest difference must not be negative")
         if self.clamp_quantile is not None and not 0.0 < self.clamp_quantile <= 1.0:
             raise RequestError(f"the quantile must lie in (0, 1], not {self.clamp_quantile}")
+        if self.clamp_quantile is not None and not self.cut.is_fixed:
+            raise RequestError("a clamp is for a fixed rank, as in sd-scripts", hint="a rank")
+        if self.clamp_quantile is not None and self.cut.factors != KOHYA:
+            raise RequestError("a clamp is for factors with all of the strength in up, as in sd-scripts", hint="factors kohya")
         if not self.tolerance > 0.0:
             raise RequestError(f"the tolerance must be positive, not {self.tolerance}")
         if self.jobs is not None and self.jobs < 1:

@@ -130,10 +130,9 @@ class _Making:
         return dict.fromkeys((p.site.component for p in own), f"the text encoders changed by no more than {limit:g}")
 
     def _too_small(self, entry: Entry) -> str:
-        largest = entry.numbers["largest"]
-        if largest == 0.0:
+        if entry.numbers["squared"] == 0.0:
             return "unchanged"
-        return "" if largest > self._options.min_diff else f"changed by no more than {self._options.min_diff:g}"
+        return "" if entry.numbers["largest"] > self._options.min_diff else f"changed by no more than {self._options.min_diff:g}"
 
     def _recorder(self, pair: Pair) -> Record:
         def record(error: float, norm: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,8 @@ class MergeOptions:
         for name, value, low, high in ranges:
             if not low <= value <= high:
                 raise RequestError(f"{name} lies between {low:g} and {high:g}, not {value:g}")
+        if not isfinite(self.factor):
+            raise RequestError(f"lambda is a finite number, not {self.factor:g}")
         if not 0.0 < self.density <= 1.0:
             raise RequestError(f"the density lies in (0, 1], not {self.density:g}")
         if self.method == "della" and not (self.density - self.epsilon / 2 > 0.0 and self.density + self.epsilon / 2 <= 1.0):
@@ -96,15 +99,29 @@ class MergeOptions:
             raise RequestError(f"slerp goes from one file to another, not over {files}", hint="average")
         if self.method in ("orthogonal", "remove", "model-stock") and files < 2:
             raise RequestError(f"{self.method} needs at least two files")
-        if self.compat is not None and self.method not in COMPATS[self.compat]:
-            raise RequestError(
-                f"{self.compat}'s results can be reproduced for {', '.join(COMPATS[self.compat])}, not for {self.method}",
-                hint="no --compat",
-            )
+        if self.compat is not None:
+            self._check_compat(self.compat)
         if self.as_full and self.resize is not None:
             raise RequestError("a full difference has no rank to cut", hint="one of the two")
         if self.method in DENSE and not self.as_full and self.resize is None and self.compat is None:
             raise RequestError(
                 f"{self.method} changes single elements, and the result has full rank",
                 hint="a rank, a policy or a size to recompress it to, or --as full",
+            )
+
+    def _check_compat(self, compat: str) -> None:
+        """What the other program does not have cannot be reproduced."""
+        if self.method not in COMPATS[compat]:
+            raise RequestError(
+                f"{compat}'s results can be reproduced for {', '.join(COMPATS[compat])}, not for {self.method}",
+                hint="no --compat",
+            )
+        if self.factor != 1.0:
+            raise RequestError(f"{compat} has no factor for the whole result", hint="the weights times that factor")
+        cut = self.resize
+        svd = cut is not None and cut == type(cut)(rank=cut.rank, as_lora=cut.as_lora) and self.method == SUM
+        if cut is not None and not (compat == PEFT and svd):
+            raise RequestError(
+                f"no result of {compat} to reproduce: of all cuts only PEFT's svd is known, a sum with one rank",
+                hint="--compat peft with --rank alone, or no --compat; lorasurgery resize can cut the result afterwards",
             )

@@ -35,10 +35,10 @@ class Sums:
 
     def __call__(self, site: Site, members: Sequence[Weighted], factors: Sequence[float] | None = None) -> Module | None:
         """Their sum, each times its factor (None: 1); None where nothing is left."""
-        members = [m if f == 1.0 else _times(m, f) for m, f in zip(members, factors or [1.0] * len(members), strict=True)]
-        members = [m for m in members if m.weight != 0.0]
+        every = [m if f == 1.0 else _times(m, f) for m, f in zip(members, factors or [1.0] * len(members), strict=True)]
+        members = [m for m in every if m.weight != 0.0]
         if not members:
-            return None
+            return self.noted(every, None, "times 0")
         try:
             found = self._one(site, members)
         except CannotError as reason:

@@ -61,12 +61,19 @@ def as_kohya(run: Merging, sums: Sums, site: Site, members: Sequence[Weighted]) 
     """
     factors = _factors(run, members, same_rank=run.options.compat != KOHYA_CONCAT)
     alphas = [m.original.scale.value * low.shape[1] for m, (low, _) in zip(members, factors, strict=True)]
-    shares = [sqrt(alpha / alphas[0]) * m.weight for alpha, m in zip(alphas, members, strict=True)]
+    shares = [_root(alpha, alphas[0], run, m) * m.weight for alpha, m in zip(alphas, members, strict=True)]
     ups = [abs(s) * up for s, (up, _) in zip(shares, factors, strict=True)]
     downs = [s * down for s, (_, down) in zip(shares, factors, strict=True)]
     concat = run.options.compat == KOHYA_CONCAT
     up, down = (np.hstack(ups), np.vstack(downs)) if concat else (np.sum(ups, axis=0), np.sum(downs, axis=0))
     return _told(run, sums, site, members, (up, down), alphas[0] / up.shape[1])
+
+
+def _root(alpha: float, first: float, run: Merging, member: Weighted) -> float:
+    """``sqrt(alpha / first)``; raises NotRepresentableError where sd-scripts stops, too."""
+    if first == 0.0 or alpha / first < 0.0:
+        raise _nothing(run, member, f"alphas of {first:g} and {alpha:g} have no root of their ratio")
+    return sqrt(alpha / first)
 
 
 def as_peft(run: Merging, sums: Sums, site: Site, members: Sequence[Weighted]) -> Module | None:
@@ -114,12 +121,17 @@ def _factors(run: Merging, members: Sequence[Weighted], *, same_rank: bool) -> l
         plain = isinstance(delta, LowRank) and delta.mid is None and member.module.magnitude is None
         if not isinstance(delta, LowRank) or not plain or (found and same_rank and delta.rank != found[0][0].shape[1]):
             reason = "it only adds plain LoRA modules" if not plain else "it only adds modules of equal rank"
-            raise NotRepresentableError(
-                f"{member.original.name}: no result of {run.options.compat} to reproduce: {reason}", hint="no --compat",
-                module=member.original.name, path=run.sources[member.source].adapter.path,
-            )  # fmt: skip
+            raise _nothing(run, member, reason)
         found.append((delta.up.f64().reshape(delta.up.shape[0], -1), delta.down.f64().reshape(delta.rank, -1)))
     return found
+
+
+def _nothing(run: Merging, member: Weighted, reason: str) -> NotRepresentableError:
+    """The error for what the other program does not merge."""
+    return NotRepresentableError(
+        f"{member.original.name}: no result of {run.options.compat} to reproduce: {reason}", hint="no --compat",
+        module=member.original.name, path=run.sources[member.source].adapter.path,
+    )  # fmt: skip
 
 
 def _told(

@@ -12,8 +12,10 @@ from lorasurgery.adapter import Scale
 from lorasurgery.deltas.base import CannotError, rounded
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.tensors import computed
 from lorasurgery.surgery.merge.add import added, refuse_nonlinear
+from lorasurgery.surgery.merge.inputs import times
 from lorasurgery.surgery.merge.methods import arrays
 
 if TYPE_CHECKING:
@@ -38,10 +40,11 @@ def elementwise(run: Merging, sums: Sums, site: Site, members: Sequence[Weighted
     own = [m for m in members if m.module.delta is not None]
     how = sums.adding(site, members)
     if len(how.shape) < 2 or not own or (len(own) == 1 and not own[0].linear):
-        return sums(site, members)
+        return sums(site, members, [run.options.factor] * len(members))
     try:
         refuse_nonlinear([m.module for m in own])
-        biases = added([replace(m.module, delta=None) for m in members], how) if len(members) > 1 else None
+        vectors = [times(replace(m.module, delta=None), run.options.factor) for m in members]
+        bias = (added(vectors, how).module or vectors[0]).bias
     except CannotError as reason:
         sums.refused(members, reason)
         return None
@@ -53,11 +56,12 @@ def elementwise(run: Merging, sums: Sums, site: Site, members: Sequence[Weighted
 
     def values() -> AnyArray:
         deltas = np.stack([_dense(m.module).reshape(how.shape) for m in own])
+        if not np.isfinite(deltas).all():  # masks and signs would hide it
+            raise BrokenModuleError(f"{own[0].original.name} holds NaN or infinity in one of the files", key=own[0].original.name)
         merged: AnyArray = formula(deltas, weights, options, draw) * options.factor
         return merged
 
     diff = rounded(computed("F32", how.shape, values), how.dtype, how.record)
-    bias = members[0].module.bias if biases is None or biases.module is None else biases.module.bias
     module = replace(own[0].module, delta=Full(diff), scale=Scale(1.0, "merged"), bias=bias, extras={})
     return sums.noted(members, module, options.method)
 

@@ -110,3 +110,35 @@ def test_much_lost_to_rounding_gets_advice(tmp_path: Path) -> None:
     found = call(model, lora, "-o", tmp_path / "o.safetensors")
     assert found.exit_code == 0
     assert "--rounding stochastic" in found.output
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.ckpt", "out.bin"])
+def test_an_output_named_like_another_format_is_refused(tmp_path: Path, name: str) -> None:
+    _, model, lora, _ = made(tmp_path)
+    found = call(model, lora, "-o", tmp_path / name)
+    assert found.exit_code == 2
+    assert "ends in .safetensors" in found.stderr
+    assert not (tmp_path / name).exists()
+
+
+def test_an_adapter_in_the_models_place_is_named(tmp_path: Path) -> None:
+    _, model, lora, _ = made(tmp_path)
+    found = call(lora, model, "-o", tmp_path / "o.safetensors")
+    assert found.exit_code == 2
+    assert "this is an adapter, not a model" in found.stderr
+
+
+def test_an_adapter_of_another_model_gets_advice_that_apply_can_follow(tmp_path: Path) -> None:
+    _, model, _, _ = made(tmp_path)
+    other = Added("F16")
+    other.lora("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", (8, 8), 1, None)
+    found = call(model, other.save(tmp_path / "other.safetensors"), "-o", tmp_path / "o.safetensors")
+    assert found.exit_code == 1
+    assert "another model than FLUX.1" in found.stderr
+    assert "--base" not in found.stderr
+
+
+def test_the_longest_bar_is_the_largest_change_shown(tmp_path: Path) -> None:
+    _, model, lora, _ = made(tmp_path)
+    lines = call(model, lora, "-o", tmp_path / "o.safetensors").stdout.splitlines()
+    assert max(line.count("#") for line in lines) == 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -268,6 +269,37 @@ def test_verify_finds_a_value_that_is_wrong(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("lorasurgery.surgery.apply.steps.flat_factors", lambda delta, work, by: own(delta, work, by * 1.1))
     bad = run(path, source, tmp_path / "o.safetensors", verify=True, force=True)
     assert sum(own.wrong for own in bad.verified) > 100
+    monkeypatch.setattr("lorasurgery.surgery.apply.verify.expected", lambda _placed, weight, *_: weight * np.nan)
+    assert all(own.wrong == own.values for own in run(path, source, tmp_path / "q.safetensors", verify=True).verified)
+
+
+@pytest.mark.parametrize("kind", ["ia3_l", "ia3_l in", "oft_R"])
+def test_verify_knows_pefts_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    path, adapter = Base.make("BF16").save(tmp_path / "m.safetensors"), Added("F32", size=0.1)
+    module, slot = f"base_model.model.{QKV}", kind.removesuffix(" in")
+    if slot == "oft_R":
+        adapter.put(f"{module}.oft_R.weight", 6, 6)
+    else:
+        adapter.put(f"{module}.{slot}", *((1, 24) if kind.endswith("in") else (72, 1)), at=1.0)
+    source = adapter.save(tmp_path / "a.safetensors")
+    good = run(path, source, tmp_path / "o.safetensors", verify=True)
+    assert [(own.tensor, own.wrong) for own in good.verified] == [(f"{QKV}.weight", 0)]
+    monkeypatch.setattr("lorasurgery.surgery.apply.verify.expected", lambda _placed, weight, *_: weight)
+    assert run(path, source, tmp_path / "p.safetensors", verify=True).verified[0].wrong > 100
+
+
+def test_a_failed_write_names_the_output_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Base.make("BF16").save(tmp_path / "m.safetensors")
+    source, _ = lora(tmp_path, PROJ, LINEAR1)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lorasurgery.surgery.apply.output.Output.write", full)
+    with pytest.raises(OSError, match=r"o\.safetensors") as caught:
+        run(path, source, tmp_path / "o.safetensors")
+    assert caught.value.errno == errno.ENOSPC
+    assert sorted(own.name for own in tmp_path.iterdir()) == ["lora.safetensors", "m.safetensors"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signals")

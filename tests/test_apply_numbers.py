@@ -93,6 +93,40 @@ def test_scales_are_new_where_values_no_longer_fit(tmp_path: Path, policy: str, 
     assert np.linalg.norm(stands - new) / np.linalg.norm(new) < 0.04
 
 
+def fp16_scaled(folder: Path, size: float) -> tuple[Base, Path, Raw]:
+    """A small FLUX.1 with one fp8 weight of values around ``size`` and a scale in fp16."""
+    base = Base.make("BF16", size=size)
+    scale = raw(np.abs(base.weights[QKV]).max() / 448.0 * 1.5, "F16")
+    base.extra = {
+        f"{QKV}.weight": stored(base.weights[QKV] / scale.item(), "F8_E4M3"), f"{QKV}.scale_weight": scale,
+        "scaled_fp8": stored(np.zeros(2), "F8_E4M3"),
+    }  # fmt: skip
+    return base, base.save(folder / "m.safetensors"), scale
+
+
+@pytest.mark.parametrize("weight", [0.7, 1.3, 2.6])
+def test_a_new_scale_is_never_rounded_to_less_than_the_largest_value_needs(tmp_path: Path, weight: float) -> None:
+    """Scales among fp16's least numbers are a few steps apart: a smaller one would cut off the largest values."""
+    base, path, scale = fp16_scaled(tmp_path, 2e-5)
+    adapter = Added("F32", size=1.3e-3)
+    before = numbers(base.extra[f"{QKV}.weight"]) * scale.item()
+    exact = before + weight * adapter.lora(stem(QKV), (72, 24), 3, 3.0)
+    out, _ = applied(tmp_path, path, (adapter, weight), scales="new")
+    after = read(out)
+    new = after[f"{QKV}.scale_weight"].item()
+    most = np.abs(exact).max() / 448.0
+    assert most <= new < most + 2.0**-24
+    assert_nearest(after[f"{QKV}.weight"], exact / new)
+
+
+def test_a_scale_out_of_range_is_an_error(tmp_path: Path) -> None:
+    _, path, _ = fp16_scaled(tmp_path, 0.02)
+    adapter = Added("F32")
+    adapter.lora(stem(QKV), (72, 24), 3, 3.0)
+    with pytest.raises(BrokenModuleError, match="scale is beyond the range of F16"):
+        applied(tmp_path, path, (adapter, 1e12))
+
+
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_fp8_without_scales_is_rounded_in_fp8_and_the_loss_is_told(tmp_path: Path, dtype: str) -> None:
     base, adapter = Base.make(dtype), Added("F32", size=0.03)

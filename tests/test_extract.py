@@ -433,7 +433,9 @@ def test_models_that_do_not_belong_together(tmp_path):
     flux, sdxl = grid("flux1-dev"), grid("sdxl")
     refused(RequestError, tmp_path, pair(tmp_path, flux, sdxl), "Stable Diffusion XL", "FLUX.1", "tuned.safetensors")
     wider = {**changed(flux, whole_low_rank(1)), "x_embedder.weight": np.zeros((16, 6))}
-    refused(RequestError, tmp_path, pair(tmp_path, flux, wider), "x_embedder.weight has [16, 6]", "[16, 4]", "--exclude")
+    refused(
+        RequestError, tmp_path, pair(tmp_path, flux, wider), "x_embedder.weight has [16, 6]", "[16, 4]", '--exclude "img_in"'
+    )
     report = taken(pair(tmp_path, flux, wider), tmp_path / "ok.safetensors", options(4, exclude=("img_in",)))
     assert "lora_unet_img_in" not in {m.name for m in report.modules}
     taller = {**flux, "proj_out.weight": np.zeros((8, 16)), "proj_out.bias": np.zeros(8)}
@@ -452,7 +454,38 @@ def test_nan_is_named_with_its_file_and_key(tmp_path):
     tuned = save(tmp_path / "tuned.safetensors", broken)
     with pytest.raises(BrokenModuleError, match=r"tuned.safetensors: b.weight holds NaN"):
         extract(paths[0], tuned, tmp_path / "out.safetensors", options(4))
-    assert not (tmp_path / "out.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]  # nothing to go on with
+    report = extract(paths[0], tuned, tmp_path / "out.safetensors", options(4, exclude=("b",)))  # as the message says
+    assert [(m.name, one.reason) for m, one in zip(report.modules, report.left_out, strict=True)] == [
+        ("lora_unet_a", "excluded; it holds NaN or infinity")
+    ]
+    difference = broken["b.weight"] - read(paths[0])[0]["b.weight"].f64()
+    assert math.isclose(report.left_out[0].squared, np.nansum(difference**2), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+@pytest.mark.parametrize(
+    "how", [{}, {"policy": "energy", "param": 0.999}, {"family": "lokr"}, {"family": "loha"}, {"dora": True}]
+)
+def test_changes_whose_squares_leave_float32(size, how, tmp_path):
+    base = {"a.weight": np.zeros((260, 256))}
+    tuned = {"a.weight": size * np.outer(1 + np.arange(260) % 2, 1 + np.arange(256) % 2)}  # a LoRA, a LoKr and a LoHa
+    paths = pair(tmp_path, base, tuned, "BF16")
+    report = taken(paths, tmp_path / "out.safetensors", options(None if "policy" in how else 1, **how))
+    wanted = {name: values.f64() for name, values in read(paths[1])[0].items()}
+    assert math.isclose(report.squared, float(np.sum(wanted["a.weight"] ** 2)), rel_tol=1e-5)
+    assert report.relative_error < 0.01
+    if not how.get("dora"):
+        assert relative(said(tmp_path / "out.safetensors", wanted), wanted) < 0.01
+
+
+def test_adapters_are_no_models(tmp_path):
+    models, _ = unknown(tmp_path, whole_low_rank(1), {"a": (8, 8), "b": (8, 8)})
+    for name in ("one", "two"):
+        taken(models, tmp_path / f"{name}.safetensors", options(4, seed=len(name)))
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    refused(RequestError, tmp_path, (one, two), "an adapter, not a model", "one.safetensors")
+    refused(RequestError, tmp_path, (models[0], two), "an adapter, not a model", "two.safetensors")
 
 
 def test_outputs_and_inputs_are_not_overwritten(tmp_path):
@@ -477,7 +510,10 @@ def test_outputs_and_inputs_are_not_overwritten(tmp_path):
         ({"target": "diffusers", "family": "loha"}, "does not load loha"), ({"tucker": True, "target": "diffusers"}, "Tucker"),
         ({"factor": 4}, "for the family lokr"), ({"small": "some"}, "small is"), ({"clamp_quantile": 2.0}, "quantile"),
         ({"tolerance": 0.0}, "tolerance"), ({"jobs": 0}, "jobs"), ({"rank": None, "conv_rank": 3}, "linear layers"),
-        ({"min_diff": -1.0}, "negative"),
+        ({"min_diff": -1.0}, "negative"), ({"dora": True, "tucker": True}, "contradict"),
+        ({"family": "full", "size": 10**6}, "no rank to choose"),
+        ({"clamp_quantile": 0.9}, "strength in up"), ({"clamp_quantile": 0.9, "size": 10**6}, "fixed rank"),
+        ({"clamp_quantile": 0.9, "factors": "kohya", "alpha": "2"}, "alpha that is the rank"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense(own, text, tmp_path):

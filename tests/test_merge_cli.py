@@ -167,6 +167,34 @@ def test_strict_refuses_what_would_be_left_out(tmp_path: Path) -> None:
     assert "left out" in done.out
 
 
+def test_the_file_with_nan_is_named(files: tuple[Path, Path, Meaning, Meaning], tmp_path: Path) -> None:
+    a, *_ = files
+    own = Builder.start(SDXL, "sd-scripts", "F16", 5)
+    stem = own.add(TO_Q, "lora", rank=4, alpha=3.0)
+    up = own.made.tensors[f"{stem}.lora_up.weight"]
+    own.made.tensors[f"{stem}.lora_up.weight"] = up._replace(data=b"\x00\x7e" + up.data[2:])
+    (tmp_path / "bad").mkdir()
+    bad, out = own.made.save(tmp_path / "bad"), tmp_path / "out.safetensors"
+    for how in ([], ["--rank", "2"], ["--method", "ties", "--rank", "2"], ["--method", "slerp"]):
+        refused(tmp_path, ["merge", a, bad, "-o", out, *how], f"{bad}: {stem} (up) holds NaN", "FILE:1:re=REGEX:0")
+
+
+def test_a_folder_that_is_read_is_not_written_into(files: tuple[Path, Path, Meaning, Meaning], tmp_path: Path) -> None:
+    a, *_ = files
+    folder = tmp_path / "peft"
+    assert run("convert", a, folder, "--target", "peft").code == 0
+    refused(tmp_path, ["merge", folder, a, "-o", folder / "new"], "in an input's folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path, ["merge", a, "-o", tmp_path / "empty", "--force"], "the output is a folder", "merged.safetensors")
+
+
+def test_dora_cannot_be_cut_here(tmp_path: Path) -> None:
+    own = Builder.start(SDXL, "sd-scripts", "F16", 0)
+    own.add(TO_Q, "dora", rank=4, alpha=3.0)
+    path = own.made.save(tmp_path)
+    refused(tmp_path, ["merge", path, "-o", tmp_path / "out.safetensors", "--rank", "2"], "--dora recompute", code=2)
+
+
 def test_merging_needs_no_torch(files: tuple[Path, Path, Meaning, Meaning], tmp_path: Path) -> None:
     a, b, *_ = files
     code = (

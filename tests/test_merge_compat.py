@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lorasurgery.errors import NotRepresentableError
+from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
 from lorasurgery.surgery.resize import ResizeOptions
 from tests.test_resize import ARCH, Maker, dense, every
@@ -184,6 +184,28 @@ def test_one_file_shows_the_square_of_the_weight() -> None:
     right, _ = merged([first], (0.5,))
     assert np.allclose(dense(found["conv"]), 0.25 * dense(plain["conv"]), rtol=1e-6)
     assert np.allclose(dense(right["conv"]), 0.5 * dense(plain["conv"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.0, 2.0), (3.0, -2.0)])
+def test_alphas_that_stop_sd_scripts_are_refused(first: float, second: float) -> None:
+    adapters = [Maker("F32", seed).lora("conv", rank=4, alpha=a).adapter() for seed, a in enumerate((first, second))]
+    with pytest.raises(NotRepresentableError, match="no root"):
+        merged(adapters, compat="kohya")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"compat": "kohya", "resize": ResizeOptions(rank=2)},
+        {"compat": "peft", "resize": ResizeOptions(size=9000)},
+        {"compat": "peft", "resize": ResizeOptions(rank=2, conv_rank=3)},
+        {"compat": "peft", "method": "ties", "resize": ResizeOptions(rank=2)},
+        {"compat": "peft", "factor": 0.5},
+    ],
+)
+def test_what_they_do_not_have_is_not_left_out_silently(how: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=how["compat"]):
+        merged(files(), **how)
 
 
 def test_what_they_cannot_merge_is_refused() -> None:

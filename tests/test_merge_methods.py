@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from lorasurgery.adapter import Scale
 from lorasurgery.api import save
 from lorasurgery.deltas.full import Full
+from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.tensors import of_array
 from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
+from lorasurgery.surgery.merge.options import COMPATS, DENSE, METHODS
 from lorasurgery.surgery.resize import ResizeOptions
 from tests.test_resize import D, Maker, dense, every
 
@@ -224,6 +228,47 @@ def test_della_keeps_large_elements_more_often() -> None:
     assert high == pytest.approx(0.5 + 0.4 - 0.8 * 0.0532, abs=0.03)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare", "sce", "orthogonal"])
+def test_the_factor_is_for_norms_and_biases_too(method: str) -> None:
+    files, vectors, biases = [], [], []
+    for seed in (0, 1):
+        make = Maker("F32", seed)
+        vectors.append(make.tensor(D))
+        biases.append(make.tensor(4 * D))
+        make.add("norm", Full(vectors[-1], "norm"))
+        make.add("mlp.up", make.low_rank((4 * D, D), 3), alpha=2.0, bias=biases[-1])
+        files.append(make.adapter())
+    if method == "orthogonal":
+        files[1].modules.pop(next(site for site, m in files[1].modules.items() if m.name == "norm"))
+        vectors.pop()
+        biases.pop()
+    as_full = method != "orthogonal"
+    result, _ = merge([(file, 0.5) for file in files], MergeOptions(method=method, factor=3.0, as_full=as_full))
+    found = {module.name: module for module in every(result)}
+    assert np.allclose(found["norm"].dense(), 1.5 * sum(v.f64() for v in vectors), rtol=1e-6)
+    assert np.allclose(found["mlp.up"].bias.f64(), 1.5 * sum(b.f64() for b in biases), rtol=1e-6)
+
+
+def test_a_module_that_comes_out_as_nothing_is_told() -> None:
+    (file,) = adapters(1)
+    opposite = replace(file, modules={s: m if m.name != "conv" else replace(m, scale=Scale(-0.1, "")) for s, m in file})
+    result, report = merge([(file, 1.0), (opposite, 1.0)], MergeOptions(method="model-stock"))
+    assert "conv" not in {module.name for module in every(result)}
+    assert {m.name: m.action for m in report.modules}["conv"] == "times 0"
+
+
+@pytest.mark.parametrize("how", [{"method": m} for m in METHODS] + [{"compat": c} for c in COMPATS], ids=str)
+def test_nan_is_never_hidden(how: dict[str, Any], tmp_path: Any) -> None:
+    good, bad = adapters(1)[0], Maker("F32", 9)
+    up = bad.tensor(4 * D, 3).f64()
+    up[5, 1] = np.nan
+    bad.add("mlp.up", LowRank(of_array(up, "F32"), bad.tensor(3, D)), alpha=1.0)
+    options = MergeOptions(as_full=how.get("method") in DENSE, **how)
+    with pytest.raises(BrokenModuleError, match="NaN"):
+        save(merge([(good, 1.0), (bad.adapter(), 0.5)], options)[0], tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_dare_ties_drops_what_disagrees() -> None:
     files = adapters(2)
     found = merged(files, (1.0, 1.0), method="dare-ties", density=1.0, as_full=True)
@@ -279,6 +324,8 @@ def test_dense_results_are_recompressed_to_the_optimum(tmp_path: Any) -> None:
         ({"method": "breadcrumbs", "density": 0.95, "gamma": 0.1, "as_full": True}, "more than there is"),
         ({"method": "slerp"}, "from one file to another"),
         ({"method": "slerp", "t": 2.0}, "t lies between"),
+        ({"factor": math.nan}, "lambda is a finite number"),
+        ({"seed": -1}, "a seed is at least 0"),
         ({"method": "karcher"}, "method is one of"),
         ({"method": "ties", "majority": "x", "as_full": True}, "majority is one of"),
         ({"compat": "kohya", "method": "ties"}, "kohya's results can be reproduced for sum"),

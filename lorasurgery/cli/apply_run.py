@@ -46,10 +46,11 @@ def applied(how: Request) -> ApplyReport:
     """Do it, with progress on stderr."""
     from lorasurgery.cli.extract_progress import ProgressLine
     from lorasurgery.models import open_model
-    from lorasurgery.surgery.apply import apply
+    from lorasurgery.surgery.apply import apply, check_model
 
     how.options.check()
     model = open_model(how.model, arch=how.arch)
+    check_model(model)
     sources = _sources(how, model)
     out = how.out / how.model.name if how.model.is_file() and how.out.is_dir() and how.model.suffix != ".json" else how.out
     with ProgressLine(shown=not how.dry_run) as line, _killed_cleanly():

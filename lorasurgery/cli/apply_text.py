@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEAST = 0.9
 """The part of the change below which what rounding keeps of it is worth advice."""
+NOTHING = 1e-6
+"""A change that is only the rounding of the calculation: what two adapters add and take away, say."""
 BAR = 24
 
 
@@ -69,13 +71,14 @@ def _verified(report: ApplyReport) -> str:
 
 def _blocks(blocks: dict[str, Norms], *, verbose: bool) -> list[str]:
     """Change by block: each, or the spread over each run of blocks."""
-    most = max((own.relative_change for own in blocks.values()), default=0.0)
     if not verbose:
         blocks = _runs(blocks)
-    lines = [f"  {'block':<28}  {'change':>8}  {'rounding':>8}"] if blocks else []
+    most = max((own.relative_change for own in blocks.values()), default=0.0)
+    wide = max(28, *(len(name) for name in blocks)) if blocks else 28
+    lines = [f"  {'block':<{wide}}  {'change':>8}  {'rounding':>8}"] if blocks else []
     for name, own in blocks.items():
         bar = "#" * round(own.relative_change / most * BAR) if most else ""
-        lines.append(f"  {name:<28}  {own.relative_change:8.4f}  {own.relative_loss:8.2%}  {bar}".rstrip())
+        lines.append(f"  {name:<{wide}}  {own.relative_change:8.4f}  {own.relative_loss:8.2%}  {bar}".rstrip())
     return lines
 
 
@@ -106,7 +109,7 @@ def _notes(report: ApplyReport) -> Iterator[str]:
     total = report.total
     if report.new_scales():
         yield f"{report.new_scales()} fp8 scales are new, for values beyond the old ones"
-    if total.kept < LEAST and report.rounding == "nearest" and not report.undone:
+    if total.kept < LEAST and total.relative_change > NOTHING and report.rounding == "nearest" and not report.undone:
         yield "rounding took part of the change back; --rounding stochastic keeps it on average, a wider dtype keeps it"
     if report.dropped_metadata:
         yield f"left out of the metadata, as it is of the old weights: {', '.join(report.dropped_metadata)}"

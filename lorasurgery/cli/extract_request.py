@@ -28,6 +28,7 @@ HINTS = {
     "min rank 0": "--min-rank 0",
     "the family lora": "--family lora",
     "factors kohya": "--factors kohya",
+    "alpha rank": "--alpha rank",
     "another tuned model, or other patterns": "another tuned model, or other --include and --exclude",
 }
 """The library's advice in the words of the command line."""
@@ -126,6 +127,9 @@ def merged(cut: Mapping[str, Any], more: Mapping[str, Any], old: Old) -> Extract
     from lorasurgery.surgery.resize import ResizeOptions
 
     own = dict(cut)
+    ranks = (*(own[name] for name in ("rank", "conv_rank", "pointwise_rank")), own["ranks"] or None, old.rank, old.conv_rank)
+    if more["family"] == "full" and any(rank is not None for rank in ranks):
+        raise RequestError("--family full writes the whole difference, which has no rank", hint="--family lora")
     for name, ours, theirs, value in (
         ("rank", "--rank", "--dim", old.rank), ("conv_rank", "--conv-rank", "--conv_dim", old.conv_rank),
     ):  # fmt: skip

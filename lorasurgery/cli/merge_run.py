@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.cli.batch import SUFFIX
-from lorasurgery.errors import NotRepresentableError, OutputExistsError, RequestError, SurgeryError
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError, OutputExistsError, RequestError, SurgeryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,11 @@ HINTS = {
     "as LoRA": "--as lora",
     "as LoRA, or a fixed rank": "--as lora, or --rank alone",
     "average": "--method average",
+    "text encoders, full differences, or other patterns": "no --rank, --policy or --size; lorasurgery resize cuts DoRA with "
+    "--base MODEL --dora recompute, and full differences with --full",
+    "--as lora (exact), with --lokr-rank N or --energy 0.9999 for a smaller file": "--as lora (exact); --rank N cuts it",
+    "an earlier checkpoint of the training run, or --drop REGEX to leave the module out": "an earlier checkpoint of the "
+    "training run, or a weight of 0 for the module (FILE:1:re=REGEX:0)",
 }  # fmt: skip
 """The library's advice in the words of the command line."""
 
@@ -82,15 +87,22 @@ def merged(how: Request) -> Outcome:
 
 
 def _merged(how: Request) -> Outcome:
-    from lorasurgery.api import SaveOptions, save
-    from lorasurgery.surgery.convert import Options, convert
-    from lorasurgery.surgery.merge import merge
-
     wanted = _wanted(how)
     how.options.check(len(wanted))
     sources = _sources(wanted, how)
     target = _target(sources[0].adapter, how)
     _check_output(how, [w.path for w in wanted], target)
+    try:
+        return _written(how, sources, target)
+    except BrokenModuleError as error:
+        raise _blamed(error, sources) from error
+
+
+def _written(how: Request, sources: Sequence[Source], target: str) -> Outcome:
+    from lorasurgery.api import SaveOptions, save
+    from lorasurgery.surgery.convert import Options, convert
+    from lorasurgery.surgery.merge import merge
+
     result, report = merge(sources, how.options, target)
     try:
         result, writing = convert(result, target, Options(dtype=how.options.dtype, as_lora=how.as_lora))
@@ -111,6 +123,18 @@ def _merged(how: Request) -> Outcome:
 def _gather(into: Losses, more: Losses) -> None:
     for name, (squared, norm) in more.entries.items():
         into.record(name, squared, norm)
+
+
+def _blamed(error: BrokenModuleError, sources: Sequence[Source]) -> BrokenModuleError:
+    """The same error about the file whose numbers are not finite, where there is one."""
+    from lorasurgery.io.finite import first_bad, not_finite
+
+    for source in sources:
+        for module in source.adapter.modules.values():
+            bad = None if module.delta is None else first_bad(module.delta.tensors)
+            if bad is not None and error.path is None:
+                return not_finite(f"{module.name} ({bad})", source.adapter.path)
+    return error
 
 
 def _home(module: str, sources: Sequence[Source]) -> str | None:
@@ -165,9 +189,13 @@ def _check_output(how: Request, inputs: Sequence[Path], target: str) -> None:
 
     if target == "peft" and how.out.suffix == SUFFIX and not how.dry_run:
         raise RequestError("PEFT's layout is a folder", hint=f"-o {how.out.with_suffix('')}, or --target diffusers")
-    for path in inputs:
-        if how.out.exists() and path.exists() and how.out.samefile(path):
+    if target != "peft" and how.out.is_dir():
+        raise OutputExistsError("the output is a folder", path=how.out, hint=f"-o {how.out / 'merged.safetensors'}")
+    for path in (path for path in inputs if path.exists()):
+        if how.out.exists() and how.out.samefile(path):
             raise OutputExistsError("the output is an input; it is never overwritten", path=how.out, hint="another name")
+        if path.is_dir() and path.resolve() in how.out.resolve().parents:
+            raise OutputExistsError("the output is in an input's folder", path=how.out, hint="another name")
     if not how.dry_run:
         check_output(how.out, list(inputs), force=how.force)
 

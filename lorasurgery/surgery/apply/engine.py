@@ -12,7 +12,7 @@ from lorasurgery.errors import DroppedKeysError, RequestError
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.writer import check_output
 from lorasurgery.linalg.threads import map_threads
-from lorasurgery.surgery.apply.folder import check_folder, companions, replacing_folder
+from lorasurgery.surgery.apply.folder import WEIGHTS, check_folder, companions, replacing_folder
 from lorasurgery.surgery.apply.lycoris import compare
 from lorasurgery.surgery.apply.match import match
 from lorasurgery.surgery.apply.options import ApplyOptions
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.apply.tally import Tally
 
 MOST_WORKERS = 8
+OTHER_FORMATS = WEIGHTS - {".safetensors"}
+"""Ends of names by which programs take a file for what it would not be."""
 
 
 def apply(
@@ -71,6 +73,8 @@ def apply(
     report.seconds = time.perf_counter() - started
     if options.verify and report.written:
         report.verified = verify(model, sources, out, options)
+        if not report.verified:
+            report.warnings.append("--verify has compared nothing: it has no formula for any of the changes")
     if options.prefer_lycoris:
         report.lycoris = compare(model, plan, options)
     return report
@@ -99,11 +103,13 @@ def _refuse(model: Model, out: Path) -> None:
             hint="the bf16 or fp16 model, and quantise the result; or load the adapter beside the GGUF model",
         )  # fmt: skip
     pickled = next((f.path for f in model.files if f.path.suffix.lower() in TORCH_SUFFIXES), None)
-    if pickled is not None and (model.path.is_dir() or out.suffix.lower() in TORCH_SUFFIXES):
+    if pickled is not None and model.path.is_dir():
         raise RequestError(
-            "the result is safetensors, and the model is in PyTorch's format", path=pickled,
-            hint="an output that ends in .safetensors, for a single file",
+            "the result is safetensors, and the model's files are in PyTorch's format", path=pickled,
+            hint="the model in safetensors; of a single .ckpt the result can be written",
         )  # fmt: skip
+    if model.path.is_file() and out.suffix.lower() in OTHER_FORMATS:
+        raise RequestError("the result is safetensors, whatever its name", path=out, hint="an output that ends in .safetensors")
 
 
 def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, options: ApplyOptions) -> ApplyReport:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorasurgery.api import read_any
-from lorasurgery.errors import NotRepresentableError
+from lorasurgery.errors import NotRepresentableError, RequestError, UnknownArchitectureError
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder
 from lorasurgery.layouts.parse import FLAGS, parse
 from lorasurgery.layouts.scales import PeftConfig
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Adapter, Module
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.models import Model
 
 SCALED_OFT = ".scaled_oft"
 """Marks an OFT whose rotations OneTrainer (2026-08) divides by a number of its own."""
@@ -49,6 +50,20 @@ class Source:
         return [(left.key, left.reason) for left in self.adapter.leftovers if left.key not in TOP_LEVEL]
 
 
+ADAPTERS = (".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".oft_R.weight")
+"""Ends of keys that no model has."""
+
+
+def check_model(model: Model) -> None:
+    """Raises RequestError for an adapter in the model's place."""
+    for file in model.files:
+        key = next((key for key in file.raw.tensors if key.endswith(ADAPTERS)), None)
+        if key is not None:
+            raise RequestError(
+                f"this is an adapter, not a model ({key})", path=file.path, hint="the model first, the adapters after it"
+            )
+
+
 def read_source(
     path: Path, architecture: Architecture, strength: Callable[[Module], float] | float = 1.0, text: str = ""
 ) -> Source:
@@ -69,7 +84,13 @@ def read_source(
         raise NotRepresentableError(
             f"{scaled}: OneTrainer's scaled OFT is not applied", module=scaled, path=path, hint="loading it beside the model"
         )
-    adapter = parse(raw, among=(architecture,), configs=rules)
+    try:
+        adapter = parse(raw, among=(architecture,), configs=rules)
+    except UnknownArchitectureError as error:
+        raise UnknownArchitectureError(
+            f"it is for another model than {architecture.name}: {error.message}", path=path, candidates=error.candidates,
+            hint="the model it was trained on (lorasurgery inspect shows which), or --arch if the model is taken for another",
+        ) from error  # fmt: skip
     keys: dict[str, list[str]] = {}
     for key in raw.tensors:
         split = split_key(key)

@@ -67,6 +67,7 @@ class Producer:
         for low, high in blocks:
             self._rows(change, fresh, stored, tally, (low, high), put)
         if stored.scales is not None:
+            stored.scales.check(change.weight.key, change.weight.file.path)
             tally.scales = stored.scales.changed
             put_scale(stored.scales.tobytes())
         tally.done()

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.tensors import numpy_dtype
 from lorasurgery.surgery.apply.numbers import FORMATS, stochastic
 from lorasurgery.surgery.apply.options import NEW, STOCHASTIC
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -93,12 +95,29 @@ class Scales:
         """New scales where the largest value is out of range with the old one, or everywhere."""
         wanted = self._seen / self._largest
         new = (self._seen > 0) & (np.ones_like(wanted, bool) if always else wanted > np.abs(self.values))
-        rounded = wanted.astype(numpy_dtype(self._dtype)).astype(np.float64)
+        rounded = self._at_least(wanted)
         self.changed = int((new & (rounded != self.values)).sum())
         self.values = np.where(new, rounded, self.values)
 
+    def _at_least(self, wanted: Work) -> Work:
+        """The nearest scales of their dtype that are not smaller: of fp16's least numbers a smaller one would cut off much."""
+        with np.errstate(over="ignore"):
+            rounded = wanted.astype(numpy_dtype(self._dtype))
+        smaller = rounded.astype(np.float64) < wanted
+        bits = rounded.view(f"u{rounded.itemsize}")
+        bits += smaller.astype(bits.dtype)
+        found: Work = rounded.astype(np.float64)
+        return found
+
+    def check(self, name: str, path: Path) -> None:
+        """Raises BrokenModuleError for a scale that its dtype cannot hold."""
+        if not np.isfinite(self.values).all():
+            raise BrokenModuleError(
+                f"{name}: its new scale is beyond the range of {self._dtype}", key=name, path=path, hint="a smaller weight"
+            )
+
     def divided(self, values: Work, start: int) -> Work:
-        """Rows by their scales, cut off at the ends of the range: a scale's own rounding may put a value just beyond."""
+        """Rows by their scales, cut off at the ends of the range: the division's rounding may put a value just beyond."""
         scale = self.values if len(self.values) == 1 else self.values[start : start + len(values)]
         blocks = values.reshape(len(values), scale.shape[1], -1) / scale[:, :, None].astype(values.dtype)
         np.clip(blocks, -self._largest, self._largest, out=blocks)

@@ -132,7 +132,7 @@ def _compared(change: Change, written: Weight, rows: Any, exact: Float64, option
     allowed += (CALCULATION if dtype not in {"F32", "F64"} else 1e-14) * np.abs(exact).max(axis=1, keepdims=True)
     norm = float(np.linalg.norm(exact))
     difference = float(np.linalg.norm(kept - exact)) / norm if norm else 0.0
-    wrong = int((np.abs(kept - exact) > allowed).sum())
+    wrong = int((~(np.abs(kept - exact) <= allowed)).sum())  # NaN is wrong, too
     return Verified(change.name, _families(change), kept.size, difference, wrong)
 
 

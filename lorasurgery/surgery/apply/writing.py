@@ -14,7 +14,7 @@ from lorasurgery.surgery.apply.output import Output, copy_rest, skeleton
 from lorasurgery.surgery.apply.produce import Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.apply.match import Change, Plan
     from lorasurgery.surgery.apply.produce import Producer
     from lorasurgery.surgery.apply.tally import Tally
-
-Progress = "Callable[[int, int], None]"
 
 
 class Writing:
@@ -72,9 +70,11 @@ class Writing:
                     with suppress(Stopped):
                         copy_rest(file.raw, output, offsets, _owned(changes.values()), self._count)
                     return _results(futures)
-                except BaseException:
+                except BaseException as error:
                     self.producer.stop.set()
                     pool.shutdown(wait=True, cancel_futures=True)
+                    if isinstance(error, OSError) and error.filename is None:  # a full disk, say
+                        error.filename = str(out)
                     raise
 
     def _change(self, change: Change, output: Output, offsets: Mapping[str, int]) -> Tally:
@@ -104,10 +104,10 @@ def _results(futures: Sequence[Future[Tally]]) -> list[Tally]:
     return [future.result() for future in futures]
 
 
-def _owned(changes: object) -> set[str]:
+def _owned(changes: Iterable[Change]) -> set[str]:
     """The keys whose bytes the workers write: changed tensors and their scales."""
     own: set[str] = set()
-    for change in changes:  # type: ignore[attr-defined]
+    for change in changes:
         own.add(change.weight.key)
         if change.weight.scale is not None:
             own.add(scale_key(change))

@@ -37,12 +37,14 @@ class Change:
     """(out, in*k*k) or (out, 1), float32 or float64; None where only the numbers were asked for."""
     base: AnyArray | None = None
     """The base weight in the same form, where it was asked for."""
+    broken: bool = False
+    """Whether there are values that are not finite, which are not counted."""
 
 
 def change_of(pair: Pair, *, keep: bool = True, keep_base: bool = False) -> Change:
     """Read both tensors. Differences of bf16, fp16 and fp8 values are exact to float32's last bit.
 
-    Raises BrokenModuleError, with file and key, for NaN and infinity.
+    Raises BrokenModuleError, with file and key, for NaN and infinity in what is not left out.
     """
     rows, width = pair.shape[0], prod(pair.shape[1:])
     wide = {stored(pair.base), stored(pair.tuned)} <= WIDE
@@ -50,15 +52,22 @@ def change_of(pair: Pair, *, keep: bool = True, keep_base: bool = False) -> Chan
     delta = np.empty((rows, width), dtype) if keep else None
     base = np.empty((rows, width), dtype) if keep_base else None
     squared = base_squared = largest = 0.0
+    broken = False
     for at, before in pair.base.chunks():
         after = pair.tuned.rows(at, at + len(before))
-        difference = np.subtract(after, before, dtype=dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            difference = np.subtract(after, before, dtype=dtype)
         flat = difference.reshape(-1)
         part = _squared(flat)
         if not np.isfinite(part):
-            _refuse(pair, before, after)
+            if not pair.reason:
+                _refuse(pair, before, after)
+            broken = True
+            flat[~np.isfinite(flat)] = 0.0
+            part = _squared(flat)
         squared += part
-        base_squared += _squared(before.reshape(-1))
+        norm = _squared(before.reshape(-1))
+        base_squared += norm if np.isfinite(norm) else 0.0
         largest = max(largest, float(np.abs(flat).max(initial=0.0)))
         if delta is not None:
             delta[at : at + len(before)] = difference
@@ -66,7 +75,7 @@ def change_of(pair: Pair, *, keep: bool = True, keep_base: bool = False) -> Chan
             base[at : at + len(before)] = before
     if delta is not None and not TINY <= largest <= HUGE:
         delta = delta.astype(np.float64, copy=False)
-    return Change(squared, base_squared, largest, delta, base)
+    return Change(squared, base_squared, largest, delta, base, broken)
 
 
 def stored(reader: Reader) -> str:

@@ -33,8 +33,8 @@ SAMPLES = 16
 LARGE, ROUGH = 1 << 22, 1e-2
 """A LoHa takes minutes for matrices of more elements, so those are left to the other families; smaller ones end early."""
 RANKS = (4, 8, 16, 32, 64, 128)
-BETTER = 0.99
-"""Below this share of a LoRA's error a family is better than a LoRA of as many bytes."""
+BETTER, EXACT = 0.99, 1e-4
+"""Below this share of a LoRA's error a family is better than a LoRA of as many bytes, unless that is below EXACT."""
 Fit = tuple[float, dict[str, "AnyArray"]]
 
 
@@ -66,8 +66,15 @@ class Families:
 
     @property
     def best(self) -> str:
-        """The family whose error is the smallest share of that of a LoRA of as many bytes; ``lora`` where none is smaller."""
-        others = [row for row in self.rows if not row.name.startswith(("lora", "full")) and row.as_lora > 0.0]
+        """The family whose error is the smallest share of that of a LoRA of as many bytes; ``lora`` where none is smaller.
+
+        What is no smaller than the whole difference, or only better than rounding, does not count.
+        """
+        whole = max((row.size for row in self.rows if row.name == "full"), default=0)
+        others = [
+            row for row in self.rows
+            if not row.name.startswith(("lora", "full")) and row.as_lora > EXACT and row.size < whole
+        ]  # fmt: skip
         best = min(others, key=lambda row: row.error / row.as_lora, default=None)
         return best.name if best is not None and best.error < BETTER * best.as_lora else "lora"
 

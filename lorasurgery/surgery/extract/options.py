@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.errors import RequestError
 from lorasurgery.layouts.targets import layout
-from lorasurgery.surgery.resize.options import KOHYA, ResizeOptions
+from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
 
 if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
@@ -119,15 +119,22 @@ class ExtractOptions:
         if self.tucker and self.layout.words != "kohya":
             raise RequestError(f"{self.layout.reader} does not load Tucker products", hint="the same without tucker")
 
+    def _check_clamp(self) -> None:
+        """sd-scripts clamps ``U S`` and ``Vt`` of a fixed rank, whose alpha is the rank."""
+        if not self.cut.is_fixed:
+            raise RequestError("clamp_quantile is for a fixed rank, as in sd-scripts", hint="a rank")
+        if self.cut.factors != KOHYA:
+            raise RequestError("clamp_quantile is for factors with all of the strength in up", hint="factors kohya")
+        if self.cut.alpha not in (KEEP_RATIO, "rank"):
+            raise RequestError("clamp_quantile is for an alpha that is the rank, as in sd-scripts", hint="alpha rank")
+
     def _check_numbers(self) -> None:
         if not self.min_diff >= 0.0 or not (self.encoder_min_diff or 0.0) >= 0.0:
             raise RequestError("a smallest difference must not be negative")
         if self.clamp_quantile is not None and not 0.0 < self.clamp_quantile <= 1.0:
             raise RequestError(f"the quantile must lie in (0, 1], not {self.clamp_quantile}")
-        if self.clamp_quantile is not None and not self.cut.is_fixed:
-            raise RequestError("a clamp is for a fixed rank, as in sd-scripts", hint="a rank")
-        if self.clamp_quantile is not None and self.cut.factors != KOHYA:
-            raise RequestError("a clamp is for factors with all of the strength in up, as in sd-scripts", hint="factors kohya")
+        if self.clamp_quantile is not None:
+            self._check_clamp()
         if not self.tolerance > 0.0:
             raise RequestError(f"the tolerance must be positive, not {self.tolerance}")
         if self.jobs is not None and self.jobs < 1:

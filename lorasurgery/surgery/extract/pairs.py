@@ -89,7 +89,7 @@ def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
         rows = [total_rows(own, site) for own in held]
         if None not in rows and rows[0] != rows[1]:
             if not excluded(site, stem, options):
-                raise _other_shape(_first_weight(base, site), _first_weight(tuned, site))
+                raise _other_shape(site, _first_weight(base, site), _first_weight(tuned, site))
             continue
         if all(there):
             _add(found, base, tuned, site, stem, options)
@@ -169,7 +169,7 @@ def _add(found: Pairs, base: Model, tuned: Model, site: Site, stem: str, options
             reason = _left_out(own, site, stem, options)
             if not excluded(site, stem, options):
                 if one.shape != two.shape:
-                    raise _other_shape(one.parts[0].weight, two.parts[0].weight)
+                    raise _other_shape(site, one.parts[0].weight, two.parts[0].weight)
             elif one.shape != two.shape:
                 continue
             found.pairs.append(Pair(site, stem or _unnamed(site), own, one, two, reason))
@@ -201,11 +201,11 @@ def _first_weight(model: Model, site: Site) -> Weight:
     )  # fmt: skip
 
 
-def _other_shape(one: Weight, two: Weight) -> RequestError:
+def _other_shape(site: Site, one: Weight, two: Weight) -> RequestError:
     return RequestError(
         f"{two.key} has {list(two.shape)}, the base model's {one.key} {list(one.shape)}",
         path=two.file.path,
-        hint=f'the base model it was tuned from, or --exclude "{one.key.rpartition(".")[0]}" to leave it out',
+        hint=f'the base model it was tuned from, or --exclude "{site.spans[0].weight}" to leave it out',
     )  # fmt: skip
 
 

@@ -116,7 +116,8 @@ class _Making:
         encoders = self._unchanged_encoders(pairs)
         for pair in pairs:
             entry = store.entries[pair.id]
-            reason = pair.reason or encoders.get(pair.site.component, "") or self._too_small(entry)
+            broken = "; it holds NaN or infinity" if entry.numbers.get("broken") else ""
+            reason = (pair.reason and pair.reason + broken) or encoders.get(pair.site.component, "") or self._too_small(entry)
             reason = reason or (self._bias(pair, entry) if pair.kind == BIAS else self._weight(pair, entry))
             if reason:
                 self.left_out[pair.id] = reason
@@ -130,9 +131,10 @@ class _Making:
         return dict.fromkeys((p.site.component for p in own), f"the text encoders changed by no more than {limit:g}")
 
     def _too_small(self, entry: Entry) -> str:
+        least = self._options.min_diff
         if entry.numbers["squared"] == 0.0:
             return "unchanged"
-        return "" if entry.numbers["largest"] > self._options.min_diff else f"changed by no more than {self._options.min_diff:g}"
+        return "" if entry.numbers["largest"] > least else f"changed by no more than {least:g}"
 
     def _recorder(self, pair: Pair) -> Record:
         def record(error: float, norm: float) -> None:

@@ -174,7 +174,8 @@ def _finish(unit: Unit, loading: Future[list[Change]], options: ExtractOptions) 
 
 
 def _numbers(change: Change) -> dict[str, Any]:
-    return {"squared": change.squared, "base_squared": change.base_squared, "largest": change.largest}
+    found = {"squared": change.squared, "base_squared": change.base_squared, "largest": change.largest}
+    return found | {"broken": True} if change.broken else found
 
 
 def _plain(pair: Pair, change: Change) -> Done:

@@ -24,7 +24,6 @@ from lorasurgery.surgery.merge.options import DENSE, MergeOptions
 from lorasurgery.surgery.merge.report import MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import parse_weight
 from lorasurgery.surgery.merge.sums import Sums
-from lorasurgery.surgery.merge.weights import Weight
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
@@ -84,7 +83,7 @@ def merge(
 
 
 def _source(adapter: Adapter, weight: float | str) -> Source:
-    parsed = parse_weight(weight.split(":")) if isinstance(weight, str) else Weight(float(weight))
+    parsed = parse_weight((weight if isinstance(weight, str) else repr(float(weight))).split(":"))
     return Source(adapter, parsed, adapter.path.name if adapter.path is not None else adapter.architecture.key)
 
 

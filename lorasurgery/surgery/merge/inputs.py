@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lorasurgery.adapter import Adapter, Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.base import multiplied
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
 from lorasurgery.layouts.detect import expected_shape, fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.linalg.factors import AnyArray
     from lorasurgery.surgery.merge.weights import Weight
 
 
@@ -114,6 +117,13 @@ def times(module: Module, value: float) -> Module:
         return module
     scale = module.scale if module.delta is None else Scale(module.scale.value * value, module.scale.source)
     return replace(module, scale=scale, bias=None if module.bias is None else multiplied(module.bias.cast("F64"), value))
+
+
+def finite(array: AnyArray, name: str) -> AnyArray:
+    """``array``; raises BrokenModuleError for NaN and infinity, which masks and angles would hide."""
+    if not np.isfinite(array).all():
+        raise BrokenModuleError(f"{name} holds NaN or infinity in one of the files", key=name)
+    return array
 
 
 def _in_shape(module: Module, arch: Architecture) -> Module:

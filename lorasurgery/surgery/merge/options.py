@@ -85,6 +85,8 @@ class MergeOptions:
                 raise RequestError(f"{name} lies between {low:g} and {high:g}, not {value:g}")
         if not isfinite(self.factor):
             raise RequestError(f"lambda is a finite number, not {self.factor:g}")
+        if self.seed < 0:
+            raise RequestError(f"a seed is at least 0, not {self.seed}")
         if not 0.0 < self.density <= 1.0:
             raise RequestError(f"the density lies in (0, 1], not {self.density:g}")
         if self.method == "della" and not (self.density - self.epsilon / 2 > 0.0 and self.density + self.epsilon / 2 <= 1.0):

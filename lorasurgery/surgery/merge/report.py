@@ -36,7 +36,8 @@ class MergedModule:
     name: str
     component: str
     action: str
-    """``kept``, ``scaled``, ``side by side``, ``added``, ``added in one factor``, ``added in full``, a method's name, ..."""
+    """``kept``, ``scaled``, ``side by side``, ``added``, ``added in one factor``, ``added in full``, a method's name, ...;
+    ``times 0`` and ``cancelled out`` for what is not in the result."""
     sources: tuple[int, ...]
     """Positions of the files that it comes from."""
     weights: tuple[float, ...]

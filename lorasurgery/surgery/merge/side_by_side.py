@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROWS, COLUMNS = 128, 64
 """Enough of a product to measure a rounding error by."""
 SMALL, BLOCK = 16, 512
-"""Bits of the dtypes that tables are made for; rows that are converted at a time, so that what that takes stays in the cache."""
+"""Bits of the dtypes that tables are made for; rows converted at a time: what that takes stays in the cache."""
 EPSILON = 1e-12
 """A relative error too small for the sample to show."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.surgery.merge.inputs import finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +81,8 @@ def gram(members: Sequence[Weighted]) -> Array:
     for i, first in enumerate(forms):
         for j in range(i, len(forms)):
             found[i, j] = found[j, i] = _inner(first, forms[j])
-    return found * np.outer(scales, scales)
+    products: Array = finite(found * np.outer(scales, scales), members[0].original.name)
+    return products
 
 
 def _form(delta: Delta) -> tuple[Array, Array] | Array:

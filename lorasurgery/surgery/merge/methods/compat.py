@@ -16,6 +16,7 @@ from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.io.tensors import of_array
 from lorasurgery.linalg.low_rank import difference_norm, factored_svd, product_norm
+from lorasurgery.surgery.merge.inputs import finite
 from lorasurgery.surgery.merge.methods.arrays import largest
 from lorasurgery.surgery.merge.options import KOHYA_CONCAT, SUM
 
@@ -122,7 +123,8 @@ def _factors(run: Merging, members: Sequence[Weighted], *, same_rank: bool) -> l
         if not isinstance(delta, LowRank) or not plain or (found and same_rank and delta.rank != found[0][0].shape[1]):
             reason = "it only adds plain LoRA modules" if not plain else "it only adds modules of equal rank"
             raise _nothing(run, member, reason)
-        found.append((delta.up.f64().reshape(delta.up.shape[0], -1), delta.down.f64().reshape(delta.rank, -1)))
+        up, down = (finite(factor.f64(), member.original.name) for factor in (delta.up, delta.down))
+        found.append((up.reshape(len(up), -1), down.reshape(delta.rank, -1)))
     return found
 
 

@@ -12,10 +12,9 @@ from lorasurgery.adapter import Scale
 from lorasurgery.deltas.base import CannotError, rounded
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.tensors import computed
 from lorasurgery.surgery.merge.add import added, refuse_nonlinear
-from lorasurgery.surgery.merge.inputs import times
+from lorasurgery.surgery.merge.inputs import finite, times
 from lorasurgery.surgery.merge.methods import arrays
 
 if TYPE_CHECKING:
@@ -55,9 +54,7 @@ def elementwise(run: Merging, sums: Sums, site: Site, members: Sequence[Weighted
         return np.random.default_rng((options.seed, crc32(str(site).encode()), own[index].source))
 
     def values() -> AnyArray:
-        deltas = np.stack([_dense(m.module).reshape(how.shape) for m in own])
-        if not np.isfinite(deltas).all():  # masks and signs would hide it
-            raise BrokenModuleError(f"{own[0].original.name} holds NaN or infinity in one of the files", key=own[0].original.name)
+        deltas = finite(np.stack([_dense(m.module).reshape(how.shape) for m in own]), own[0].original.name)
         merged: AnyArray = formula(deltas, weights, options, draw) * options.factor
         return merged
 

@@ -13,7 +13,7 @@ from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.io.tensors import of_array
 from lorasurgery.linalg.low_rank import factored_svd
 from lorasurgery.surgery.merge.add import refuse_nonlinear
-from lorasurgery.surgery.merge.inputs import times
+from lorasurgery.surgery.merge.inputs import finite, times
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +62,9 @@ def _apart(module: Module, others: Sequence[Module], *, keep_both: bool) -> Modu
     if any(isinstance(delta, Full) for delta in deltas):
         raise CannotError("a full difference has every direction; make a LoRA of it first (resize --full)")
     own, rest = deltas[0].to_low_rank(), [(m.delta.to_low_rank(), m.scale.value) for m in others if m.delta is not None]
-
-    up, down = own.up.f64().reshape(own.up.shape[0], -1), own.down.f64().reshape(own.rank, -1)
-    left, right = _bases(rest)
+    up, down = (finite(factor.f64(), module.name) for factor in (own.up, own.down))
+    up, down = up.reshape(len(up), -1), down.reshape(own.rank, -1)
+    left, right = _bases(rest, module.name)
     if keep_both:
         up, down = up - left @ (left.T @ up), down - (down @ right.T) @ right
     else:
@@ -76,11 +76,11 @@ def _apart(module: Module, others: Sequence[Module], *, keep_both: bool) -> Modu
     )
 
 
-def _bases(terms: Sequence[tuple[LowRank, float]]) -> tuple[Array, Array]:
+def _bases(terms: Sequence[tuple[LowRank, float]], name: str) -> tuple[Array, Array]:
     """Orthonormal columns (out, k) and rows (k, in) of the sum of the terms."""
     up = np.hstack([low.up.f64().reshape(low.up.shape[0], -1) * factor for low, factor in terms])
     down = np.vstack([low.down.f64().reshape(low.rank, -1) for low, _ in terms])
-    left, values, right = factored_svd(up, down)
+    left, values, right = factored_svd(finite(up, name), finite(down, name))
     count = int(np.sum(values > NEGLIGIBLE * values[0])) if values.size else 0
     return left[:, :count], right[:count]
 

@@ -144,7 +144,7 @@ def wide(dtype: str) -> str:
     return "float64" if dtype in ("F32", "F64") else "float32"
 
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Elements converted at a time."""
 ROWS = 512
 """Rows that are enough to measure a rounding error by."""

@@ -187,19 +187,19 @@ class Rounding:
         self._record(float((off * off).sum()) * self._step, float((whole * whole).sum()) * self._step)
 
 
-PROBES = 16
-"""Random vectors a product is measured with; up to this rank it is measured exactly."""
+EXACTLY, PROBES = 16, 8
+"""Up to this rank a product is measured exactly, above it with so many random vectors."""
 
 
 def sketch_of(down: Tensor) -> Array:
-    """M (rank, m) with ||x M||^2 = ||x down||^2: exact up to rank 16, else estimated with 16 random vectors of signs.
+    """M (rank, m) with ||x M||^2 = ||x down||^2: exact up to rank 16, else estimated with 8 random vectors of signs.
 
     ``down``: (rank, in), read some rows at a time. The estimate is Hutchinson's, unbiased, with the same vectors every
     time; of two norms taken with it the ratio is good to a few percent.
     """
     import numpy as np
 
-    if down.shape[0] <= PROBES:
+    if down.shape[0] <= EXACTLY:
         rows = np.concatenate([block for _, block in row_blocks(down)])
         values, vectors = np.linalg.eigh(rows @ rows.T)
         exact: Array = vectors * np.sqrt(np.maximum(values, 0.0))
@@ -209,7 +209,7 @@ def sketch_of(down: Tensor) -> Array:
 
 @lru_cache(maxsize=8)
 def _signs(size: int, dtype: str) -> Array:
-    """(size, 16) random signs over sqrt(16)."""
+    """(size, 8) random signs over sqrt(8)."""
     import numpy as np
 
     signs = np.random.default_rng(0).integers(0, 2, (size, PROBES), dtype=np.int8).astype(dtype)

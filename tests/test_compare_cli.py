@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.edges import run
+from tests.models.small import diffusers_arrays, save
 from tests.oracle import raw, read, write
 
 FIXTURES = Path(__file__).parent / "fixtures" / "producers"
@@ -150,6 +151,25 @@ def test_files_of_an_unknown_model_are_compared_by_their_names(tmp_path):
     assert (code, found["counts"]["identical"], found["counts"]["different"]) == (1, 1, 1)
     assert found["modules"][0]["distance"] == pytest.approx(0.5)
     assert compared(tmp_path / "a.safetensors", tmp_path / "a.safetensors")[0] == 0
+
+
+def test_layouts_of_an_unknown_model_need_its_base(tmp_path):
+    """A FLUX.1 of other sizes: its names in two layouts are known from the base model only."""
+    rng = np.random.default_rng(3)
+    base, one, two = (tmp_path / f"{name}.safetensors" for name in ("base", "one", "two"))
+    save(base, diffusers_arrays("flux1-dev"))
+    name = "single_transformer_blocks.0.proj_mlp"
+    out, width = diffusers_arrays("flux1-dev")[f"{name}.weight"].shape
+    up, down = rng.standard_normal((out, 4)), rng.standard_normal((4, width))
+    write(one, {f"transformer.{name}.lora_B.weight": raw(up, "F32"), f"transformer.{name}.lora_A.weight": raw(down, "F32")}, {})
+    run("convert", one, two, "--target", "comfyui", "--base", base)
+    assert "linear1" in next(iter(read(two)[0]))
+    done = run("compare", one, two)
+    assert done.code == 2
+    assert "--base MODEL" in done.err
+    assert compared(one, two, "--base", base)[0] == 0
+    write(two, {k: raw(v.f64() * 1.1, "F32") if "up" in k else v for k, v in read(two)[0].items()}, {})
+    assert compared(one, two, "--base", base)[0] == 1
 
 
 def test_the_second_expert_of_wan_alone(tmp_path):

@@ -43,7 +43,7 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="An adapter file, or PEFT's folder.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     tolerance: Annotated[Optional[float], typer.Option("--tolerance", help="The largest distance that counts as the same. Default: by dtype, see above.", show_default=False)] = None,  # noqa: UP045  typer evaluates this on Python 3.10 too
-    base: Annotated[Optional[Path], typer.Option("--base", help="The base model: what DoRA modules do to its weights is compared, in place of their parts.", show_default=False)] = None,  # noqa: UP045
+    base: Annotated[Optional[Path], typer.Option("--base", help="The base model: what DoRA modules do to its weights is compared, in place of their parts; the names of a model no table knows come from it, too.", show_default=False)] = None,  # noqa: UP045
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
     top: Annotated[int, typer.Option("--top", help="Modules in the table, the worst first.")] = 10,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every module.")] = False,
@@ -57,7 +57,7 @@ def compare(
     options = CompareOptions(tolerance, workers)
     options.check()
     try:
-        first, second = open_both(a, b, arch=arch)
+        first, second = open_both(a, b, arch=arch, base=base)
         found = compared(first, second, options, _effect(base, first, second))
     except RequestError:
         raise

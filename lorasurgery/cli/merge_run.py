@@ -22,6 +22,8 @@ HINTS = {
     "as LoRA": "--as lora",
     "as LoRA, or a fixed rank": "--as lora, or --rank alone",
     "average": "--method average",
+    "--base MODEL, the checkpoint it was trained on (only its header is read), or --arch NAME": "--arch NAME",
+    "--base MODEL, the checkpoint it was trained on (only its header is read)": "--arch NAME",
     "text encoders, full differences, or other patterns": "no --rank, --policy or --size; lorasurgery resize cuts DoRA with "
     "--base MODEL --dora recompute, and full differences with --full",
     "--as lora (exact), with --lokr-rank N or --energy 0.9999 for a smaller file": "--as lora (exact); --rank N cuts it",

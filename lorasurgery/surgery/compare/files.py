@@ -19,23 +19,32 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
 
 
-def open_both(a: Path, b: Path, *, arch: str | None = None) -> tuple[Adapter, Adapter]:
+def open_both(a: Path, b: Path, *, arch: str | None = None, base: Path | None = None) -> tuple[Adapter, Adapter]:
     """The two adapters, for one model where both fit one.
 
-    A file of a few modules fits several models: it is read as the other's. Files of a model that no table knows are
-    compared module by module by their names, which must then be spelled alike.
+    A file of a few modules fits several models: it is read as the other's. Files of a model that no table knows get
+    their names from ``base``; without it they are compared by their names as spelled, which must then be alike.
     Raises what :func:`lorasurgery.load` raises.
     """
     try:
         first, second = load(a, arch=arch), load(b, arch=arch)
     except UnknownArchitectureError:
+        if base is not None and arch is None:
+            return load(a, base=base), load(b, base=base)
         if arch is not None or a.is_dir() or b.is_dir():
             raise
-        return by_names(read_any(a)), by_names(read_any(b))
+        first, second = by_names(read_any(a)), by_names(read_any(b))
+        if not _names(first) & _names(second):  # spelled for two programs: that says nothing about what they do
+            raise
+        return first, second
     if first.architecture.id == second.architecture.id:
         return first, second
     shared = _shared(first, second)
     return (first, second) if shared is None else (load(a, arch=shared), load(b, arch=shared))
+
+
+def _names(adapter: Adapter) -> set[str]:
+    return {module.name for module in adapter.modules.values()}
 
 
 def _shared(a: Adapter, b: Adapter) -> str | None:

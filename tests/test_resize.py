@@ -222,6 +222,7 @@ def test_zeros_and_dependent_factors(options):
 
 
 def test_the_result_is_computed_when_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorasurgery.surgery.resize.engine.ALL_HELD", 0)
     monkeypatch.setattr("lorasurgery.surgery.resize.engine.HELD", 0)
     make = Maker("F16").lora("attn.out").lora("conv")
     ranks = ResizeOptions(rank=3)

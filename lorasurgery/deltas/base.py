@@ -12,6 +12,7 @@ from lorasurgery.io.tensors import computed, numpy_dtype
 
 if TYPE_CHECKING:
     from lorasurgery.deltas.low_rank import LowRank
+    from lorasurgery.deltas.times import Times
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape, Tensor
 
 Record = Callable[[float, float], None]
@@ -118,25 +119,25 @@ def _converted(tensor: Tensor, dtype: str, factor: float, rounding: Rounding) ->
     """``tensor`` times ``factor`` in ``dtype``, some rows at a time: they stay in the cache, and wide copies stay small."""
     import numpy as np
 
+    from lorasurgery.deltas.times import times
+
     shape = (tensor.shape[0], prod(tensor.shape[1:])) if tensor.shape else (1, 1)
-    result = np.empty(shape, numpy_dtype(dtype))
+    result, way = np.empty(shape, numpy_dtype(dtype)), times(tensor.dtype, dtype, factor)
     for start, block in row_blocks(tensor.reshape(*shape)):
-        exact = np.multiply(block, block.dtype.type(factor), out=block)
-        own = result[start : start + len(exact)]
-        own[...] = exact
-        rounding.look(start, len(result), exact, own)
+        own = result[start : start + len(block)]
+        way.into(block, own)
+        rounding.look(start, len(result), block, own, way)
     rounding.tell()
     return result.reshape(tensor.shape)
 
 
 def row_blocks(tensor: Tensor) -> Iterator[tuple[int, Array]]:
-    """(first row, values as :func:`wide` has them) of a matrix, about :data:`CHUNK` elements at a time."""
+    """(first row, values) of a matrix, about :data:`CHUNK` elements at a time."""
     rows = max(CHUNK // max(tensor.shape[1], 1), 1)
     whole = None if tensor.compute is None else tensor.array()
     for start in range(0, tensor.shape[0], rows):
         stop = min(start + rows, tensor.shape[0])
-        block = tensor.rows([(start, stop)]).array() if whole is None else whole[start:stop]
-        yield start, block.astype(wide(tensor.dtype))
+        yield start, tensor.rows([(start, stop)]).array() if whole is None else whole[start:stop]
 
 
 def wide(dtype: str) -> str:
@@ -164,15 +165,16 @@ class Rounding:
         self._samples: list[tuple[Array, Array]] = []
         self._step = 1
 
-    def look(self, start: int, total: int, exact: Array, result: Array) -> None:
-        """Rows from ``start`` of ``total``: as they should be, and as they are stored."""
+    def look(self, start: int, total: int, block: Array, result: Array, way: Times) -> None:
+        """Rows from ``start`` of ``total``: before they were multiplied, and as they are stored."""
         if self._record is None:
             return
-        self._happened = self._happened or not bool((result.astype(exact.dtype) == exact).all())
         self._step = max(total // ROWS, 1)
         first = -start % self._step
-        sample = exact[first :: self._step].copy()
-        self._samples.append((sample, result[first :: self._step].astype(exact.dtype) - sample))
+        sample = way.exact(block[first :: self._step])
+        off = result[first :: self._step].astype(sample.dtype) - sample
+        self._samples.append((sample, off))
+        self._happened = self._happened or bool(off.any()) or not way.is_exact(block, result)
 
     def tell(self) -> None:
         """All rows have been looked at."""
@@ -200,11 +202,12 @@ def sketch_of(down: Tensor) -> Array:
     import numpy as np
 
     if down.shape[0] <= EXACTLY:
-        rows = np.concatenate([block for _, block in row_blocks(down)])
+        rows = down.array().astype(wide(down.dtype))
         values, vectors = np.linalg.eigh(rows @ rows.T)
         exact: Array = vectors * np.sqrt(np.maximum(values, 0.0))
         return exact
-    return np.concatenate([block @ _signs(down.shape[1], block.dtype.name) for _, block in row_blocks(down)])
+    dtype = wide(down.dtype)
+    return np.concatenate([block.astype(dtype) @ _signs(down.shape[1], dtype) for _, block in row_blocks(down)])
 
 
 @lru_cache(maxsize=8)

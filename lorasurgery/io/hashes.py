@@ -13,7 +13,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from lorasurgery.io.header import header_bytes
-from lorasurgery.io.sources import Region
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,26 +22,29 @@ if TYPE_CHECKING:
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 CHUNK = 1 << 20
 """Bytes read at a time."""
+PIECE, WAITING = 1 << 18, 32
+"""Bytes hashed at a time; how many such pieces may wait in memory."""
 
 
 class HashingThread:
-    """sha256 of a stream of regions and byte strings, beside the thread that writes them.
+    """sha256 of a stream of byte strings, beside the thread that reads, computes and writes them.
 
-    hashlib and file reads release the interpreter lock, so on two cores hashing costs no extra time.
+    hashlib releases the interpreter lock, so on two cores hashing costs no extra time.
     """
 
     def __init__(self) -> None:
         import hashlib
 
         self._digest = hashlib.sha256()
-        self._queue: queue.Queue[Region | bytes | memoryview | None] = queue.Queue(maxsize=64)
-        self._failure: Exception | None = None
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=WAITING)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def add(self, item: Region | bytes | memoryview) -> None:
+    def add(self, item: bytes | memoryview) -> None:
         """The next bytes of the stream."""
-        self._queue.put(item)
+        view = memoryview(item)
+        for at in range(0, len(view), PIECE):
+            self._queue.put(view[at : at + PIECE])
 
     def close(self) -> None:
         """Stop the thread; idempotent."""
@@ -51,27 +53,13 @@ class HashingThread:
             self._thread.join()
 
     def hexdigest(self) -> str:
-        """The sha256 of everything added; raises what reading raised."""
+        """The sha256 of everything added."""
         self.close()
-        if self._failure is not None:
-            raise self._failure
         return self._digest.hexdigest()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            if self._failure is not None:
-                continue
-            try:
-                self._update(item)
-            except OSError as error:
-                self._failure = error
-
-    def _update(self, item: Region | bytes | memoryview) -> None:
-        if not isinstance(item, Region):
             self._digest.update(item)
-            return
-        for at in range(0, item.length, CHUNK):
-            self._digest.update(item.source.read(item.offset + at, min(CHUNK, item.length - at)))
 
 
 def legacy_window(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int, int]:

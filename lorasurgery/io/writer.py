@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
 from lorasurgery.io.ahead import Ahead
+from lorasurgery.io.finite import blocks
 from lorasurgery.io.hashes import CHUNK, HashingThread, legacy_hash, legacy_window
 from lorasurgery.io.header import header_bytes, serialiser_order
-from lorasurgery.io.sources import Region
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from lorasurgery.io.sources import Region
     from lorasurgery.io.tensors import Tensor
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
@@ -86,13 +87,14 @@ def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str 
     try:
         for name in order:
             tensor = tensors[name]
-            for item in tensor.regions if tensor.compute is None else (ahead.get(name),):
+            if hashing is None and tensor.compute is None:
+                for region in tensor.regions:
+                    copy_region(fd, region)
+                continue
+            for data in blocks(tensor) if tensor.compute is None else (ahead.get(name),):
                 if hashing is not None:
-                    hashing.add(item)
-                if isinstance(item, Region):
-                    copy_region(fd, item)
-                else:
-                    write_all(fd, item)
+                    hashing.add(data)
+                write_all(fd, data)
         return None if hashing is None else hashing.hexdigest()
     finally:
         ahead.close()

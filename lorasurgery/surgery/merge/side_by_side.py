@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lorasurgery.deltas.base import once, wide
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.io.tensors import BITS, computed, numpy_dtype, stack
+from lorasurgery.deltas.times import times
+from lorasurgery.io.tensors import computed, numpy_dtype, stack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 ROWS, COLUMNS = 128, 64
 """Enough of a product to measure a rounding error by."""
-SMALL, BLOCK = 16, 512
-"""Bits of the dtypes that tables are made for; rows converted at a time: what that takes stays in the cache."""
+BLOCK = 512
+"""Rows converted at a time: what that takes stays in the cache."""
 EPSILON = 1e-12
 """A relative error too small for the sample to show."""
 
@@ -66,11 +66,16 @@ def _scaled(parts: Sequence[tuple[Tensor, float]], downs: Sequence[Tensor], dtyp
     height, width = parts[0][0].shape[0], sum(tensor.shape[1] for tensor, _ in parts)
     result = np.empty((height, width), numpy_dtype(dtype))
     step, at, samples, exactly = max(height // ROWS, 1), 0, [], True
+    rounds = any(wide(tensor.dtype) != result.dtype.name for tensor, _ in parts)
     for tensor, factor in parts:
-        array, own = tensor.array(), result[:, at : at + tensor.shape[1]]
-        exactly = _put(array, tensor.dtype, factor, own, dtype) and exactly
-        samples.append(_times(array[::step], tensor.dtype, factor))
+        array, own, way = tensor.array(), result[:, at : at + tensor.shape[1]], times(tensor.dtype, dtype, factor)
+        for start in range(0, height, BLOCK):
+            way.into(array[start : start + BLOCK], own[start : start + BLOCK])
         at += tensor.shape[1]
+        if record is None or not rounds:
+            continue
+        samples.append(way.exact(array[::step]))
+        exactly = exactly and np.array_equal(samples[-1], own[::step].astype(samples[-1].dtype)) and way.is_exact(array, own)
     if exactly or record is None:
         return result
     exact = np.hstack(samples)
@@ -80,48 +85,3 @@ def _scaled(parts: Sequence[tuple[Tensor, float]], downs: Sequence[Tensor], dtyp
     error, norm = (float(np.sum((side @ probe) ** 2)) * step * every for side in (off, exact))
     record(error or EPSILON**2 * norm, norm)
     return result
-
-
-def _times(array: Array, dtype: str, factor: float) -> Array:
-    """In the dtype to calculate in."""
-    exact = array.astype(wide(dtype))
-    exact *= exact.dtype.type(factor)
-    return exact
-
-
-def _put(array: Array, source: str, factor: float, result: Array, dtype: str) -> bool:
-    """Write ``array`` times ``factor`` into ``result``; whether no number had to be rounded.
-
-    A 16-bit tensor has at most 65536 different numbers: they are multiplied once and looked up, seven times as fast as
-    numpy converts fp16 to float32 and back.
-    """
-    table = _table(source, dtype, factor) if BITS[source] == SMALL else None
-    exactly = True
-    for start in range(0, len(array), BLOCK):
-        block, own = array[start : start + BLOCK], result[start : start + BLOCK]
-        if table is not None:
-            bits = block.view(np.uint16)
-            own[:] = table.values.take(bits, mode="clip")
-            exactly = exactly and bool(table.exact.take(bits, mode="clip").all())
-            continue
-        exact = _times(block, source, factor)
-        with np.errstate(over="ignore"):  # what is not finite any more is refused when it is written, with its key
-            own[:] = exact
-        exactly = exactly and np.array_equal(own.astype(exact.dtype), exact)
-    return exactly
-
-
-class _Table(NamedTuple):
-    """For each of the 65536 numbers of a dtype: the product in another, and whether it is exact."""
-
-    values: Array
-    exact: Array
-
-
-@lru_cache(maxsize=32)
-def _table(source: str, dtype: str, factor: float) -> _Table:
-    every = np.arange(1 << SMALL, dtype=np.uint32).astype(np.uint16).view(numpy_dtype(source))
-    with np.errstate(all="ignore"):
-        exact = _times(every, source, factor)
-        values = exact.astype(numpy_dtype(dtype))
-        return _Table(values, (values.astype(exact.dtype) == exact) & np.isfinite(exact))

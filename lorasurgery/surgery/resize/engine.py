@@ -1,7 +1,8 @@
 """Resize: measure every module, choose the ranks, and describe the result.
 
-Where the options name the ranks, results are made while the factors are in memory, up to ``HELD`` bytes of them; all others
-are computed when they are written. Neither needs more memory than the file and a few small matrices.
+Where the options name the ranks, results are made while the factors are in memory: all of them up to ``ALL_HELD`` bytes, of
+more the first ``HELD`` bytes. All others are computed when they are written. Neither needs more memory than the file and a few
+small matrices.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lorasurgery.surgery.resize.report import ModuleReport, ResizeReport
 from lorasurgery.surgery.resize.size import file_size
 from lorasurgery.surgery.resize.sources import FactoredSource
 from lorasurgery.surgery.resize.subject import Cut, Subject
-from lorasurgery.surgery.resize.survey import CORE_BYTES, Survey, survey, workers_of
+from lorasurgery.surgery.resize.survey import CORE_BYTES, Survey, result_bytes, survey, workers_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta
     from lorasurgery.surgery.resize.base import BaseModel
 
-HELD = 64 << 20
-"""Bytes of results that may be held in memory until they are written."""
+ALL_HELD, HELD = 176 << 20, 64 << 20
+"""Bytes of results that may be held in memory until they are written: of all of them, and of as many as that are."""
 
 
 def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = None) -> tuple[Adapter, ResizeReport]:
@@ -51,7 +52,9 @@ def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
     options.check()
     options = options.on(adapter.architecture)
     report = ResizeReport()
-    held = Held(options, report) if options.is_fixed and not options.uniform else None
+    held = None
+    if options.is_fixed and not options.uniform:
+        held = Held(options, report, ALL_HELD if result_bytes(adapter, options) <= ALL_HELD else HELD)
     found = survey(adapter, options, base, None if held is None else held.make)
     return _resized(found, options, base, report, started)
 
@@ -63,10 +66,10 @@ def resized_from(found: Survey, options: ResizeOptions, base: BaseModel | None =
 
 
 class Held:
-    """Makes results while their factors are at hand, as many as fit into ``HELD`` bytes; the rest wait for the writer."""
+    """Makes results while their factors are at hand, as many as fit into ``room`` bytes; the rest wait for the writer."""
 
-    def __init__(self, options: ResizeOptions, report: ResizeReport) -> None:
-        self._options, self._report, self._left, self._lock = options, report, HELD, Lock()
+    def __init__(self, options: ResizeOptions, report: ResizeReport, room: int) -> None:
+        self._options, self._report, self._left, self._lock = options, report, room, Lock()
 
     def make(self, subject: Subject) -> None:
         """Compute the result of a subject, unless it stays as it is or needs more than its factors."""

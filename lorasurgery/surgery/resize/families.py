@@ -27,20 +27,27 @@ GIVEN_W1 = "the best w2 of its rank for the w1 it has, not the best LoKr"
 
 
 def subject_of(
-    module: Module, shape: Shape, needed: int | None, *, as_lora: bool, measured: FactoredSource | None = None
+    module: Module,
+    shape: Shape,
+    needed: int | None,
+    *,
+    as_lora: bool,
+    measured: FactoredSource | None = None,
+    dtype: str = "keep",
 ) -> Subject:
     """The module as something that can be cut; ``shape``: (out, in[, k...]) of the layer.
 
-    ``needed``: how many singular values decide, None for all; ``measured``: a plain LoRA's, if they are known.
+    ``needed``: how many singular values decide, None for all; ``measured``: a plain LoRA's, if they are known;
+    ``dtype``: the result's, as in :func:`dtype_of`.
     Raises ``ValueError`` for factors with NaN or infinity.
     """
     delta = module.delta
     if isinstance(delta, Kronecker) and not as_lora:
-        return _lokr(module, delta, shape, needed)
+        return _lokr(module, delta, shape, needed, dtype)
     if isinstance(delta, Hadamard) and not as_lora:
         return loha_subject(module, delta, shape, needed)
     assert delta is not None  # noqa: S101  biases are sorted out before
-    return _as_lora(module, delta, shape, needed, measured)
+    return _as_lora(module, delta, shape, needed, measured, dtype)
 
 
 def dtype_of(delta: Delta, wanted: str) -> str:
@@ -48,7 +55,9 @@ def dtype_of(delta: Delta, wanted: str) -> str:
     return wanted if wanted != "keep" else widest([tensor.dtype for tensor in delta.tensors.values()])
 
 
-def _as_lora(module: Module, delta: Delta, shape: Shape, needed: int | None, measured: FactoredSource | None) -> Subject:
+def _as_lora(
+    module: Module, delta: Delta, shape: Shape, needed: int | None, measured: FactoredSource | None, dtype: str
+) -> Subject:
     slot, (out, width) = Slot(), (shape[0], prod(shape[1:]))
     most = min(out, width)
     limit: int = most
@@ -60,8 +69,8 @@ def _as_lora(module: Module, delta: Delta, shape: Shape, needed: int | None, mea
         source = dense_source(lambda: _flat(delta.dense()), _at_most(needed, most), slot)
     else:
         low = delta.to_low_rank()
-        narrow, wanted = all(tensor.dtype in NARROW for tensor in delta.tensors.values()), _at_most(needed, most)
-        source = measured or FactoredSource.of(low.up, low.down, wanted, slot, narrow=narrow)
+        narrow = dtype_of(delta, dtype) in NARROW
+        source = measured or FactoredSource.of(low.up, low.down, _at_most(needed, most), slot, narrow=narrow)
         limit = min(low.rank, most)
     if isinstance(delta, Full):
         limit = max(min(limit, (out * width - 1) // (out + width)), 1)  # beyond that the full difference is smaller
@@ -76,14 +85,13 @@ def _as_lora(module: Module, delta: Delta, shape: Shape, needed: int | None, mea
     return Subject(module, source, "lora", delta.rank, limit, (out, width), build, shape, note=note, may_stay=stays)
 
 
-def _lokr(module: Module, delta: Kronecker, shape: Shape, needed: int | None) -> Subject:
+def _lokr(module: Module, delta: Kronecker, shape: Shape, needed: int | None, dtype: str) -> Subject:
     """``||kron(w1, w2 - X)|| = ||w1|| ||w2 - X||``: the SVD of w2 alone decides."""
     slot, (out_k, in_n, *kernel) = Slot(), delta.inner
     sides = (out_k, in_n * prod(kernel))
     source: Source
     if delta.w2 is None and delta.t2 is None and delta.w2_a is not None and delta.w2_b is not None:
-        narrow = all(tensor.dtype in NARROW for tensor in delta.tensors.values())
-        wanted = _at_most(needed, min(sides))
+        narrow, wanted = dtype_of(delta, dtype) in NARROW, _at_most(needed, min(sides))
         source = FactoredSource.of(delta.w2_a, delta.w2_b, wanted, slot, narrow=narrow)
         old, limit = delta.w2_b.shape[0], min(delta.w2_b.shape[0], *sides)
     elif delta.w2 is None and delta.w2_a is not None and delta.w2_b is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +12,12 @@ import numpy as np
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
+from lorasurgery.io.tensors import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.linalg.threads import map_threads
+from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.dora import folded_subject, recomputed_subject
-from lorasurgery.surgery.resize.families import subject_of
+from lorasurgery.surgery.resize.families import dtype_of, subject_of
 from lorasurgery.surgery.resize.options import KOHYA
 from lorasurgery.surgery.resize.pick import named
 from lorasurgery.surgery.resize.sources import FactoredSource
@@ -109,7 +112,8 @@ def _subject(
                 if options.dora == "fold":
                     return folded_subject(module, shape, needed, weight)
                 return recomputed_subject(module, shape, needed, weight, as_lora=options.as_lora)
-            return subject_of(module, shape, needed, as_lora=options.as_lora, measured=known)
+            dtype = DTYPES.get(options.dtype, "keep")
+            return subject_of(module, shape, needed, as_lora=options.as_lora, measured=known, dtype=dtype)
     except ValueError as error:
         raise BrokenModuleError(
             f"{module.name}: {error}", key=module.name, path=adapter.path, hint="an earlier checkpoint of the training run"
@@ -122,6 +126,19 @@ def _core_bytes(adapter: Adapter, module: Module, options: ResizeOptions) -> int
     asked = rank_asked(module, kind_of(expected_shape(adapter.architecture, module.site)), options)
     needed = min(rank, asked) if options.is_fixed and asked is not None else rank
     return 8 * rank * needed
+
+
+def result_bytes(adapter: Adapter, options: ResizeOptions) -> int:
+    """What the results take together where the options name every rank."""
+    total = 0
+    for module in adapter.modules.values():
+        if module.delta is not None and _stays(module, options) is None:
+            shape = expected_shape(adapter.architecture, module.site)
+            sides = (shape[0], prod(shape[1:]))
+            limits = (rank_asked(module, kind_of(shape), options), module.delta.rank, *sides)
+            rank = min(limit for limit in limits if limit is not None)
+            total += rank * sum(sides) * BITS[dtype_of(module.delta, DTYPES.get(options.dtype, "keep"))] // 8
+    return total
 
 
 def workers_of(options: ResizeOptions) -> int:

@@ -33,7 +33,7 @@ def test_every_module_is_the_best_of_its_rank(how, where):
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_the_results_are_those_of_numpy(dtype, monkeypatch):
-    monkeypatch.setattr(device, "BATCH_BYTES", 1)
+    monkeypatch.setattr(device.Device, "batch_bytes", 1)
     adapter = mixed(dtype).adapter()
     plain, first = resize(adapter, ResizeOptions(rank=5))
     there, second = resize(adapter, ResizeOptions(rank=5, device="cpu"))

@@ -8,6 +8,7 @@ numpy is imported only when an array is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -194,6 +195,10 @@ def cast_array(array: Array, dtype: str) -> Array:
     wanted = numpy_dtype(dtype)
     if array.dtype == wanted:
         return array
+    if array.dtype.isbuiltin == wanted.isbuiltin == 1:  # numpy's own types tell of an overflow
+        with suppress(FloatingPointError), np.errstate(over="raise", invalid="ignore"):
+            whole: Array = array.astype(wanted)
+            return whole
     with np.errstate(over="ignore", invalid="ignore"):
         cast: Array = array.astype(wanted)
     if dtype in FLOATS and not all_finite(dtype, np.ascontiguousarray(cast).view(np.uint8).reshape(-1).data):

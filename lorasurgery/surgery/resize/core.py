@@ -17,6 +17,8 @@ from lorasurgery.linalg.factors import as_float64
 from lorasurgery.linalg.low_rank import GRAM_LIMIT, SMALLEST, factored_svd
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.linalg.factors import AnyArray, Array
 
@@ -34,6 +36,32 @@ class Core:
     """(rank, k)"""
     right: AnyArray
     """(k, rank)"""
+
+
+class Cores(NamedTuple):
+    """Of n products of one shape: singular values, and the small matrices of the first k."""
+
+    values: Array
+    """(n, rank), descending, or fewer where a side is smaller"""
+    left: Array
+    """(n, rank, k)"""
+    right: Array
+    """(n, k, rank)"""
+    bounds: Array
+    """(n,): ``(||up^T up||_F ||down down^T||_F)^(1/2)``, what errors are relative to; not finite for broken factors"""
+    accurate: NDArray[np.bool_]
+    """(n,): whether the first k are accurate by this route"""
+
+    def core(self, i: int, *, narrow: bool) -> Core | None:
+        """The small matrices of product ``i``; None where they are not accurate.
+
+        ``narrow`` allows float32 where that costs nothing a 16-bit result could hold.
+        """
+        if not self.accurate[i]:
+            return None
+        last = self.values[i, : self.left.shape[2]][-1]
+        kind = np.float32 if narrow and last > STEEP * self.bounds[i] else np.float64
+        return Core(self.left[i].astype(kind), self.right[i].astype(kind))
 
 
 class Measured(NamedTuple):
@@ -54,39 +82,49 @@ def matrix(tensor: Tensor) -> AnyArray:
     return tensor.array().reshape(tensor.shape[0], -1)
 
 
-def _root(gram: Array) -> Array:
-    """``L`` with ``L L^T = gram``, by Cholesky, ten times as fast as the eigenvalues that singular matrices need."""
+def batched_cores(up: Array, down: Array, needed: int | None) -> Cores:
+    """The Gram route for ``up: (n, out, rank)`` and ``down: (n, rank, in)`` in float64; ``needed``: k, None for all."""
+    up_gram, down_gram = up.swapaxes(1, 2) @ up, down @ down.swapaxes(1, 2)
+    bounds = np.sqrt(np.linalg.norm(up_gram, axis=(1, 2)) * np.linalg.norm(down_gram, axis=(1, 2)))
+    usable = np.isfinite(bounds)
+    if not usable.all():
+        up_gram[~usable], down_gram[~usable] = 0.0, 0.0
+    root = _roots(down_gram)
+    squares, vectors = np.linalg.eigh(root.swapaxes(1, 2) @ up_gram @ root)
+    values = np.sqrt(np.maximum(squares[:, ::-1], 0.0))
+    rank, most = down.shape[1], min(up.shape[1], down.shape[2])
+    wanted = min(rank if needed is None else needed, rank)
+    kept, zero = values[:, :wanted], bounds == 0.0
+    accurate = usable & (zero | ((bounds > SMALLEST) & (kept[:, -1] > GRAM_LIMIT * bounds))) & (wanted <= most)
+    safe = np.where(kept > 0.0, kept, np.inf)[:, None, :]
+    mixed = root @ vectors[:, :, ::-1][:, :, :wanted]
+    return Cores(values[:, :most], mixed / safe, (mixed / safe**2).swapaxes(1, 2) @ up_gram, bounds, accurate)
+
+
+def _roots(grams: Array) -> Array:
+    """``L`` with ``L L^T`` = each of them, by Cholesky, ten times as fast as the eigenvalues that singular matrices need."""
     try:
-        return as_float64(np.linalg.cholesky(gram))
+        return as_float64(np.linalg.cholesky(grams))
     except np.linalg.LinAlgError:
-        spread, basis = np.linalg.eigh(gram)
-        return as_float64(basis * np.sqrt(np.maximum(spread, 0.0)))
+        spread, basis = np.linalg.eigh(grams)
+        return as_float64(basis * np.sqrt(np.maximum(spread, 0.0))[:, None, :])
 
 
 def measure(up: AnyArray, down: AnyArray, needed: int | None, *, narrow: bool = True) -> Measured:
     """The singular values of ``up: (out, r)`` times ``down: (r, in)``, and the small matrices of the first ``needed``.
 
     ``needed`` None: every value must be accurate (to 1e-7 relative, or ``eps ||up|| ||down||``); the small matrices then
-    are for all of them. ``narrow`` allows float32 small matrices where that costs nothing a 16-bit result could hold.
-    Raises ``ValueError`` for factors with NaN or infinity.
+    are for all of them. ``narrow`` as in :meth:`Cores.core`. Raises ``ValueError`` for factors with NaN or infinity.
     """
     left, right = as_float64(up), as_float64(down)
-    up_gram, down_gram = left.T @ left, right @ right.T
-    if not (np.isfinite(up_gram).all() and np.isfinite(down_gram).all()):
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise ValueError("its factors hold NaN or infinity")
-    rank, most = len(down_gram), min(up.shape[0], down.shape[1])
-    root = _root(down_gram)
-    squares, vectors = np.linalg.eigh(root.T @ up_gram @ root)
-    values = np.sqrt(np.maximum(squares[::-1], 0.0))
-    bound = float(np.sqrt(np.linalg.norm(up_gram) * np.linalg.norm(down_gram)))
-    if bound == 0.0:
-        count = min(rank, most)
-        return Measured(np.zeros(count), Core(np.zeros((rank, count)), np.zeros((count, rank))))
-    wanted = min(rank if needed is None else needed, rank)
-    if wanted > most or not (bound > SMALLEST and values[wanted - 1] > GRAM_LIMIT * bound):
-        exact = factored_svd(left, right)[1]
-        return Measured(np.where(exact > NUMERICAL_ZERO * bound, exact, 0.0), None)
-    mixed, kept = root @ vectors[:, ::-1][:, :wanted], values[:wanted]
-    kind = np.float32 if narrow and kept[-1] > STEEP * bound else np.float64
-    core = Core((mixed / kept).astype(kind), ((mixed / kept**2).T @ up_gram).astype(kind))
-    return Measured(values[:most], core)
+    cores = batched_cores(left[None], right[None], needed)
+    core = cores.core(0, narrow=narrow)
+    return Measured(cores.values[0] if core is not None else exact_values(left, right, float(cores.bounds[0])), core)
+
+
+def exact_values(up: AnyArray, down: AnyArray, bound: float) -> Array:
+    """All singular values by QR; those that are rounding only are zero."""
+    exact = factored_svd(up, down)[1]
+    return np.where(exact > NUMERICAL_ZERO * bound, exact, 0.0)

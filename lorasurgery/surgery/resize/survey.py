@@ -16,18 +16,20 @@ from lorasurgery.io.tensors import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.resize.batches import Numpy, batches, is_plain, measured_together
 from lorasurgery.surgery.resize.dora import folded_subject, recomputed_subject
 from lorasurgery.surgery.resize.families import dtype_of, subject_of
 from lorasurgery.surgery.resize.options import KOHYA
 from lorasurgery.surgery.resize.pick import named
-from lorasurgery.surgery.resize.sources import FactoredSource
+from lorasurgery.surgery.resize.sources import NARROW, FactoredSource
 from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from lorasurgery.adapter import Adapter, Module, Site
+    from lorasurgery.adapter import Adapter, Module
     from lorasurgery.surgery.resize.base import BaseModel
+    from lorasurgery.surgery.resize.batches import Backend
     from lorasurgery.surgery.resize.options import ResizeOptions
     from lorasurgery.surgery.resize.subject import Subject
 
@@ -68,30 +70,46 @@ def survey(
             found.kept.append((module, reason))
 
     keep = sum(_core_bytes(adapter, module, options) for module in wanted) <= CORE_BYTES
-    known = _on_device(adapter, wanted, options)
+    backend: Backend = Numpy() if options.device is None else _device(options.device)
 
-    def measured(module: Module) -> Subject:
-        subject = _subject(adapter, module, options, base, known.get(module.site))
-        if then is not None:
-            then(subject)
-        if isinstance(subject.source, FactoredSource):
-            subject.source.fresh = None
-            if not keep or subject.ready is not None:
-                subject.source.core = None
-        return subject
+    def measured(batch: Sequence[Module]) -> list[Subject]:
+        subjects = []
+        for module, source in zip(batch, _together(adapter, batch, options, backend), strict=True):
+            subject = _subject(adapter, module, options, base, source)
+            subjects.append(subject)
+            if then is not None:
+                then(subject)
+            if isinstance(subject.source, FactoredSource):
+                subject.source.fresh = None
+                if not keep or subject.ready is not None:
+                    subject.source.core = None
+        return subjects
 
-    found.subjects = map_threads(measured, wanted, workers_of(options))
+    several = batches(wanted, lambda module: _needed(adapter, module, options), backend.batch_bytes)
+    workers = workers_of(options) if options.device is None else 1
+    done = {subject.module.site: subject for own in map_threads(measured, several, workers) for subject in own}
+    found.subjects = [done[module.site] for module in wanted]
     return found
 
 
-def _on_device(adapter: Adapter, wanted: Sequence[Module], options: ResizeOptions) -> Mapping[Site, FactoredSource]:
-    """The plain LoRAs, measured on the device that was asked for."""
-    if options.device is None:
-        return {}
+def _device(name: str) -> Backend:
     from lorasurgery.surgery.resize.device import Device
 
-    plain = [module for module in wanted if module.magnitude is None]
-    return Device(options.device).sources(plain, lambda module: _needed(adapter, module, options))
+    return Device(name)
+
+
+def _together(
+    adapter: Adapter, batch: Sequence[Module], options: ResizeOptions, backend: Backend
+) -> Iterable[FactoredSource | None]:
+    """Plain LoRAs measured; None for what is measured as its family asks."""
+    if not is_plain(batch[0]):
+        return [None] * len(batch)
+
+    def narrow(module: Module) -> bool:
+        return module.delta is not None and dtype_of(module.delta, DTYPES.get(options.dtype, "keep")) in NARROW
+
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is None
+        return list(measured_together(batch, _needed(adapter, batch[0], options), narrow, backend))
 
 
 def _needed(adapter: Adapter, module: Module, options: ResizeOptions) -> int | None:

@@ -41,7 +41,11 @@ COMMANDS = (
 )
 """Every command, in the order of --help; each is the object of its name in the module of its name."""
 
+COMPUTING = frozenset({"extract", "resize", "merge", "apply", "rerank", "ema", "compare"})
+"""Commands that make many arrays."""
 FAILED, USAGE, STOPPED = 1, 2, 130
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's ``mallopt``, from its ``malloc.h``."""
 
 
 class _Commands(TyperGroup):
@@ -105,9 +109,21 @@ def _options(
     """Nothing but --version: a callback also keeps `convert` a subcommand while it is the only one."""
 
 
+def _keep_memory() -> None:
+    """Let glibc keep what arrays gave back: it returns each of 128 KiB and more, and takes the next one page by page anew."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+
+
 def main() -> None:
     """Run the command line."""
     first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first in COMPUTING:
+        _keep_memory()
     try:
         application(first if first in COMMANDS else None)()
     finally:

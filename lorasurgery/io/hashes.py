@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 CHUNK = 1 << 20
 """Bytes read at a time."""
-PIECE, WAITING = 1 << 18, 32
-"""Bytes hashed at a time; how many such pieces may wait in memory."""
+WAITING = 4
+"""Blocks of bytes that may wait to be hashed: they are in memory meanwhile."""
 
 
 class HashingThread:
-    """sha256 of a stream of byte strings, beside the thread that reads, computes and writes them.
+    """sha256 of a stream of blocks, beside the thread that reads, computes and writes them.
 
     hashlib releases the interpreter lock, so on two cores hashing costs no extra time.
     """
@@ -40,11 +40,9 @@ class HashingThread:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def add(self, item: bytes | memoryview) -> None:
-        """The next bytes of the stream."""
-        view = memoryview(item)
-        for at in range(0, len(view), PIECE):
-            self._queue.put(view[at : at + PIECE])
+    def add(self, block: memoryview) -> None:
+        """The next bytes of the stream; they must stay as they are until they are hashed."""
+        self._queue.put(block)
 
     def close(self) -> None:
         """Stop the thread; idempotent."""
@@ -58,8 +56,8 @@ class HashingThread:
         return self._digest.hexdigest()
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            self._digest.update(item)
+        while (block := self._queue.get()) is not None:
+            self._digest.update(block)
 
 
 def legacy_window(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int, int]:

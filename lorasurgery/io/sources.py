@@ -19,6 +19,10 @@ class Source(Protocol):
         """Exactly ``length`` bytes from ``offset``; raises OSError when they are not there."""
         ...
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``; raises OSError when the bytes are not there."""
+        ...
+
     def descriptor(self) -> int | None:
         """A file descriptor for kernel-side copies, or None."""
         ...
@@ -41,6 +45,12 @@ class FileSource:
                 raise OSError(f"{self.path}: the file ended at byte {offset + len(data)} while it was read")
             data += more
         return data
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``; safe from several threads."""
+        count = os.preadv(self._fd, [view], offset) if hasattr(os, "preadv") else 0
+        if count < len(view):
+            view[count:] = self.read(offset + count, len(view) - count)
 
     def _read_once(self, offset: int, length: int) -> bytes:
         if hasattr(os, "pread"):
@@ -72,6 +82,10 @@ class MemorySource:
         """Exactly ``length`` bytes from ``offset``."""
         return self.data[offset : offset + length]
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``."""
+        view[:] = memoryview(self.data)[offset : offset + len(view)]
+
     def descriptor(self) -> None:
         """None: there is no file."""
 
@@ -83,6 +97,10 @@ class ZeroSource:
     def read(self, offset: int, length: int) -> bytes:  # noqa: ARG002  the protocol's signature
         """``length`` zero bytes."""
         return bytes(length)
+
+    def read_into(self, offset: int, view: memoryview) -> None:  # noqa: ARG002  the protocol's signature
+        """Fill ``view`` with zeros."""
+        view[:] = bytes(len(view))
 
     def descriptor(self) -> None:
         """None: there is no file."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
 from lorasurgery.io.ahead import Ahead
-from lorasurgery.io.finite import blocks
 from lorasurgery.io.hashes import CHUNK, HashingThread, legacy_hash, legacy_window
 from lorasurgery.io.header import header_bytes, serialiser_order
 
@@ -81,25 +80,77 @@ def write_safetensors(
 
 def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str | None:
     """Copy every tensor's bytes to ``fd`` in order; the sha256 of them when asked."""
-    hashing = HashingThread() if hashes else None
     order = serialiser_order(tensors)
-    ahead = Ahead(tensors, order)
+    ahead, out = Ahead(tensors, order), BlockWriter(fd, hashes=hashes)
     try:
         for name in order:
-            tensor = tensors[name]
-            if hashing is None and tensor.compute is None:
-                for region in tensor.regions:
-                    copy_region(fd, region)
-                continue
-            for data in blocks(tensor) if tensor.compute is None else (ahead.get(name),):
-                if hashing is not None:
-                    hashing.add(data)
-                write_all(fd, data)
-        return None if hashing is None else hashing.hexdigest()
+            if tensors[name].compute is not None:
+                out.add(ahead.get(name))
+            for region in tensors[name].regions:
+                out.add_region(region)
+        return out.finish()
     finally:
         ahead.close()
-        if hashing is not None:
-            hashing.close()
+        out.close()
+
+
+class BlockWriter:
+    """Writes a stream of bytes in blocks of 1 MiB, and hashes each on another thread; :meth:`finish` writes the rest.
+
+    Tensors are often a few kilobytes: one by one, the threads would spend their time on taking turns for the interpreter.
+    """
+
+    def __init__(self, fd: int, *, hashes: bool) -> None:
+        self._fd, self._used = fd, 0
+        self._hashing = HashingThread() if hashes else None
+        self._block = memoryview(bytearray(CHUNK))
+
+    def add(self, data: bytes | memoryview) -> None:
+        """The next bytes."""
+        view = memoryview(data)
+        if len(view) > CHUNK - self._used:
+            self._flush()
+        if len(view) > CHUNK:
+            self._send(view)
+            return
+        self._block[self._used : self._used + len(view)] = view
+        self._used += len(view)
+
+    def add_region(self, region: Region) -> None:
+        """The next bytes, from where they lie: many at once inside the kernel, unless they are to be hashed."""
+        if self._hashing is None and region.length >= CHUNK // 16:
+            self._flush()
+            copy_region(self._fd, region)
+            return
+        offset, left = region.offset, region.length
+        while left:
+            count = min(left, CHUNK - self._used)
+            region.source.read_into(offset, self._block[self._used : self._used + count])
+            self._used, offset, left = self._used + count, offset + count, left - count
+            if self._used == CHUNK:
+                self._flush()
+
+    def finish(self) -> str | None:
+        """Write what is left; the sha256 of everything when asked for."""
+        self._flush()
+        return None if self._hashing is None else self._hashing.hexdigest()
+
+    def close(self) -> None:
+        """Stop hashing; idempotent."""
+        if self._hashing is not None:
+            self._hashing.close()
+
+    def _flush(self) -> None:
+        if self._used:
+            self._send(self._block[: self._used])
+            self._used = 0
+            if self._hashing is not None:  # which may not have come to this one
+                self._block = memoryview(bytearray(CHUNK))
+
+    def _send(self, view: memoryview) -> None:
+        if self._hashing is not None:
+            self._hashing.add(view)
+        write_all(self._fd, view)
 
 
 def copy_region(fd: int, region: Region) -> None:

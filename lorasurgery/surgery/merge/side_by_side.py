@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lorasurgery.deltas.base import once, wide
+from lorasurgery.deltas.base import CHUNK, once, wide
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.times import times
 from lorasurgery.io.tensors import computed, numpy_dtype, stack
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 ROWS, COLUMNS = 128, 64
 """Enough of a product to measure a rounding error by."""
-BLOCK = 512
-"""Rows converted at a time: what that takes stays in the cache."""
 EPSILON = 1e-12
 """A relative error too small for the sample to show."""
 
@@ -69,8 +67,9 @@ def _scaled(parts: Sequence[tuple[Tensor, float]], downs: Sequence[Tensor], dtyp
     rounds = any(wide(tensor.dtype) != result.dtype.name for tensor, _ in parts)
     for tensor, factor in parts:
         array, own, way = tensor.array(), result[:, at : at + tensor.shape[1]], times(tensor.dtype, dtype, factor)
-        for start in range(0, height, BLOCK):
-            way.into(array[start : start + BLOCK], own[start : start + BLOCK])
+        rows = max(CHUNK // tensor.shape[1], 1)
+        for start in range(0, height, rows):
+            way.into(array[start : start + rows], own[start : start + rows])
         at += tensor.shape[1]
         if record is None or not rounds:
             continue

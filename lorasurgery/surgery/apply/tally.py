@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     Work = NDArray[Any]
 
-RUNS, LENGTH = 16, 8
-"""Rows that are looked at: so many runs of so many rows, spread evenly over a tensor; all rows of a shorter one."""
+RUNS, LENGTH, ALL = 16, 2, 128
+"""Rows that are looked at: so many runs of so many rows, spread evenly over a tensor; all rows of a tensor of 128 or fewer."""
 
 
 def sampled(rows: int, start: int, stop: int) -> NDArray[np.intp]:
     """Of rows ``start:stop`` of a tensor of ``rows`` rows, the numbers of those that are looked at."""
-    if rows <= RUNS * LENGTH:
+    if rows <= ALL:
         return np.arange(start, stop)
     step = rows // RUNS
     first = start // step * step

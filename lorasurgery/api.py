@@ -45,11 +45,16 @@ def load(path: str | Path, *, arch: str | None = None, base: str | Path | None =
         from lorasurgery.models import open_model
 
         among = (open_model(base).architecture,)
+    raw, configs = read_unparsed(path)
+    return parse(raw, among=among, configs=configs)
+
+
+def read_unparsed(path: Path) -> tuple[RawFile, dict[str, PeftConfig] | None]:
+    """The tensors of a file or a PEFT folder, and the folder's configurations by component (None for a file)."""
     if path.is_dir() and is_peft_folder(path):
         raw, configs = read_peft_folder(path)
-        rules = {component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()}
-        return parse(raw, among=among, configs=rules)
-    return parse(read_any(path), among=among)
+        return raw, {name: PeftConfig.from_dict(fields, "adapter_config.json") for name, fields in configs.items()}
+    return read_any(path), None
 
 
 def read_any(path: Path) -> RawFile:

@@ -3,6 +3,8 @@
 ``left.T @ delta @ right`` with random probes differs, with probability one, when any entry of the delta does.
 """
 
+from zlib import crc32
+
 import numpy as np
 
 COUNT = 6
@@ -21,3 +23,9 @@ def bilinear(delta: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(left.T @ wide)
     flat = wide.reshape(wide.shape[0], -1)
     return np.ascontiguousarray(left.T @ flat @ probes(flat.shape[1], 1))
+
+
+def base_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A model's weight, float32 numbers around 0.05 that depend on its name only."""
+    values = np.random.default_rng(crc32(name.encode())).standard_normal(shape) * 0.05
+    return np.ascontiguousarray(values.astype(np.float32))

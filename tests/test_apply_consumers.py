@@ -11,7 +11,9 @@ import lorasurgery
 from lorasurgery.models import open_model
 from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
 from tests.applied import LINEAR1, PROJ, QKV, SWAPPED, Added, Base, applied, numbers, read, stem
+from tests.multiplied import save
 from tests.oracle import raw
+from tests.probes import base_weight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,12 +25,12 @@ torch = pytest.importorskip("torch")
 # Diffusers ----------------------------------------------------------------------------------------------------------------
 
 
-def flux() -> Any:
+def flux(channels: int = 8) -> Any:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        patch_size=1, in_channels=channels, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
 
@@ -101,6 +103,34 @@ def test_apply_equals_diffusers_fuse_lora(tmp_path: Path, make: Any, names: list
     assert changed == set(names)
 
 
+def test_a_wider_input_layer_is_what_diffusers_makes_and_loads(tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+    from safetensors.torch import save_file
+
+    model = flux(64)
+    model.save_pretrained(tmp_path / "model" / "transformer")
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    rng = torch.Generator().manual_seed(1)
+    shapes = {"x_embedder": (32, 128), "context_embedder": (32, 24)}
+    state = {}
+    for name, (out, columns) in shapes.items():
+        state[f"transformer.{name}.lora_A.weight"] = torch.randn(4, columns, generator=rng) * 0.2
+        state[f"transformer.{name}.lora_B.weight"] = torch.randn(out, 4, generator=rng) * 0.2
+    save_file(state, tmp_path / "lora.safetensors")
+    opened = open_model(tmp_path / "model")
+    apply(opened, [read_source(tmp_path / "lora.safetensors", opened.architecture)], tmp_path / "out", ApplyOptions())
+    ours = FluxTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    assert (ours.config.in_channels, ours.config.out_channels) == (128, 64)
+    FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_(model, lora_state_dict=state, prefix="transformer")
+    model.load_lora_adapter({key.removeprefix("transformer."): own for key, own in state.items()}, prefix=None)
+    model.fuse_lora()
+    model.unload_lora()
+    fused = model.state_dict()
+    for key, value in ours.state_dict().items():
+        assert torch.allclose(value, fused[key], rtol=0, atol=2e-6), key
+
+
 # LyCORIS ------------------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +138,8 @@ def lycoris_module(kind: str, weight: Array) -> Any:
     """A LyCORIS module over a linear layer with this weight, its parameters random."""
     from lycoris.modules import boft, diag_oft, glora, ia3, locon, loha, lokr
 
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    out, inputs, *kernel = weight.shape
+    layer = torch.nn.Conv2d(inputs, out, kernel) if kernel else torch.nn.Linear(inputs, out)
     layer.weight.data = torch.from_numpy(weight).float()
     # LoHa's and LoKr's get_merged_weight multiply by alpha / rank twice (4.1): they are right where that is 1.
     more: dict[str, Any] = {"lora_dim": 4, "alpha": 4.0 if kind.startswith(("loha", "lokr")) else 2.0}
@@ -121,7 +152,7 @@ def lycoris_module(kind: str, weight: Array) -> Any:
         "loha dora": lambda: loha.LohaModule("m", layer, weight_decompose=True, wd_on_out=True, **more),
         "oft": lambda: diag_oft.DiagOFTModule("m", layer, lora_dim=4, constraint=0.002, rescaled=True),
         "oft free": lambda: diag_oft.DiagOFTModule("m", layer, lora_dim=4),
-        "boft": lambda: boft.ButterflyOFTModule("m", layer, lora_dim=8, rescaled=True),
+        "boft": lambda: boft.ButterflyOFTModule("m", layer, lora_dim=10 if kernel else 8, rescaled=True),
         "glora": lambda: glora.GLoRAModule("m", layer, **more),
         "ia3": lambda: ia3.IA3Module("m", layer),
         "ia3 in": lambda: ia3.IA3Module("m", layer, train_on_input=True),
@@ -132,6 +163,19 @@ def lycoris_module(kind: str, weight: Array) -> Any:
             noise = torch.randn(parameter.shape, generator=rng) * 0.2
             parameter.data = noise + (parameter.data if name in {"rescale", "dora_scale"} else 0.0)
     return made
+
+
+def lycoris_file(module: Any, name: str, strength: float) -> tuple[Array, Added]:
+    """The weight that a module makes, and its file."""
+    with torch.no_grad():
+        merged = module.get_merged_weight(strength)[0].double().numpy()
+        state = module.custom_state_dict() or module.state_dict()
+    adapter = Added("F32")
+    for key, value in state.items():
+        if not key.startswith(("org", "scalar")):
+            integer = value.dtype in (torch.int64, torch.int32)
+            adapter.tensors[f"{stem(name)}.{key}"] = raw(value.detach().double().numpy(), "I64" if integer else "F32")
+    return merged, adapter
 
 
 MLP = "double_blocks.0.img_mlp.0"
@@ -147,14 +191,7 @@ def test_apply_equals_lycoris(tmp_path: Path, kind: str, strength: float) -> Non
     base = Base.make("F32")
     name = MLP if kind == "boft" else QKV
     module = lycoris_module(kind, base.weights[name])
-    with torch.no_grad():
-        theirs = module.get_merged_weight(strength)[0].double().numpy()
-        state = module.custom_state_dict() or module.state_dict()
-    adapter = Added("F32")
-    for key, value in state.items():
-        if not key.startswith(("org", "scalar")):
-            integer = value.dtype in (torch.int64, torch.int32)
-            adapter.tensors[f"{stem(name)}.{key}"] = raw(value.detach().double().numpy(), "I64" if integer else "F32")
+    theirs, adapter = lycoris_file(module, name, strength)
     if f"{stem(name)}.alpha" not in adapter.tensors and hasattr(module, "alpha"):
         adapter.number(f"{stem(name)}.alpha", float(module.alpha))
     path, report = applied(
@@ -163,11 +200,30 @@ def test_apply_equals_lycoris(tmp_path: Path, kind: str, strength: float) -> Non
     assert report.unmatched == []
     ours = numbers(read(path)[f"{name}.weight"])
     assert np.abs(ours - base.weights[name]).max() > 0.01
+    assert len(report.verified) == 1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6)
     assert sum(own.wrong for own in report.verified) == 0
     assert all(own.difference < 1e-5 for own in report.lycoris)
     if kind not in {"glora", "ia3", "ia3 in"} and not (kind.startswith("oft") and strength != 1.0):
         assert len(report.lycoris) == 1
+
+
+@pytest.mark.parametrize("kind", ["oft", "oft free", "boft", "glora", "ia3", "ia3 in"])
+@pytest.mark.parametrize("strength", [0.6, -0.3])
+def test_apply_equals_lycoris_on_convolutions(tmp_path: Path, kind: str, strength: float) -> None:
+    pytest.importorskip("lycoris")
+    name = "down_blocks.0.resnets.0.conv1"
+    weight = base_weight(name, (40, 20, 3, 3))
+    module = lycoris_module(kind, weight)
+    theirs, adapter = lycoris_file(module, name, strength)
+    opened = open_model(save(tmp_path / "m.safetensors", {f"{name}.weight": weight}), arch="sd1")
+    source = read_source(adapter.save(tmp_path / "a.safetensors"), opened.architecture, strength)
+    report = apply(opened, [source], tmp_path / "o.safetensors", ApplyOptions(verify=True, prefer_lycoris=True))
+    ours = numbers(read(tmp_path / "o.safetensors")[f"{name}.weight"])
+    assert np.abs(ours - weight).max() > 0.01
+    np.testing.assert_allclose(ours, theirs.reshape(ours.shape), rtol=0, atol=3e-6)
+    assert [own.wrong for own in report.verified] == [0]
+    assert all(own.difference < 1e-5 for own in report.lycoris)
 
 
 @pytest.mark.parametrize("neumann", [True, False])

@@ -327,14 +327,6 @@ def test_families_that_multiply_are_taken_out_by_their_inverses(tmp_path: Path, 
     assert 0.2 < error / report.total.relative_restored < 5
 
 
-def test_onetrainers_scaled_oft_is_refused(tmp_path: Path) -> None:
-    base, adapter = Base.make("BF16"), Added()
-    adapter.put(f"{stem(QKV)}.oft_R.weight", 6, 6)
-    adapter.put(f"{stem(QKV)}.oft_R.scaled_oft", 1)
-    with pytest.raises(NotRepresentableError, match="scaled OFT"):
-        applied(tmp_path, base.save(tmp_path / "m.safetensors"), (adapter, 1.0))
-
-
 def test_what_cannot_be_taken_out_is_refused_with_the_reason(tmp_path: Path) -> None:
     base, dora, replaced = Base.make("BF16"), Added(), Added()
     dora.lora(stem(PROJ), (24, 24), 2, 1.0)

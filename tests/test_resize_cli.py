@@ -255,7 +255,7 @@ def test_target_and_arch(source: Path) -> None:
     refused(source.parent, folder_as_file, "folder", "--target diffusers", code=2)
 
 
-def test_unknown_names_need_a_base(tmp_path: Path) -> None:
+def test_unknown_names_are_kept_or_the_bases(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     stem = "lora_unet_blocks_0_odd_name_proj"
     sides = {"up": (12, 6), "down": (6, 10)}
@@ -264,8 +264,11 @@ def test_unknown_names_need_a_base(tmp_path: Path) -> None:
     )
     write(tmp_path / "base.safetensors", {"blocks.0.odd_name.proj.weight": raw(np.ones((12, 10)), "F16")})
     args = ("resize", tmp_path / "odd.safetensors", tmp_path / "out.safetensors", "--rank", 3)
-    refused(tmp_path, args, "no known architecture", "--base MODEL", "--arch NAME")
-    outcome = run(*args, "--base", tmp_path / "base.safetensors")
+    refused(tmp_path, (*args, "--arch", "z-image"), "no known architecture", "--base MODEL")
+    plain = run(*args)
+    assert (plain.code, "no table knows the model" in plain.out) == (0, True), plain.err
+    assert set(read(tmp_path / "out.safetensors")[0]) == set(read(tmp_path / "odd.safetensors")[0])
+    outcome = run(*args, "--force", "--base", tmp_path / "base.safetensors")
     assert outcome.code == 0, outcome.err
     assert set(ranks(read(tmp_path / "out.safetensors")[0]).values()) == {3}
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.")
+CUSTOM = "custom"
+"""The id of a table made of names."""
 _SUFFIXES = (".weight", ".scale")
 """``.scale``: the RMS norms of FLUX and Chroma."""
 NEARLY = 0.9
@@ -37,7 +39,7 @@ def from_base(tensors: Mapping[str, Tensor], path: Path) -> Architecture:
 def custom(shapes: Mapping[str, Shape], path: Path) -> Architecture:
     """A table of these modules, whose names are the same in every layout."""
     rows = tuple(row(name, shape) for name, shape in shapes.items())
-    return Architecture(id="custom", variant="", name=path.stem, source=path.name, rows=rows)
+    return Architecture(id=CUSTOM, variant="", name=path.stem, source=path.name, rows=rows)
 
 
 def module_shapes(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Shape]]:

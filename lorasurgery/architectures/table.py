@@ -93,6 +93,8 @@ class Architecture:
     """Of tables that explain a file equally well, the one with the highest counts (the more common model)."""
     widened: tuple[str, ...] = ()
     """Weights with more input columns than the plain base model's, which a reader must pad first (control LoRAs)."""
+    only_prefix: str | None = None
+    """For a model known by its adapters alone: what stands before their names, which are no other program's."""
     metadata_names: tuple[str, ...] = ()
     """Values of ``ss_base_model_version`` and ``modelspec.architecture`` (before the slash) that mean this model."""
 

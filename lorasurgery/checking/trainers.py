@@ -71,7 +71,7 @@ MUSUBI = Consumer(
     layout="sd-scripts",
 )
 
-OFT_R = frozenset({".oft_R", ".oft_R.weight"})
+OFT_R = frozenset({".oft_R", ".oft_R.weight", ".oft_R.scaled_oft"})
 ONETRAINER_WORDS = KOHYA | AB | DEFAULT_AB | OLD | ALPHA | DORA_SCALE | VECTOR | MAGNITUDE | LOHA | LOKR | TUCKER | OFT_R
 _PREFIXES = ("lora_unet_", "lycoris_", "lora_{denoiser}_", "{denoiser}.", "diffusion_model.", "base_model.model.", "")
 ONETRAINER_ROUTE = Route(

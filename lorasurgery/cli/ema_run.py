@@ -7,16 +7,16 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.api import SaveOptions, load, read_any, save
+from lorasurgery.api import SaveOptions, read_any, save
 from lorasurgery.cli.files import expanded
 from lorasurgery.errors import RequestError
 from lorasurgery.io.finite import computed_bytes
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH, check_output, write_safetensors
-from lorasurgery.layouts.parse import parse
 from lorasurgery.surgery.convert import Options, convert
 from lorasurgery.surgery.ema import ema
 from lorasurgery.surgery.ema_order import Ordered, in_order
+from lorasurgery.surgery.together import open_together, understood
 from lorasurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class EmaRequest:
     rank: int | None = None
     sort: str = "steps"
     arch: str | None = None
+    base: Path | None = None
     target: str | None = None
     dtype: str = "keep"
     force: bool = False
@@ -80,7 +81,7 @@ def run(paths: Sequence[Path], out: Path | None, request: EmaRequest) -> Average
     files = [file.path for file in ordered.files]
     done = Averaged(out, files, ordered.by, request.options.weights(len(files)))
     if out is not None and not request.dry_run:
-        check_output(out, files, force=request.force)
+        check_output(out, files if request.base is None else [*files, request.base], force=request.force)
     (_changes if request.delta else _tensors)(ordered, out, request, done)
     done.seconds = time.perf_counter() - started
     return done
@@ -104,7 +105,7 @@ def _tensors(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
 
         done.distance = distance_from_changes(ordered.files, done.weights, averaged)
     if request.target is not None or request.dtype != "keep":
-        source = parse(RawFile(last.path, averaged, kept))
+        source = understood(RawFile(last.path, averaged, kept), request.base)
         marked = replace(source, operation=_operation(request, done))
         target = request.target or source.layout
         result, report = convert(marked, target, Options(dtype=request.dtype))
@@ -130,15 +131,14 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     """The weighted sum of what the files do, by the code of ``lorasurgery merge``."""
     from lorasurgery.report import Report
     from lorasurgery.surgery.merge.engine import merge
-    from lorasurgery.surgery.merge.inputs import Source, one_architecture
+    from lorasurgery.surgery.merge.inputs import Source
     from lorasurgery.surgery.merge.options import MergeOptions
     from lorasurgery.surgery.merge.weights import Weight
     from lorasurgery.surgery.resize import ResizeOptions
 
-    paths = [file.path for file in ordered.files]
-    adapters = one_architecture([load(p, arch=request.arch) for p in paths], lambda i, arch: load(paths[i], arch=arch))
-    pairs = zip(adapters, paths, done.weights, strict=True)
-    sources = [Source(adapter, Weight(weight), path.name) for adapter, path, weight in pairs if weight]
+    used = [(file.path, weight) for file, weight in zip(ordered.files, done.weights, strict=True) if weight]
+    adapters = open_together([path for path, _ in used], arch=request.arch, base=request.base)
+    sources = [Source(own, Weight(weight), path.name) for own, (path, weight) in zip(adapters, used, strict=True)]
     cut = None if request.rank is None else ResizeOptions(rank=request.rank, dtype=request.dtype, text_encoders=True)
     result, merged = merge(sources, MergeOptions(resize=cut, dtype=request.dtype), request.target)
     last = {key: value for key, value in adapters[-1].metadata.items() if key not in (MODEL_HASH, LEGACY_HASH)}
@@ -148,7 +148,7 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     report = Report(architecture=result.architecture.key, source_layout=result.layout, target_layout=target)
     if target != result.layout:
         result, report = convert(result, target)
-    save(result, out or paths[-1], options=_saving(request), report=report)
+    save(result, out or used[-1][0], options=_saving(request), report=report)
     done.written, done.tensors = report.written, sum(len(m.delta.tensors) for m in result.modules.values() if m.delta)
     done.rounding = max(merged.losses.total(), report.losses.total())
     done.resize = None if merged.resize is None else merged.resize.to_json()

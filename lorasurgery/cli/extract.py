@@ -43,8 +43,8 @@ with [cyan]--param[/cyan], [cyan]--size[/cyan] or [cyan]--recipe[/cyan]. sd-scri
 
 def extract(
     paths: Annotated[Optional[list[Path]], typer.Argument(metavar="BASE TUNED [OUT]", help="The base model, the tuned one, and the output file (a folder for peft).", show_default=False)] = None,  # noqa: UP045  typer evaluates this on Python 3.10 too
-    rank: Annotated[Optional[list[str]], typer.Option("--rank", "-r", help='The rank N (the most, where something else decides), or "REGEX=N" for modules by name, in the file or in the model; the first that fits holds. Repeatable.', show_default=False)] = None,  # noqa: UP045
-    conv_rank: Annotated[Optional[int], typer.Option("--conv-rank", help="Of convolutions with a kernel. Default: --rank.", show_default=False)] = None,  # noqa: UP045
+    rank: Annotated[Optional[list[str]], typer.Option("--rank", "-r", help='The rank N (the most, where something else decides), or as for resize "MODULES:N", or "blocks=N,N,..." with one for each block; 0 leaves out. Repeatable.', show_default=False)] = None,  # noqa: UP045
+    conv_rank: Annotated[Optional[list[str]], typer.Option("--conv-rank", help="The same for convolutions with a kernel. Default: --rank.", show_default=False)] = None,  # noqa: UP045
     pointwise_rank: Annotated[Optional[int], typer.Option("--pointwise-rank", help="Of 1x1 convolutions. Default: --rank.", show_default=False)] = None,  # noqa: UP045
     policy: Annotated[Optional[str], typer.Option("--policy", help="sv_ratio, sv_cumulative, sv_fro, energy (share of the squared norm), threshold (smallest singular value), knee, error (largest relative error) or params (share of the model's parameters).", show_default=False)] = None,  # noqa: UP045
     param: Annotated[Optional[float], typer.Option("--param", help="The policy's number.", show_default=False)] = None,  # noqa: UP045
@@ -106,11 +106,10 @@ def extract(
     )  # fmt: skip
     if full_small and lora_only:
         raise RequestError("--full-small and --lora-only contradict each other", hint="one of them")
-    plain_rank, by_name = parse_ranks(rank or [])
     cut = {
-        "rank": plain_rank, "ranks": by_name, "conv_rank": conv_rank, "pointwise_rank": pointwise_rank, "policy": policy,
-        "param": param, "size": None if size is None else parse_size(size), "recipe": recipe, "alpha": alpha,
-        "factors": factors, "uniform": uniform, "min_rank": min_rank, "dtype": dtype, "include": tuple(include or ()),
+        **parse_ranks(rank, conv_rank)._asdict(), "pointwise_rank": pointwise_rank, "policy": policy, "param": param,
+        "size": None if size is None else parse_size(size), "recipe": recipe, "alpha": alpha, "factors": factors,
+        "uniform": uniform, "min_rank": min_rank, "dtype": dtype, "include": tuple(include or ()),
         "exclude": tuple(exclude or ()),
     }  # fmt: skip
     more = {

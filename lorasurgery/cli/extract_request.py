@@ -120,12 +120,15 @@ def _file(output: Path, tuned: Path, *, folder: bool) -> Path:
 def merged(cut: Mapping[str, Any], more: Mapping[str, Any], old: Old) -> ExtractOptions:
     """The options, with sd-scripts' in their place and its defaults where the command line is its own.
 
-    As in its tools the strength is then all in ``up``, and norms, biases and (without ``--conv_dim``) convolutions with a
-    kernel are left out. Raises RequestError where both spellings of one thing are given.
+    As in its tools the strength is then all in ``up``, and only the layers are taken that they take: no norms, no biases
+    and (without ``--conv_dim``) no convolutions with a kernel. Raises RequestError where both spellings of one thing are
+    given, or two models.
     """
     from lorasurgery.surgery.extract.options import ExtractOptions
     from lorasurgery.surgery.resize import ResizeOptions
 
+    if old.sdxl and old.v2:
+        raise RequestError("--sdxl and --v2 are two models", hint="one of them")
     own = dict(cut)
     ranks = (*(own[name] for name in ("rank", "conv_rank", "pointwise_rank")), own["ranks"] or None, old.rank, old.conv_rank)
     if more["family"] == "full" and any(rank is not None for rank in ranks):
@@ -145,7 +148,7 @@ def merged(cut: Mapping[str, Any], more: Mapping[str, Any], old: Old) -> Extract
     )
     if old.used:
         limit = OLD_MIN_DIFF if old.encoder_min_diff is None else old.encoder_min_diff
-        options = replace(options, conv=own["conv_rank"] is not None, encoder_min_diff=limit)
+        options = replace(options, as_sd_scripts=True, conv=own["conv_rank"] is not None, encoder_min_diff=limit)
     options.check()
     return options
 

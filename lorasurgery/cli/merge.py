@@ -11,7 +11,7 @@ import typer
 from lorasurgery.cli.merge_run import Request, merged
 from lorasurgery.cli.merge_text import merge_lines
 from lorasurgery.cli.render import data, plain
-from lorasurgery.cli.resize_request import parse_ranks, parse_size
+from lorasurgery.cli.resize_request import Ranks, parse_ranks, parse_size
 from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def merge(
     lora_dir: Annotated[Optional[Path], typer.Option("--lora-dir", help="Where the names in tags are looked up, subfolders included.", show_default=False)] = None,  # noqa: UP045
     presets: Annotated[Optional[Path], typer.Option("--presets", help="A file of named block weights, NAME:1,0,... a line, as the web UIs' extension has it.", show_default=False)] = None,  # noqa: UP045
     method: Annotated[str, typer.Option("--method", "-m", help="How to merge, see above.")] = "sum",
-    rank: Annotated[Optional[list[str]], typer.Option("--rank", "-r", help='Cut the result to rank N, or "REGEX=N" for modules by name. Repeatable.', show_default=False)] = None,  # noqa: UP045
-    conv_rank: Annotated[Optional[int], typer.Option("--conv-rank", help="Of convolutions with a kernel. Default: --rank.", show_default=False)] = None,  # noqa: UP045
+    rank: Annotated[Optional[list[str]], typer.Option("--rank", "-r", help='Cut the result to rank N, or as for resize "MODULES:N", or "blocks=N,N,..." with one for each block. Repeatable.', show_default=False)] = None,  # noqa: UP045
+    conv_rank: Annotated[Optional[list[str]], typer.Option("--conv-rank", help="The same for convolutions with a kernel. Default: --rank.", show_default=False)] = None,  # noqa: UP045
     policy: Annotated[Optional[str], typer.Option("--policy", help="Choose ranks by a rule, as resize does: sv_fro, energy, error, ...", show_default=False)] = None,  # noqa: UP045
     param: Annotated[Optional[float], typer.Option("--param", help="The policy's number.", show_default=False)] = None,  # noqa: UP045
     size: Annotated[Optional[str], typer.Option("--size", help="The largest size of the file, e.g. 40MiB.", show_default=False)] = None,  # noqa: UP045
@@ -71,6 +71,7 @@ def merge(
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: the first file's.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep (each module's own, the first file's where they differ), fp32, fp16 or bf16.")] = "keep",
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
     strict: Annotated[bool, typer.Option("--strict", help="Fail instead of leaving anything out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write; needs no output.")] = False,
@@ -88,11 +89,11 @@ def merge(
         method=method, compat=compat, t=t, density=density, gamma=gamma, epsilon=epsilon, majority=majority, factor=factor,
         seed=seed, as_full=as_ == "full", metadata=metadata, dtype=dtype, drop_nonlinear=drop_nonlinear,
         fix_split_alpha=fix_split_alpha,
-        resize=_recompression(rank or [], conv_rank, policy, param, size, as_lora=as_ == "lora"),
+        resize=_recompression(parse_ranks(rank, conv_rank), policy, param, size, as_lora=as_ == "lora"),
     )  # fmt: skip
     how = Request(
         tuple(files), out or Path("merged.safetensors"), options, lora_dir=lora_dir, presets=presets, target=target, arch=arch,
-        as_lora=as_ == "lora", strict=strict, force=force, dry_run=dry_run,
+        base=base, as_lora=as_ == "lora", strict=strict, force=force, dry_run=dry_run,
     )  # fmt: skip
     found = merged(how)
     if json_:
@@ -103,17 +104,16 @@ def merge(
 
 
 def _recompression(
-    ranks: list[str], conv_rank: int | None, policy: str | None, param: float | None, size: str | None, *, as_lora: bool
+    ranks: Ranks, policy: str | None, param: float | None, size: str | None, *, as_lora: bool
 ) -> ResizeOptions | None:
     """The options of a cut, None where none was asked for; raises RequestError for what contradicts itself."""
     from lorasurgery.surgery.resize import ResizeOptions
 
-    plain_rank, by_name = parse_ranks(ranks)
-    chosen: dict[str, Any] = {"rank": plain_rank, "conv_rank": conv_rank, "policy": policy, "param": param}
+    chosen: dict[str, Any] = {**ranks._asdict(), "policy": policy, "param": param}
     chosen["size"] = None if size is None else parse_size(size)
-    if not by_name and all(value is None for value in chosen.values()):
+    if all(value in (None, ()) for value in chosen.values()):
         return None
-    options = ResizeOptions(**chosen, ranks=by_name, as_lora=as_lora)
+    options = ResizeOptions(**chosen, as_lora=as_lora)
     options.check()
     return options
 

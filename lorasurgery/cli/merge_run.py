@@ -22,8 +22,6 @@ HINTS = {
     "as LoRA": "--as lora",
     "as LoRA, or a fixed rank": "--as lora, or --rank alone",
     "average": "--method average",
-    "--base MODEL, the checkpoint it was trained on (only its header is read), or --arch NAME": "--arch NAME",
-    "--base MODEL, the checkpoint it was trained on (only its header is read)": "--arch NAME",
     "text encoders, full differences, or other patterns": "no --rank, --policy or --size; lorasurgery resize cuts DoRA with "
     "--base MODEL --dora recompute, and full differences with --full",
     "--as lora (exact), with --lokr-rank N or --energy 0.9999 for a smaller file": "--as lora (exact); --rank N cuts it",
@@ -44,6 +42,7 @@ class Request:
     presets: Path | None = None
     target: str | None = None
     arch: str | None = None
+    base: Path | None = None
     as_lora: bool = False
     strict: bool = False
     force: bool = False
@@ -93,7 +92,7 @@ def _merged(how: Request) -> Outcome:
     how.options.check(len(wanted))
     sources = _sources(wanted, how)
     target = _target(sources[0].adapter, how)
-    _check_output(how, [w.path for w in wanted], target)
+    _check_output(how, [*(w.path for w in wanted), *([] if how.base is None else [how.base])], target)
     try:
         return _written(how, sources, target)
     except BrokenModuleError as error:
@@ -154,32 +153,21 @@ def _wanted(how: Request) -> list[Wanted]:
 
 def _sources(wanted: Sequence[Wanted], how: Request) -> list[Source]:
     """The files, all under one architecture."""
-    from lorasurgery.surgery.merge import Source, one_architecture
+    from lorasurgery.surgery.merge import Source
+    from lorasurgery.surgery.together import open_together
 
-    adapters = [_load(one.path, how.arch) for one in wanted]
-    adapters = one_architecture(adapters, lambda i, arch: _load(wanted[i].path, arch))
+    adapters = open_together([one.path for one in wanted], arch=how.arch, base=how.base)
     return [Source(adapter, one.weight, one.path.name) for adapter, one in zip(adapters, wanted, strict=True)]
-
-
-def _load(path: Path, arch: str | None) -> Adapter:
-    """Errors say which of the files they are about."""
-    from lorasurgery.api import load
-
-    try:
-        return load(path, arch=arch)
-    except SurgeryError as error:
-        error.path = error.path or str(path)
-        raise
 
 
 def _target(first: Adapter, how: Request) -> str:
     """The layout to write; raises RequestError where the first file's own is only read."""
-    from lorasurgery.layouts.targets import LAYOUTS, layout
+    from lorasurgery.layouts.targets import is_written, layout
 
     if how.target is not None:
         return layout(how.target).id
     name = "peft" if first.path is not None and first.path.is_dir() else first.layout
-    if name not in LAYOUTS:
+    if not is_written(name):
         raise RequestError(
             f"its layout, {name}, is only read, not written", path=first.path, hint="--target comfyui, or another"
         )

@@ -9,9 +9,11 @@ from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.cli.batch import SUFFIX
 from lorasurgery.errors import NotRepresentableError, RequestError
-from lorasurgery.layouts.targets import LAYOUTS, layout
+from lorasurgery.io.writer import check_output
+from lorasurgery.layouts.targets import is_written, layout
 from lorasurgery.report import Report
 from lorasurgery.surgery.convert import Options, convert
+from lorasurgery.surgery.together import open_one
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +25,7 @@ PEFT = "peft"
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """How results are written."""
+    """How inputs are read and results written."""
 
     target: str | None = None
     """Layout; None: the input's own."""
@@ -31,6 +33,13 @@ class Writing:
     force: bool = False
     strict: bool = False
     dry_run: bool = False
+    arch: str | None = None
+    base: Path | None = None
+    """Where the names come from of a model no table knows."""
+
+    def read(self, source: Path) -> Adapter:
+        """The input; raises what :func:`open_one` raises."""
+        return open_one(source, arch=self.arch, base=self.base)
 
     def check(self) -> None:
         """Raises RequestError for a layout or dtype that is none."""
@@ -43,7 +52,7 @@ class Writing:
         if self.target is not None:
             return layout(self.target).id
         own = PEFT if adapter.path is not None and adapter.path.is_dir() else adapter.layout
-        if own not in LAYOUTS:
+        if not is_written(own):
             raise RequestError(
                 f"its layout, {own}, is only read, not written", path=adapter.path, hint="--target comfyui, or another"
             )
@@ -57,6 +66,8 @@ class Writing:
 def write_part(adapter: Adapter, source: Path, out: Path, how: Writing) -> Report:
     """Save ``adapter``, made of ``source``'s modules, to ``out``; raises what convert and save raise."""
     target = how.layout_for(adapter)
+    if how.base is not None and not how.dry_run:
+        check_output(out, [how.base], force=how.force)
     second = SECOND_DENOISER in {site.component for site in adapter.modules}
     if second:
         _refuse_both(adapter, source)

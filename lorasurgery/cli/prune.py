@@ -53,6 +53,7 @@ def prune(
     scale: Annotated[float, typer.Option("--scale", help="Multiply the strength.")] = 1.0,
     negate: Annotated[bool, typer.Option("--negate", help="The opposite of every change.")] = False,
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: the input's own.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
     given: Annotated[Optional[Path], typer.Option("--input", "-i", help="The input.", show_default=False)] = None,  # noqa: UP045
@@ -69,7 +70,7 @@ def prune(
 
     options = PruneOptions(tuple(keep or ()), tuple(drop or ()), prune_for, scale, negate)
     options.check()
-    how = Writing(target, dtype, force, strict, dry_run)
+    how = Writing(target, dtype, force, strict, dry_run, arch, base)
     how.check()
     inputs = [*([given] if given else []), *(paths or [])]
     folders = target == PEFT or (target is None and bool(inputs) and all(p.is_dir() and is_adapter(p) for p in inputs))
@@ -80,18 +81,17 @@ def prune(
     targets = {job.source: job.target for job in jobs}
     run_each(
         [Found(job.source, Path(job.source.name)) for job in jobs],
-        lambda found: _one(Job(found.path, targets[found.path]), options, arch, how),
+        lambda found: _one(Job(found.path, targets[found.path]), options, how),
         as_json=json_,
         several=several,
     )
 
 
-def _one(job: Job, options: PruneOptions, arch: str | None, how: Writing) -> Shown:
-    from lorasurgery.api import load
+def _one(job: Job, options: PruneOptions, how: Writing) -> Shown:
     from lorasurgery.cli.part_file import write_part
     from lorasurgery.surgery.prune import prune as pruned
 
-    adapter = load(job.source, arch=arch)
+    adapter = how.read(job.source)
     result, found = pruned(adapter, options)
     report = write_part(result, job.source, job.target, how)
     for name, (error, norm) in found.errors.items():

@@ -42,7 +42,9 @@ last three, [cyan]--rank[/cyan] is the most a module may get.
 
   lorasurgery resize loras/*.safetensors --out-dir small --rank 32 --rank "attn=8" --exclude "proj_out$"
 
-  lorasurgery resize flux.safetensors small.safetensors --rank 16 --rank "double=0-9=4" --rank "single=8"
+  lorasurgery resize flux.safetensors small.safetensors --rank 16 --rank "double=0-9:4" --rank "single:8"
+
+  lorasurgery resize sd1.safetensors small.safetensors --rank blocks=0,4,4,4,4,4,4,4,4,4,4,4,8,8,8,8,8,8,8,8,8,8,8,8,8
 
   lorasurgery resize lora.safetensors --dry-run
 
@@ -69,11 +71,11 @@ def resize(
 
     if as_ not in (None, "lora"):
         raise RequestError(f"--as is lora, not {as_}", hint="lorasurgery convert --as lokr, loha or full")
-    plain, by_name = parse_ranks(rank or [])
+    ranks = parse_ranks(rank, conv_rank)
     theirs = Theirs(new_rank, new_conv_rank, dynamic_method, dynamic_param, model, save_to, save_precision)
     options = ResizeOptions(
-        rank=plain, conv_rank=conv_rank, pointwise_rank=pointwise_rank, policy=policy, param=param, compat=compat,
-        size=None if size is None else parse_size(size), layout=layout_id(target), recipe=recipe, ranks=by_name,
+        **ranks._asdict(), pointwise_rank=pointwise_rank, policy=policy, param=param, compat=compat,
+        size=None if size is None else parse_size(size), layout=layout_id(target), recipe=recipe,
         include=tuple(include or ()), exclude=tuple(exclude or ()), as_lora=as_ == "lora", full=full, text_encoders=te,
         dora=dora, min_rank=min_rank, grow=grow, uniform=uniform, alpha=alpha, factors=factors,
         dtype=data_type(dtype, save_precision), workers=workers, device=device,

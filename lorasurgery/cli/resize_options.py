@@ -22,8 +22,8 @@ Out = Annotated[File, Option("--out", "-o", "--output", help="The output file (a
 OutDir = Annotated[File, Option("--out-dir", help="Folder for the outputs of several inputs; mirrors input folders.", show_default=False)]
 
 # what decides the ranks
-Rank = Annotated[Words, Option("--rank", "-r", help='The new rank N of linear layers (the most, where something else decides), or "MODULES=N": blocks or a component of the model ("double=0-18=16", "mid=8") or a regular expression ("attn=8"), looked for in names in the file and in the model; the first that fits holds. Repeatable.', show_default=False)]
-ConvRank = Annotated[Number, Option("--conv-rank", help="Of convolutions with a kernel. Default: --rank.", show_default=False)]
+Rank = Annotated[Words, Option("--rank", "-r", help='The new rank N of linear layers (the most, where something else decides), or "MODULES:N" (or "MODULES=N"): blocks or a component of the model ("double=0-18:16", "mid:8") or a regular expression ("attn:8"), looked for in names in the file and in the model; the first that fits holds. "blocks=N,N,..." has one for each block, as sd-scripts\' block_dims; "double=N,N,..." for each block of a run. 0 leaves out. Repeatable.', show_default=False)]
+ConvRank = Annotated[Words, Option("--conv-rank", help="The same for convolutions with a kernel. Default: --rank.", show_default=False)]
 PointwiseRank = Annotated[Number, Option("--pointwise-rank", help="Of 1x1 convolutions. Default: --rank.", show_default=False)]
 Policy = Annotated[Text, Option("--policy", help="sv_ratio, sv_cumulative, sv_fro, energy (share of the squared norm), threshold (smallest singular value), knee, error (largest relative error) or params (share of the parameters).", show_default=False)]
 Param = Annotated[Real, Option("--param", help="The policy's number.", show_default=False)]

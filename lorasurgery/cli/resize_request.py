@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Adapter
     from lorasurgery.surgery.resize import ResizeOptions
+    from lorasurgery.surgery.resize.pick import Pattern
 
 UNITS = {
     "": 1, "B": 1, "K": 1 << 10, "KB": 10**3, "KIB": 1 << 10, "M": 1 << 20, "MB": 10**6, "MIB": 1 << 20,
@@ -51,6 +52,8 @@ class Request:
     @property
     def way(self) -> str:
         """What decides the ranks, in a few words."""
+        from lorasurgery.surgery.resize.pick import ranks_text
+
         own = self.options
         if own.policy is not None:
             found = f"{own.policy} {1.0 if own.param is None else own.param:g}"
@@ -59,8 +62,9 @@ class Request:
             found = f"size {self.size_text}"
         else:
             found = "" if own.recipe is None else f"recipe {own.recipe}"
-        ranks = (("rank", own.rank), ("conv rank", own.conv_rank), ("1x1 rank", own.pointwise_rank), *own.ranks)
-        return ", ".join([*([found] if found else []), *(f"{name} {rank}" for name, rank in ranks if rank is not None)])
+        ranks = (("rank", own.rank), ("conv rank", own.conv_rank), ("1x1 rank", own.pointwise_rank))
+        words = [f"{name} {rank}" for name, rank in ranks if rank is not None]
+        return ", ".join([*([found] if found else []), *words, *ranks_text(own.ranks)])
 
     def marked(self, adapter: Adapter) -> Adapter:
         """The adapter with what is done noted in its metadata, as sd-scripts notes it."""
@@ -111,15 +115,21 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def parse_ranks(texts: Sequence[str]) -> tuple[int | None, tuple[tuple[str, int], ...]]:
-    """The one plain rank among ``--rank`` options, and the ranks by name."""
-    from lorasurgery.surgery.resize import parse_rank
+class Ranks(NamedTuple):
+    """What ``--rank`` and ``--conv-rank`` say, under the names of :class:`ResizeOptions`."""
 
-    found = [parse_rank(text) for text in texts]
-    plain = [rank for rank in found if isinstance(rank, int)]
-    if len(plain) > 1:
-        raise RequestError("two plain ranks", hint='one --rank N; --rank "REGEX=N" for modules by name')
-    return (plain[0] if plain else None), tuple(rank for rank in found if not isinstance(rank, int))
+    rank: int | None
+    conv_rank: int | None
+    ranks: tuple[tuple[Pattern, int], ...]
+
+
+def parse_ranks(texts: Sequence[str] | None, conv: Sequence[str] | None) -> Ranks:
+    """The plain ranks of ``--rank`` and ``--conv-rank``, and those by name and by block, convolutions' first."""
+    from lorasurgery.surgery.resize import parse_ranks as parsed
+
+    plain, by_name = parsed(texts or ())
+    conv_plain, conv_by_name = parsed(conv or (), conv=True)
+    return Ranks(plain, conv_plain, (*conv_by_name, *by_name))
 
 
 class Theirs(NamedTuple):

@@ -11,7 +11,7 @@ from lorasurgery.cli.meta_files import Shown
 from lorasurgery.cli.resize_advice import Advice
 from lorasurgery.cli.resize_request import Request, cache_file
 from lorasurgery.cli.resize_text import dropped_lines, plan_lines, report_lines
-from lorasurgery.errors import OutputExistsError, RequestError, UnknownArchitectureError
+from lorasurgery.errors import OutputExistsError, RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,24 +41,18 @@ def resized(job: Job, how: Request) -> Shown:
 
 def _load(source: Path, how: Request) -> Adapter:
     """The adapter; names that no table knows come from the base model."""
-    from lorasurgery.api import load
+    from lorasurgery.surgery.together import open_one
 
-    try:
-        return load(source, arch=how.arch)
-    except UnknownArchitectureError as error:
-        if how.base is not None and how.base.exists() and how.arch is None:
-            return load(source, base=how.base)
-        error.hint = "--base MODEL for names and shapes, or --arch NAME"
-        raise
+    return open_one(source, arch=how.arch, base=how.base)
 
 
 def _writable(adapter: Adapter, how: Request) -> str:
     """The layout to write; raises RequestError for an input whose own is only read."""
-    from lorasurgery.layouts.targets import LAYOUTS
+    from lorasurgery.layouts.targets import is_written
 
     folder = adapter.path is not None and adapter.path.is_dir()
     name = how.options.layout or ("peft" if folder else adapter.layout)
-    if name not in LAYOUTS:
+    if not is_written(name):
         raise RequestError(
             f"its layout, {name}, is only read, not written", path=adapter.path, hint="--target comfyui, or another"
         )

@@ -41,6 +41,7 @@ def split(
     out: Annotated[Optional[Path], typer.Option("--out", "-o", "--output", help="What the outputs' names begin with: OUT-te1.safetensors, OUT-unet.safetensors ...", show_default=False)] = None,  # noqa: UP045  typer evaluates this on Python 3.10 too
     out_dir: Annotated[Optional[Path], typer.Option("--out-dir", help="Folder for the outputs, named after their inputs.", show_default=False)] = None,  # noqa: UP045
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: the input's own.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
@@ -54,7 +55,7 @@ def split(
 
     if by not in WAYS:
         raise RequestError(f"--by is {', '.join(WAYS[:-1])} or {WAYS[-1]}, not {by}")
-    how = Writing(target, dtype, force, strict, dry_run)
+    how = Writing(target, dtype, force, strict, dry_run, arch, base)
     how.check()
     inputs = [file for path in paths for file in expanded(path)]
     if not inputs:
@@ -62,7 +63,7 @@ def split(
     stems = _stems(inputs, out, out_dir, dry_run=dry_run)
     run_each(
         [Found(path, Path(path.name)) for path in inputs],
-        lambda found: _one(found.path, stems[found.path], by, arch, how),
+        lambda found: _one(found.path, stems[found.path], by, how),
         as_json=json_,
         several=len(inputs) > 1,
     )
@@ -85,14 +86,13 @@ def _stems(inputs: list[Path], out: Path | None, out_dir: Path | None, *, dry_ru
     return found
 
 
-def _one(source: Path, stem: Path, by: str, arch: str | None, how: Writing) -> Shown:
-    from lorasurgery.api import load
+def _one(source: Path, stem: Path, by: str, how: Writing) -> Shown:
     from lorasurgery.cli.part_file import write_part
     from lorasurgery.io.writer import check_output
     from lorasurgery.surgery.parts import file_name
     from lorasurgery.surgery.parts import split as divided
 
-    adapter = load(source, arch=arch)
+    adapter = how.read(source)
     parts = divided(adapter, by)
     suffix = how.suffix(adapter)
     outputs = {name: stem.with_name(f"{stem.name}-{file_name(name)}{suffix}") for name in parts}

@@ -1,8 +1,11 @@
-"""GLoRA and (IA)^3: changes that are a small function of the base weight's own rows.
+"""GLoRA, (IA)^3 and MiSS' ``bat``: changes that are a small function of the base weight's own rows.
 
 GLoRA: ``W' = W + s (W A + B)``. New files: ``A = a1 a2``, ``B = b1 b2`` (with a Tucker core ``bm``); old ones: ``A = a2 a1``,
 ``B = b2 b1``. Source: LyCORIS 4.1 ``modules/glora.py``; how old and new are told apart: ComfyUI ``weight_adapter/glora.py``.
-(IA)^3: LyCORIS ``W' = W (1 + s w)`` per row or, with ``on_input``, per column; PEFT ``W' = W (1 + s (l - 1))``.
+(IA)^3: LyCORIS ``W' = W (1 + s w)`` per row or, with ``on_input``, per column; PEFT ``W' = W (1 + s (l - 1))``, and where it
+multiplies rows, the bias too.
+``bat``: blocks B (out / r, r, r); of row ``o r + i`` each run x of r columns becomes ``x + s (x B_o + B_o[i])``.
+Source: PEFT ``tuners/miss/layer.py`` 0.21 (``get_delta_weight``).
 Source: LyCORIS ``modules/ia3.py``, PEFT ``tuners/ia3/layer.py``.
 """
 
@@ -54,6 +57,8 @@ def glora(slots: Mapping[str, Tensor], out: int, columns: int) -> Glora:
             f"its a1 {list(a1.shape)}, a2 {list(a2.shape)}, b1 {list(b1.shape)} and b2 {list(b2.shape)} do not fit"
         )
     if old and (not new or a2.shape[0] == out == columns):
+        if a2.shape[0] != columns or (b2.shape[0], b1.size // b1.shape[0]) != (out, columns):
+            raise CannotError(f"its a2 {list(a2.shape)} and b2 {list(b2.shape)} are of no weight of {out} x {columns}")
         return Glora(_matrix(a2), _matrix(a1), LowRank(b2, b1), a1.shape[0], channels=False)
     return Glora(_matrix(a1), _matrix(a2), LowRank(b1, b2, slots.get(".bm.weight")), a2.shape[0], channels=True)
 
@@ -82,20 +87,58 @@ def inverse_of_a(of: Glora, factor: float) -> tuple[Float64, Float64]:
     return left, of.right
 
 
-def ia3_factors(slots: Mapping[str, Tensor], out: int, columns: int, strength: float) -> Float64:
+def ia3_on_input(vector: Tensor, out: int, channels: int, feedforward: bool | None) -> bool:  # noqa: FBT001  one of three
+    """Whether a vector of PEFT's multiplies input channels.
+
+    Of a linear layer it is a row or a column; of a convolution always (1, n, 1...), so that with as many input as output
+    channels only the configuration's ``feedforward_modules`` tell. Raises CannotError when nothing does.
+    """
+    if len(vector.shape) == 2 and vector.size > 1 and 1 in vector.shape:
+        return vector.shape[0] == 1
+    if feedforward is not None:
+        return feedforward
+    if vector.size == out == channels:
+        raise CannotError("feedforward_modules of its adapter_config.json would tell whether it multiplies rows or columns")
+    return vector.size != out
+
+
+def ia3_factors(
+    slots: Mapping[str, Tensor], out: int, columns: int, strength: float, *, on_input: bool
+) -> Float64:  # fmt: skip
     """What rows (out, 1) or columns (1, columns) are multiplied by; raises CannotError when the sizes fit neither."""
     if ".ia3_l" in slots:
-        vector = slots[".ia3_l"]
-        on_input = (len(vector.shape) > 1 and vector.shape[0] == 1 and vector.size != out) or vector.size != out
-        values = 1.0 + strength * (vector.f64().reshape(-1) - 1.0)
+        values = 1.0 + strength * (slots[".ia3_l"].f64().reshape(-1) - 1.0)
     elif ".weight" in slots and ".on_input" in slots:
-        vector = slots[".weight"]
-        on_input = bool(slots[".on_input"].item())
-        values = 1.0 + strength * vector.f64().reshape(-1)
+        values = 1.0 + strength * slots[".weight"].f64().reshape(-1)
     else:
         raise CannotError("it has no vector")
     if not on_input and values.size == out:
         return values.reshape(-1, 1)
-    if on_input and columns % values.size == 0:
+    if on_input and values.size and columns % values.size == 0:
         return np.repeat(values, columns // values.size).reshape(1, -1)
     raise CannotError(f"its {values.size} factors fit neither {out} rows nor {columns} columns")
+
+
+def bat_blocks(slots: Mapping[str, Tensor], out: int, columns: int) -> Float64:
+    """The blocks (out / r, r, r) of a ``bat``; raises CannotError when they are of another weight."""
+    (block,) = slots.values()
+    count, size, width = block.shape
+    if size != width or count * size != out or columns % size:
+        raise CannotError(f"its blocks {list(block.shape)} are of no weight of {out} x {columns}")
+    return block.f64()
+
+
+def bat_rows(weight: Work, start: int, blocks: Float64, strength: float, *, undo: bool) -> Work:
+    """Rows from ``start`` of a weight with a ``bat`` in it, or out of it."""
+    size = blocks.shape[-1]
+    own, row = np.divmod(np.arange(start, start + len(weight)), size)
+    first, last = int(own[0]), int(own[-1]) + 1
+    factors = np.eye(size) + strength * blocks[first:last]
+    added = (strength * blocks[own, row]).astype(weight.dtype)[:, None, :]
+    cells = weight.reshape(len(weight), -1, size)
+    if undo:
+        changed = (cells - added) @ np.linalg.inv(factors).astype(weight.dtype)[own - first]
+    else:
+        changed = cells @ factors.astype(weight.dtype)[own - first] + added
+    found: Work = changed.reshape(weight.shape)
+    return found

@@ -5,15 +5,24 @@ longer; ``R = (I + Q)(I - Q)^-1``; Diag-OFT ``W'_k = R_k^T W_k`` for each block 
 applied to rows taken in another order (``2^i b / 2`` apart). ``rescale`` multiplies rows. A strength s makes ``R`` of each
 set ``s R + (1 - s) I``. Source: LyCORIS 4.1 ``modules/diag_oft.py`` and ``functional/boft.py``, sd-scripts ``networks/oft.py``.
 
-Column side (PEFT ``tuners/oft/layer.py`` 0.21): skew-symmetric Q from its upper triangle, R by five terms of the Neumann
-series or by Cayley's transform, ``W' = W blockdiag(R)^T``.
+Column side, OFT (PEFT ``tuners/oft/layer.py`` 0.21, OneTrainer ``modules/module/oft_utils.py`` 2026-08): skew-symmetric Q
+from its upper triangle, R by five terms of the Neumann series or by Cayley's transform, ``W' = W blockdiag(R)^T``. COFT
+shortens each block's Q to ``eps / sqrt(n)``. OneTrainer's scaled OFT divides Q by ``2 sqrt(b - 1)``, and on convolutions it
+takes ``W' = W blockdiag(R)``, the other direction. PEFT before 0.16 kept whole matrices, ``Q = (R - R^T) / 2``, with Cayley's
+transform: 0.14 and 0.15 for columns, with a factor for each row, earlier ones for rows.
+
+Column side, BOFT (PEFT ``tuners/boft/layer.py`` 0.21): R (m, n, b, b), ``Q = (R - R^T) / 2``, ``(I - Q)(I + Q)^-1``; set i acts
+on runs of b / 2 columns in the butterfly's order, set 0 first; then rows are multiplied by ``boft_s``.
 """
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lorasurgery.deltas.base import CannotError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,29 +91,77 @@ def _stage(part: Work, matrices: Work, i: int) -> Work:
     return whole
 
 
-def column_rotations(triangle: Float64, *, neumann: bool = True) -> Float64:
-    """PEFT's R (n, b, b) from the upper triangles (n, b (b - 1) / 2)."""
-    count = triangle.shape[1]
-    size = round((1 + (1 + 8 * count) ** 0.5) / 2)
+def triangle_size(count: int) -> int:
+    """b of ``count = b (b - 1) / 2``; raises CannotError for a number that is none."""
+    size = (1 + isqrt(1 + 8 * count)) // 2
+    if not count or size * (size - 1) != 2 * count:
+        raise CannotError(f"{count} numbers make no upper triangle")
+    return size
+
+
+def column_rotations(triangle: Float64, *, terms: int | None = NEUMANN_TERMS, longest: float | None = None) -> Float64:
+    """R (n, b, b) from the upper triangles (n, b (b - 1) / 2).
+
+    ``terms`` of the series, counted as PEFT counts them, or None for Cayley's transform; ``longest``: COFT's ``eps``.
+    Raises CannotError for triangles of no size.
+    """
+    size = triangle_size(triangle.shape[1])
     rows, columns = np.triu_indices(size, 1)
     skew = np.zeros((len(triangle), size, size))
     skew[:, rows, columns] = triangle
     skew -= np.swapaxes(skew, 1, 2)
-    eye = np.eye(size)
-    if not neumann:
-        cayley: Float64 = (eye - skew) @ np.linalg.inv(eye + skew)
-        return cayley
-    series, power = eye + 2.0 * skew, skew
-    for term in range(2, NEUMANN_TERMS):
+    if longest is not None:
+        skew = shortened(skew, longest)
+    return cayley(skew) if terms is None else _series(skew, terms)
+
+
+def shortened(matrices: Float64, longest: float) -> Float64:
+    """COFT: each of n matrices (n, b, b) no longer than ``longest / sqrt(n)``."""
+    norms = np.sqrt((matrices**2).sum(axis=(1, 2), keepdims=True))
+    short: Float64 = matrices * np.minimum(1.0, longest / len(matrices) ** 0.5 / np.maximum(norms, np.finfo(np.float64).tiny))
+    return short
+
+
+def _series(skew: Float64, terms: int) -> Float64:
+    """``I + 2 Q + 2 Q^2 + ...``, of which the last of at least four terms counts once: PEFT's ``_cayley_batch``."""
+    found = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape) + (2.0 * skew if terms > 1 else 0.0)
+    if terms <= 2:
+        return found
+    last, power = max(terms, 4) - 1, skew
+    for exponent in range(2, last + 1):
         power = power @ skew
-        series = series + (2.0 if term < NEUMANN_TERMS - 1 else 1.0) * power
-    return series
+        found = found + (1.0 if exponent == last else 2.0) * power
+    return found
 
 
-def turn_columns(weight: Work, turns: Float64, *, undo: bool = False) -> Work:
+def cayley(matrices: Float64) -> Float64:
+    """PEFT's R = ``(I - Q)(I + Q)^-1`` of BOFT and of its earlier OFT, from square matrices (..., b, b)."""
+    skew = 0.5 * (matrices - np.swapaxes(matrices, -1, -2))
+    eye = np.eye(matrices.shape[-1])
+    turned: Float64 = (eye - skew) @ np.linalg.inv(eye + skew)
+    return turned
+
+
+def butterfly_columns(weight: Work, turns: Float64, rescale: Float64, *, undo: bool = False) -> Work:
+    """PEFT's BOFT: ``weight`` (rows, n * b), ``turns`` (m, n, b, b), ``rescale`` (rows,) multiplies the rows at last.
+
+    Undone, ``turns`` are the inverse matrices.
+    """
+    scale = rescale.reshape(-1, 1).astype(weight.dtype)
+    order = range(len(turns))
+    part = weight / scale if undo else weight
+    for i in reversed(order) if undo else order:
+        shape = (len(weight), -1, 2, 2**i, max(turns.shape[-1] // 2, 1))
+        mixed = part if len(turns) == 1 else part.reshape(shape).swapaxes(2, 3).reshape(weight.shape)
+        part = turn_columns(mixed, turns[i])
+        if len(turns) > 1:
+            part = part.reshape(shape[0], -1, 2**i, 2, shape[4]).swapaxes(2, 3).reshape(weight.shape)
+    return part if undo else part * scale
+
+
+def turn_columns(weight: Work, turns: Float64) -> Work:
     """``W blockdiag(R)^T``: ``weight`` (rows, n * b), ``turns`` (n, b, b), or (1, b, b) for one that all blocks share."""
-    matrices = np.linalg.inv(turns) if undo else turns
-    size = matrices.shape[-1]
+    size = turns.shape[-1]
     blocks = weight.reshape(weight.shape[0], -1, size).swapaxes(0, 1)
-    turned: Work = (blocks @ np.swapaxes(matrices, 1, 2).astype(weight.dtype)).swapaxes(0, 1)
+    turned: Work = (blocks @ np.swapaxes(turns, 1, 2).astype(weight.dtype, copy=False)).swapaxes(0, 1)
     return turned.reshape(weight.shape)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.group import Group
 
 _CHECKPOINT = r"^(model\.diffusion_model|cond_stage_model|conditioner|first_stage_model)\."
+_DIFFERENCE = "lorasurgery extract for an adapter of the difference"
 _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^lllite_", "a ControlNet-LLLite, not a LoRA", "the LLLite nodes of your program"),
     (r"^(control_model\.|controlnet_|input_hint_block|zero_convs)", "a ControlNet, not a LoRA", "the ControlNet folder"),
@@ -26,6 +27,16 @@ _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"\.processor\.ip_adapter_|_ip\.weight$", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"^(encoder\.conv_in|decoder\.conv_in|quant_conv)", "a VAE, not a LoRA", "the VAE folder"),
+    (
+        r"\.(vera_lambda_[bd]|fourierft_spectrum|waveft_spectrum|randlora_lambda|vblora_logits_[AB]|shira_weight)",
+        "an adapter whose change depends on random numbers or a bank of vectors beside it (VeRA, FourierFT, ... of PEFT)",
+        f"merge_and_unload() of PEFT, and {_DIFFERENCE}",
+    ),
+    (
+        r"\.(hra_u|c3a_kernel|road_theta|delora_[AB]|gralora_[AB]|hira_[AB]|psoft_R|glora_[A-E]|ln_tuning_layers)\b",
+        "an adapter of one of PEFT's rarer types, which are not read here",
+        f"merge_and_unload() of PEFT, and {_DIFFERENCE}",
+    ),
     (r"\.qweight$|\.svdq|smooth_factor", "an SVDQuant model, not a LoRA", "the LoRA it was made from"),
 )  # fmt: skip
 

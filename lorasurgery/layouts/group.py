@@ -160,6 +160,9 @@ def _low_rank(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:
         if slot not in slots:
             have = own.entries[LORA, other if other in slots else next(iter(slots))].key
             raise _broken(own, path, f"{own.stem} has {have} but no {slot} factor", "the complete file")
+    if "diagonal" in slots:
+        text = f"{own.stem} is AdaLoRA, whose strength hangs on a count of ranks that PEFT does not save"
+        raise _broken(own, path, text, "merge_and_unload() of PEFT, and lorasurgery extract for an adapter of the difference")
     return LowRank(slots["up"], slots["down"], slots.get("mid"))
 
 
@@ -196,8 +199,8 @@ def _opaque(own: Group, family: str, slots: Mapping[str, Tensor]) -> Opaque:
     if family == "oft" and "oft_blocks" in slots and len(slots["oft_blocks"].shape) == 4:
         family = "boft"
     named = tuple(
-        (entry.key[len(own.stem) :], entry.tensor)
-        for (kind, _), entry in own.entries.items()
+        (entry.key[len(own.stem) :] if kind == SET else f".{slot}", entry.tensor)
+        for (kind, slot), entry in own.entries.items()
         if kind in (*OPAQUE_FAMILIES, SET)
     )
     shape = slots["set_weight"].shape if family == SET else ()

@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3", "sparse"})
 KOHYA, PEFT, DOTTED = "kohya", "peft", "dotted"
+_KOHYA = {
+    "up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "magnitude": ".dora_scale",
+    "bias": ".diff_b", "norm bias": ".b_norm",
+}  # fmt: skip
+_OTHERS = {".lora_A": ".lora_B"} | {
+    f"{start}.down.weight": f"{start}.up.weight" for start in (".lora", ".lora_linear_layer", "_lora", "")
+}
+"""Further spellings of down and up; they are read, and written only where a file keeps its own."""
 
 SUFFIXES = MappingProxyType(
     {
-        KOHYA: {
-            "up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "magnitude": ".dora_scale",
-            "bias": ".diff_b", "norm bias": ".b_norm",
-        },
+        KOHYA: _KOHYA,
         PEFT: {
             "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".lora_magnitude_vector",
             "bias": ".lora_B.bias", "norm bias": ".b_norm",
@@ -33,6 +38,7 @@ SUFFIXES = MappingProxyType(
             "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".dora_scale", "bias": ".diff_b",
             "norm bias": ".b_norm",
         },
+        **{down: {**_KOHYA, "down": down, "up": up} for down, up in _OTHERS.items()},
     }
 )  # fmt: skip
 """Slot -> suffix in each dialect; LoHa, LoKr, full and norm slots are spelled the same in both."""
@@ -110,23 +116,45 @@ LAYOUTS = MappingProxyType(
     }
 )  # fmt: skip
 
+OWN = "*"
+"""In the id of a file's own spelling, see :mod:`lorasurgery.layouts.spelled`."""
 ALIASES = MappingProxyType({"default": "sd-scripts", "kohya": "sd-scripts"})
 
 
 def layout(name: str) -> Layout:
-    """The layout called ``name`` or one of its aliases; raises RequestError for another name."""
-    found = LAYOUTS.get(ALIASES.get(name, name))
+    """The layout called ``name`` or one of its aliases, or a file's own; raises RequestError for another name."""
+    found = LAYOUTS.get(ALIASES.get(name, name)) or (_own(name) if OWN in name else None)
     if found is None:
         raise RequestError(f"no layout is called {name}", hint="one of " + ", ".join((*LAYOUTS, *ALIASES)))
     return found
 
 
+def _own(name: str) -> Layout | None:
+    from lorasurgery.layouts.spelled import spelled_layouts
+
+    return spelled_layouts().get(name)
+
+
+def is_written(name: str) -> bool:
+    """Whether a layout that a file is in can be written, too."""
+    return name in LAYOUTS or OWN in name
+
+
 def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model") -> tuple[Naming, ...]:
-    """The denoiser namings a layout may use for an architecture, its own first."""
+    """The denoiser namings a layout may use for an architecture, its own first.
+
+    Raises RequestError for another program's layout where only one's names are known.
+    """
     own = target.denoiser
     if target.id == "onetrainer" and arch.onetrainer == "dotted":
         own = Naming("{denoiser}.", False, DIFFUSERS)
     own = own._replace(prefix=own.prefix.format(denoiser=arch.denoiser, prefix=prefix))
+    if arch.only_prefix not in (None, own.prefix):
+        raise RequestError(
+            f"no table knows the model, so what {arch.only_prefix}{next(iter(arch.shapes))} is called in the layout "
+            f"{target.id} is not known",
+            hint="--base MODEL, whose header has the names; or no --target, for the input's own",
+        )
     if target.split_names and arch.comfyui_split is not None:
         return own, Naming(arch.comfyui_split, False, DIFFUSERS)
     return (own,)

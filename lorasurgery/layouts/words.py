@@ -30,6 +30,8 @@ _HADA = {f".hada_{s}": Word(LOHA, s, "kohya") for s in ("w1_a", "w1_b", "w2_a", 
 _LOKR = {f".lokr_{s}": Word(LOKR, s, "kohya") for s in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 _OPAQUE = {
     **{f".{s}": Word("oft", s, "kohya") for s in ("oft_blocks", "oft_diag", "oft_R", "oft_R.weight", "rescale")},
+    ".oft_R.scaled_oft": Word("oft", "oft_R.scaled_oft", "kohya"),  # OneTrainer's mark of rotations that it divides by a number
+    **{f".{s}": Word("oft", s, "peft") for s in ("oft_r", "oft_s")},  # until PEFT 0.15
     **{f".{s}": Word("boft", s, "peft") for s in ("boft_R", "boft_s")},
     **{f".{s}.weight": Word("glora", f"{s}.weight", "kohya") for s in ("a1", "a2", "b1", "b2", "bm")},
     **{f".{s}": Word("ia3", s, "kohya") for s in ("on_input", "ia3_l")},
@@ -46,6 +48,7 @@ WORDS = MappingProxyType(
         **_pairs("_lora.down.weight", "_lora.up.weight", "processor"),
         **_pairs(".down.weight", ".up.weight", "xlabs"),
         ".lora_mid.weight": Word(LORA, "mid", "kohya"),
+        ".lora_E": Word(LORA, "diagonal", "peft"),
         ".lora_B.bias": Word(BIAS, "bias", "peft"),
         ".lora_up.bias": Word(BIAS, "bias", "kohya"),
         ".diff_b": Word(BIAS, "bias", "kohya"),
@@ -69,9 +72,11 @@ WORDS = MappingProxyType(
 )
 """Suffix -> word. A key is split at its longest suffix in here."""
 
-_NAMED = ("lora_A", "lora_B", "lora_magnitude_vector")
+_NAMED = ("lora_A", "lora_B", "lora_magnitude_vector", "oft_R")
 """PEFT's parameters that carry an adapter's name in a raw state dict: ``lora_A.default.weight``."""
-_NAMED_PREFIXES = ("hada_", "lokr_", "oft_R", "boft_", "miss_", "bone_")
+_NAMED_PREFIXES = ("hada_", "lokr_", "boft_", "oft_r", "oft_s", "ia3_", "miss_", "bone_")
+_OWN_ENDS = ("weight", "bias", "scaled_oft")
+"""What follows such a parameter's name in a key without an adapter's name."""
 
 
 class Split(NamedTuple):
@@ -111,7 +116,7 @@ def _split_at_longest(key: str) -> Split | None:
     adapter = ""
     if len(tail) > 3 and tail[-3] in _NAMED and tail[-1] in ("weight", "bias"):
         adapter = tail.pop(-2)
-    elif (len(tail) > 2 and tail[-2] in _NAMED and tail[-1] not in ("weight", "bias")) or (
+    elif (len(tail) > 2 and tail[-2] in _NAMED and tail[-1] not in _OWN_ENDS) or (
         len(tail) > 2 and tail[-2].startswith(_NAMED_PREFIXES) and tail[-1] != "weight"
     ):
         adapter = tail.pop()

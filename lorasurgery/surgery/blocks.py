@@ -153,6 +153,14 @@ def _components(name: str, arch: Architecture) -> frozenset[str] | None:
     return None
 
 
+def blocks_named(name: str, arch: Architecture) -> Sequence[Selection]:
+    """Every block of a run in order, each as a selection; raises RequestError for a name without numbered blocks."""
+    whole = Selection(name, name.lower())
+    if _components(whole.name, arch) is not None:
+        raise RequestError(f"{name!r}: {whole.name} has no numbered blocks", hint=offered(arch))
+    return [Selection(f"{name}={i}", whole.name, ((i, i),)) for i in _run(whole, arch)]
+
+
 def _weights(selection: Selection, arch: Architecture) -> frozenset[str]:
     """The original weights in the selected blocks."""
     blocks = _run(selection, arch)

@@ -10,7 +10,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
-from lorasurgery.layouts.targets import KOHYA, PEFT
+from lorasurgery.layouts.targets import KOHYA, OWN, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
 if TYPE_CHECKING:
@@ -64,9 +64,15 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 
 
 def _holds(job: Job, module: Module) -> bool:
-    if module.family not in job.target.holds:
+    if module.family not in job.target.holds or _is_configured(job, module):
         return False
     return module.magnitude is None or module.family == "dora" or job.target.id != "peft"
+
+
+def _is_configured(job: Job, module: Module) -> bool:
+    """Whether it is PEFT's OFT, of which only the configuration tells how the rotations are made, on its way elsewhere."""
+    slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
+    return bool({".oft_R.weight", ".oft_r"} & set(slots)) and job.adapter.layout == "peft" and OWN not in job.target.id
 
 
 def _as_lora(job: Job, module: Module) -> Module | None:
@@ -76,7 +82,8 @@ def _as_lora(job: Job, module: Module) -> Module | None:
     if isinstance(delta, Opaque) or delta.family == "norm":
         if job.options.as_lora and _holds(job, module):
             return module
-        _leave_out(job, module, f"{delta.family.upper()} modules")
+        what = " without its adapter_config.json" if _is_configured(job, module) else " modules"
+        _leave_out(job, module, delta.family.upper() + what)
         return None
     if not job.options.as_lora:
         raise job.refusal(

@@ -20,6 +20,7 @@ from lorasurgery.surgery.apply.produce import Producer
 from lorasurgery.surgery.apply.provenance import marked
 from lorasurgery.surgery.apply.report import ApplyReport, Used
 from lorasurgery.surgery.apply.verify import verify
+from lorasurgery.surgery.apply.widen import check_width, rewritten
 from lorasurgery.surgery.apply.writing import Writing
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _refuse(model: Model, out: Path) -> None:
 
 
 def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, options: ApplyOptions) -> ApplyReport:
-    """The report before anything is computed; raises RequestError when no module of an adapter is used."""
+    """The report before anything is computed; raises RequestError when no module of an adapter is used, or one does not fit."""
     report = ApplyReport(
         str(model.path), str(out), model.architecture.key, model.layout, undone=options.unapply, rounding=options.rounding,
         unmatched=list(plan.unmatched), untouched=len(model.weights) - len(plan.changes),
@@ -130,6 +131,7 @@ def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, optio
                 f"none of its modules belongs to {model.path}: {reason}", path=source.path,
                 hint="the model that it was trained on; for text encoders an all-in-one file, or the pipeline's folder",
             )  # fmt: skip
+    report.warnings += check_width(plan, undo=options.unapply)
     return report
 
 
@@ -163,5 +165,9 @@ def _folder(
         for path in copied:
             target = made / path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            text = rewritten(path, writing.every_change())
+            if text is None:
+                shutil.copyfile(path, target)
+            else:
+                target.write_text(text, encoding="utf-8")
     return tallies

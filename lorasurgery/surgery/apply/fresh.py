@@ -35,31 +35,38 @@ class Fresh:
     """
 
     def __init__(self, model: Model, plan: Plan, change: Change, options: ApplyOptions, tools: Tools) -> None:
-        self.weight, self._tools = change.weight, tools
-        self.rows, *kernel = change.weight.shape
+        self.weight, self._change, self._tools = change.weight, change, tools
+        self.rows, *kernel = change.shape
         self.columns = int(np.prod(kernel, dtype=np.int64))
+        self._stored = int(np.prod(change.weight.shape[1:], dtype=np.int64))
         self.work = work_dtype(change.weight.tensor.dtype)
         placed = in_order(change.placed, undo=options.unapply)
         self._steps: list[tuple[Step, tuple[Run, ...]]] = []
         self._whole: Work | None = None
-        self._held = np.empty((0, self.columns), self.work)
+        self._held = np.empty((0, self._stored), self.work)
         if all(is_local(own) for own in placed):
             self._steps = [(self._step(own, options), own.runs) for own in placed]
         else:
             self._whole = self._together(model, plan, options)
 
     def _step(self, placed: Placed, options: ApplyOptions) -> Step:
-        return made_step(placed, self.columns, self.work, options, self._tools)
+        width = self._change.width(placed)
+        step = made_step(placed, width, self.work, options, self._tools)
+        return step if width == self.columns else step._replace(change=lambda block, at: step.change(block[:, :width], at))
 
     def old(self, start: int, stop: int) -> Work:
         """Rows as they are, (rows, columns); scaled fp8 is dequantised. The array is used again by the next call."""
         if self.weight.scale is not None:
-            return self.weight.rows(start, stop).astype(self.work, copy=False)
+            return self._padded(self.weight.rows(start, stop).astype(self.work, copy=False))
         if len(self._held) < stop - start:
-            self._held = np.empty((stop - start, self.columns), self.work)
+            self._held = np.empty((stop - start, self._stored), self.work)
         block = self._held[: stop - start]
         self._tools.decode(self._bytes(start, stop), self.weight.tensor.dtype, block)
-        return block
+        return self._padded(block)
+
+    def _padded(self, block: Work) -> Work:
+        """Rows with the columns that the weight gets, zeros."""
+        return block if self._stored == self.columns else np.pad(block, ((0, 0), (0, self.columns - self._stored)))
 
     def _bytes(self, start: int, stop: int) -> bytes:
         """Rows as they are stored."""
@@ -87,12 +94,12 @@ class Fresh:
         place = self.weight.place
         assert place is not None  # noqa: S101  it was matched by it
         names = dict.fromkeys(span.weight for span in place.spans)
-        spans = tuple(Span(name, 0, _height(model, place.component, name)) for name in names)
+        spans = tuple(Span(name, 0, height_of(model, place.component, name)) for name in names)
         reader = model.reader(place.component, spans)
         field = np.empty((reader.shape[0], self.columns), self.work)
         for low, high in chunks(*field.shape):
-            field[low:high] = reader.rows(low, high)
-        for placed in in_order(_of_weights(plan, place.component, names), undo=options.unapply):
+            field[low:high] = self._padded(reader.rows(low, high))
+        for placed in in_order(of_weights(plan, place.component, names), undo=options.unapply):
             step = self._step(placed, options)
             _change(field, step, runs_between(spans, placed.module.site.spans))
         runs = runs_between(place.spans, spans)
@@ -119,7 +126,7 @@ def made_step(placed: Placed, columns: int, work: str, options: ApplyOptions, to
         ) from reason  # fmt: skip
 
 
-def _of_weights(plan: Plan, component: str, names: Iterable[str]) -> Iterator[Placed]:
+def of_weights(plan: Plan, component: str, names: Iterable[str]) -> Iterator[Placed]:
     """What happens to any row of some original weights, each module once, in order."""
     wanted, seen = set(names), set()
     found: list[Placed] = []
@@ -152,7 +159,7 @@ def _change(field: Work, step: Step, runs: Sequence[Run]) -> None:
         field[run.at : run.at + run.length] = own[run.first : run.first + run.length]
 
 
-def _height(model: Model, component: str, name: str) -> int:
+def height_of(model: Model, component: str, name: str) -> int:
     """Rows of an original weight that the model has, from the first one on."""
     ends = [
         span.stop

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasurgery.api import read_any
-from lorasurgery.errors import NotRepresentableError, RequestError, UnknownArchitectureError
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder
+from lorasurgery.errors import RequestError, UnknownArchitectureError
+from lorasurgery.io.peft_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, is_peft_folder, read_peft_folder
 from lorasurgery.layouts.parse import FLAGS, parse
 from lorasurgery.layouts.scales import PeftConfig
 from lorasurgery.layouts.words import split_key
 from lorasurgery.metadata import FACTOR
+from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules, refuse_other_types
+from lorasurgery.surgery.apply.widen import widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.models import Model
 
-SCALED_OFT = ".scaled_oft"
-"""Marks an OFT whose rotations OneTrainer (2026-08) divides by a number of its own."""
 TOP_LEVEL = (FACTOR, *FLAGS)
 """Keys that say how a file was trained and stand for no weight."""
 
@@ -37,8 +37,15 @@ class Source:
     """The weight as it was asked for."""
     keys: Mapping[str, Sequence[str]]
     """Module name -> the file's keys of it."""
-    neumann: bool = True
-    """Whether a PEFT OFT's rotations are the five terms of a series, PEFT's default, or Cayley's transform."""
+    rules: Mapping[str, Rules] = field(default_factory=dict)
+    """Component ("" for all) -> how its OFT and (IA)^3 modules are meant."""
+
+    def rules_of(self, module: Module) -> tuple[Rules, str]:
+        """The rules of a module, and its name in the model that they were written for."""
+        for component, own in self.rules.items():
+            if component and module.name.startswith(component + "."):
+                return own, module.name[len(component) + 1 :]
+        return self.rules.get("", Rules()), module.name.removeprefix(PEFT_PREFIX)
 
     @property
     def path(self) -> str:
@@ -50,7 +57,18 @@ class Source:
         return [(left.key, left.reason) for left in self.adapter.leftovers if left.key not in TOP_LEVEL]
 
 
-ADAPTERS = (".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".oft_R.weight")
+def source_of(adapter: Adapter) -> Source:
+    """An adapter that was read at weight 1; how its OFT and (IA)^3 modules are meant is read from where it came from."""
+    path, rules = adapter.path, {"": Rules(backwards=adapter.layout != "peft")}
+    if path is not None and path.is_dir() and is_peft_folder(path):
+        rules = {component: Rules.from_dict(fields) for component, fields in read_peft_folder(path)[1].items()}
+    return Source(adapter, lambda _: 1.0, "1", {}, rules)
+
+
+ADAPTERS = (
+    ".lora_down.weight", ".lora_A.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".oft_R.weight", ".boft_R",
+    ".ia3_l", ".on_input", ".miss_block", ".bone_block",
+)  # fmt: skip
 """Ends of keys that no model has."""
 
 
@@ -64,28 +82,31 @@ def check_model(model: Model) -> None:
             )
 
 
+def _whole(path: Path) -> Path:
+    """The folder of a file that PEFT saved beside its configuration, without which its strength is not known."""
+    return path.parent if path.name in (WEIGHTS, OLD_WEIGHTS) and (path.parent / CONFIG).is_file() else path
+
+
 def read_source(
     path: Path, architecture: Architecture, strength: Callable[[Module], float] | float = 1.0, text: str = ""
 ) -> Source:
     """An adapter whose modules are the model's, at a strength, or one for each module.
 
+    ``path``: a file, or PEFT's folder; its weights alone stand for the folder.
     Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model, and
-    NotRepresentableError for a kind of OFT whose meaning is not sure.
+    RequestError for a type of PEFT's whose change is not in its files.
     """
-    rules, neumann = None, True
+    scales, rules, path = None, {}, _whole(path)
     if path.is_dir() and is_peft_folder(path):
         raw, configs = read_peft_folder(path)
-        rules = {component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()}
-        neumann = all(fields.get("use_cayley_neumann", True) for fields in configs.values())
+        refuse_other_types(configs, path)
+        scales = {component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()}
+        rules = {component: Rules.from_dict(fields) for component, fields in configs.items()}
     else:
         raw = read_any(path)
-    scaled = next((key for key in raw.tensors if key.endswith(SCALED_OFT)), None)
-    if scaled is not None:
-        raise NotRepresentableError(
-            f"{scaled}: OneTrainer's scaled OFT is not applied", module=scaled, path=path, hint="loading it beside the model"
-        )
+        rules = {"": Rules(backwards=not any(key.startswith(PEFT_PREFIX) for key in raw.tensors))}
     try:
-        adapter = parse(raw, among=(architecture,), configs=rules)
+        adapter = parse(raw, among=(widened(raw, architecture),), configs=scales)
     except UnknownArchitectureError as error:
         raise UnknownArchitectureError(
             f"it is for another model than {architecture.name}: {error.message}", path=path, candidates=error.candidates,
@@ -96,6 +117,6 @@ def read_source(
         split = split_key(key)
         keys.setdefault(key if split is None else split.stem, []).append(key)
     if callable(strength):
-        return Source(adapter, strength, text or "by block", keys, neumann)
+        return Source(adapter, strength, text or "by block", keys, rules)
     value = strength
-    return Source(adapter, lambda _: value, text or f"{value:g}", keys, neumann)
+    return Source(adapter, lambda _: value, text or f"{value:g}", keys, rules)

@@ -72,7 +72,7 @@ def _chosen(plan: Plan) -> Iterator[Placed]:
     counts: dict[str, int] = {}
     seen: set[int] = set()
     for change in plan.changes.values():
-        for own in change.placed:
+        for own in change.placed if change.shape == change.weight.shape else ():
             module = own.module
             size = module.out * (change.weight.tensor.size // max(change.weight.shape[0], 1))
             if own.bias or id(module) in seen or size > ELEMENTS or counts.get(module.family, 0) >= EACH:

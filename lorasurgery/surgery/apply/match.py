@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.gated import ia3_on_input
+from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
-from lorasurgery.io.tensors import FLOATS
+from lorasurgery.io.tensors import BITS, FLOATS
+from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.models.names import BIAS, OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from lorasurgery.adapter import Module
-    from lorasurgery.architectures.table import Spans
+    from lorasurgery.architectures.table import Shape, Spans
     from lorasurgery.models import Model, Weight
     from lorasurgery.surgery.apply.inputs import Source
 
@@ -48,6 +53,25 @@ class Change:
     """Prefix and key."""
     weight: Weight
     placed: list[Placed] = field(default_factory=list)
+    columns: int = 0
+    """Those of the widest module that makes the weight wider; 0 where none does."""
+
+    @property
+    def shape(self) -> Shape:
+        """The tensor's shape when everything has happened."""
+        old = self.weight.shape
+        return (old[0], self.columns // prod(old[2:]), *old[2:]) if self.columns else old
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor when everything has happened."""
+        return prod(self.shape) * BITS[self.weight.tensor.dtype] // 8
+
+    def width(self, placed: Placed) -> int:
+        """The columns that a module acts on: the first ones, of a weight that another module makes wider."""
+        if not self.columns or placed.bias:
+            return prod(self.weight.shape[1:])
+        return prod(expected_shape(placed.source.adapter.architecture, placed.module.site)[1:])
 
 
 @dataclass(slots=True)
@@ -121,14 +145,29 @@ def _place(plan: Plan, holders: _Holders, source: Source, module: Module, streng
     """Whether anything of the module is used."""
     used = False
     for bias in (False, True):
-        if (module.bias if bias else module.delta) is None:
+        own = (module.bias is not None or _multiplies_outputs(source, module)) if bias else module.delta is not None
+        if not own:
             continue
         reason = _place_part(plan, holders, Placed(source, module, bias, strength, ()))
+        if bias and module.bias is None:
+            continue  # a layer without a bias lacks nothing
         used = used or not reason
         if reason:
             keys = source.keys.get(module.name, [module.name])
             plan.unmatched += [(source.path, key, reason) for key in _of_part(keys, bias=bias)]
     return used
+
+
+def _multiplies_outputs(source: Source, module: Module) -> bool:
+    """Whether it is PEFT's (IA)^3 on rows, which multiplies the layer's outputs, its bias included (``ia3/layer.py``)."""
+    vector = module.delta.tensors.get(".ia3_l") if module.delta is not None else None
+    if vector is None:
+        return False
+    rules, name = source.rules_of(module)
+    shape = expected_shape(source.adapter.architecture, module.site)
+    with suppress(CannotError):  # the weight's own step will say it
+        return not ia3_on_input(vector, module.out, shape[1], rules.is_feedforward(name))
+    return False
 
 
 def _of_part(keys: Iterable[str], *, bias: bool) -> Iterator[str]:
@@ -153,6 +192,7 @@ def _place_part(plan: Plan, holders: _Holders, part: Placed) -> str:
     for name, runs in placed.items():
         if runs:
             change = plan.changes.setdefault(name, Change(name, found[name]))
+            change.columns = max(change.columns, _more(part, found[name]))
             change.placed.append(Placed(part.source, part.module, part.bias, part.strength, runs))
     return ""
 
@@ -176,4 +216,17 @@ def _misfit(part: Placed, weight: Weight) -> str:
     if part.bias or delta is None or not delta.shape:
         return ""
     have, need = prod(weight.shape[1:]), prod(delta.shape[1:])
-    return "" if have == need else f"it has {need} columns, the model's {weight.key} has {have}"
+    if have == need:
+        return ""
+    if _more(part, weight):
+        blocks = weight.scale is not None and weight.scale.size not in (1, weight.shape[0])
+        return f"the scales of {weight.key} are for blocks of columns, and it has more of them" if blocks else ""
+    return f"it has {need} columns, the model's {weight.key} has {have}"
+
+
+def _more(part: Placed, weight: Weight) -> int:
+    """A LoRA's columns where the weight has fewer: the parser has made sure that it may make the weight wider."""
+    if part.bias or not isinstance(part.module.delta, LowRank) or len(weight.shape) < 2:
+        return 0
+    need = prod(part.module.delta.shape[1:])
+    return need if need > prod(weight.shape[1:]) and not need % prod(weight.shape[2:]) else 0

@@ -1,17 +1,15 @@
-"""Steps of the families that multiply the base weight, and of those that replace it."""
+"""Steps of the families that multiply the base weight and of those that replace it, all but what turns it."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.evaluate import flat, row_function
-from lorasurgery.deltas.gated import glora, ia3_factors, inverse_of_a, times_a
-from lorasurgery.deltas.orthogonal import butterfly_rows, column_rotations, rotations, turn_columns, turn_rows
-from lorasurgery.surgery.apply.step import Step, on_columns
+from lorasurgery.deltas.gated import bat_blocks, bat_rows, glora, ia3_factors, ia3_on_input, inverse_of_a, times_a
+from lorasurgery.surgery.apply.step import GONE, Step
+from lorasurgery.surgery.apply.turned import boft, oft
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,36 +19,6 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.apply.step import Wanted
 
     Work = NDArray[Any]
-
-
-def _oft(module: Module, delta: Opaque, wanted: Wanted) -> Step:
-    if on_columns(delta):
-        return _peft_oft(delta, wanted)
-    slots = delta.tensors
-    if ".oft_blocks" not in slots:
-        raise CannotError(f"{', '.join(slots)}: only OFT with oft_blocks or oft_R is applied")
-    blocks = slots[".oft_blocks"].f64()
-    rows = blocks.shape[-3] * blocks.shape[-1]
-    if rows != wanted.out or blocks.shape[-1] != blocks.shape[-2]:
-        raise CannotError(f"its oft_blocks {list(blocks.shape)} do not make {wanted.out} rows")
-    alpha = 0.0 if module.scale.alpha is None else module.scale.alpha.item()
-    turns = rotations(blocks, alpha * wanted.out, wanted.strength)
-    rescale = slots[".rescale"].f64().reshape(-1) if ".rescale" in slots else None
-    turn = turn_rows if blocks.ndim == 3 else butterfly_rows
-    return Step(local=False, change=lambda weight, _: turn(weight, turns, rescale, undo=wanted.undo))
-
-
-def _peft_oft(delta: Opaque, wanted: Wanted) -> Step:
-    turns = column_rotations(next(iter(delta.tensors.values())).f64(), neumann=wanted.neumann)
-    size = turns.shape[-1]
-    if wanted.columns % size or (len(turns) != 1 and len(turns) * size != wanted.columns):
-        raise CannotError(f"its {len(turns)} blocks of {size} do not make {wanted.columns} columns")
-    turns = wanted.strength * turns + (1.0 - wanted.strength) * np.eye(size)
-
-    def change(block: Work, start: int) -> None:  # noqa: ARG001  every row alike
-        block[...] = turn_columns(block, turns, undo=wanted.undo)
-
-    return Step(local=True, change=change)
 
 
 def _glora(module: Module, delta: Opaque, wanted: Wanted) -> Step:
@@ -73,14 +41,33 @@ def _glora(module: Module, delta: Opaque, wanted: Wanted) -> Step:
 
 
 def _ia3(module: Module, delta: Opaque, wanted: Wanted) -> Step:  # noqa: ARG001  the builders' signature
-    factors = ia3_factors(delta.tensors, wanted.out, wanted.columns, wanted.strength)
+    return ia3(delta, wanted)
+
+
+def ia3(delta: Opaque, wanted: Wanted) -> Step:
+    """(IA)^3 on a weight's rows or columns; on a bias of so many rows and one column."""
+    slots = delta.tensors
+    if ".ia3_l" in slots:
+        on_input = ia3_on_input(slots[".ia3_l"], wanted.out, wanted.channels, wanted.feedforward)
+    else:
+        on_input = ".on_input" in slots and bool(slots[".on_input"].item())
+    factors = ia3_factors(slots, wanted.out, wanted.columns, wanted.strength, on_input=on_input)
     if wanted.undo and (factors == 0.0).any():
-        raise CannotError("some of its factors are 0: what they multiplied is gone")
-    per_row = factors.shape[1] == 1 and wanted.out == factors.shape[0]
+        raise CannotError(GONE)
+    per_row = not on_input
     factors = (1.0 / factors if wanted.undo else factors).astype(wanted.work)
 
     def change(block: Work, start: int) -> None:
         block *= factors[start : start + len(block)] if per_row else factors
+
+    return Step(local=True, change=change)
+
+
+def _bat(module: Module, delta: Opaque, wanted: Wanted) -> Step:  # noqa: ARG001  the builders' signature
+    blocks = bat_blocks(delta.tensors, wanted.out, wanted.columns)
+
+    def change(block: Work, start: int) -> None:
+        block[...] = bat_rows(block, start, blocks, wanted.strength, undo=wanted.undo)
 
     return Step(local=True, change=change)
 
@@ -97,5 +84,5 @@ def _set(module: Module, delta: Opaque, wanted: Wanted) -> Step:  # noqa: ARG001
     return Step(local=True, change=change)
 
 
-MULTIPLIED = MappingProxyType({"oft": _oft, "boft": _oft, "glora": _glora, "ia3": _ia3, "set": _set})
+MULTIPLIED = MappingProxyType({"oft": oft, "boft": boft, "glora": _glora, "ia3": _ia3, "bat": _bat, "set": _set})
 """Family -> what makes its step from a module, its tensors and what is wanted."""

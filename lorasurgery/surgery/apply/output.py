@@ -7,19 +7,23 @@ kernel. Nothing has its name before it is complete.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from math import prod
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasurgery.io.header import header_bytes, serialiser_order
 from lorasurgery.io.in_place import header_of, header_text
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.sources import Region
+from lorasurgery.io.tensors import BITS, zeros
 from lorasurgery.io.writer import copy_region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from lorasurgery.io.header import RawFile
+    from lorasurgery.io.tensors import Shape, Tensor
 
 PIECE = 64 << 20
 """Bytes copied between two looks at whether to go on."""
@@ -32,22 +36,41 @@ class Skeleton(NamedTuple):
     offsets: Mapping[str, int]
 
 
-def skeleton(raw: RawFile, metadata: Mapping[str, str]) -> Skeleton:
-    """The header of ``raw`` with this metadata, its keys and data in their own order.
+def skeleton(raw: RawFile, metadata: Mapping[str, str], shapes: Mapping[str, Shape] | None = None) -> Skeleton:
+    """The header of ``raw`` with this metadata, its keys and data in their own order; ``shapes``: of tensors that have others.
 
     A PyTorch file's tensors are laid out as safetensors writes them.
     """
     if raw.path.suffix.lower() in TORCH_SUFFIXES:
-        head, offsets, at = header_bytes(raw.tensors, metadata), {}, 0
-        for name in serialiser_order(raw.tensors):
-            offsets[name], at = at, at + raw.tensors[name].nbytes
+        tensors = {n: _shaped(tensor, (shapes or {}).get(n, tensor.shape)) for n, tensor in raw.tensors.items()}
+        head, offsets, at = header_bytes(tensors, metadata), {}, 0
+        for name in serialiser_order(tensors):
+            offsets[name], at = at, at + tensors[name].nbytes
     else:
         header = header_of(raw)
+        if shapes:
+            header = replace(header, entries=_moved(header.entries, shapes))
         text = header_text(header, metadata)
         text += b" " * (-len(text) % 8)
         head = len(text).to_bytes(8, "little") + text
         offsets = {name: entry["data_offsets"][0] for name, entry in header.entries.items()}
     return Skeleton(head, {name: len(head) + at for name, at in offsets.items()})
+
+
+def _shaped(tensor: Tensor, shape: Shape) -> Tensor:
+    return tensor if shape == tensor.shape else zeros(tensor.dtype, shape)
+
+
+def _moved(entries: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Shape]) -> dict[str, Mapping[str, Any]]:
+    """The entries in their order, some of other shapes, the data of all one behind the other in the order that it has."""
+    at, places = 0, {}
+    for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+        entry = entries[name]
+        shape = shapes.get(name, tuple(entry["shape"]))
+        end = at + prod(shape) * BITS[entry["dtype"]] // 8
+        places[name] = {**entry, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    return {name: places[name] for name in entries}
 
 
 class Output:

@@ -10,11 +10,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorasurgery.deltas.full import Opaque
+    from lorasurgery.surgery.apply.rules import Rules
 
     Work = NDArray[Any]
 
-CHUNK = 1 << 18
-"""Elements changed at a time: two arrays of them in float32 stay in a core's cache."""
+CHUNK = 1 << 19
+"""Elements changed at a time: enough that threads rarely wait for each other, few enough to stay near the processor."""
+
+
+GONE = "some of its factors are 0: what they multiplied is gone"
 
 
 class Step(NamedTuple):
@@ -31,11 +35,17 @@ class Wanted(NamedTuple):
 
     out: int
     columns: int
+    channels: int
+    """Input channels: ``columns`` without a convolution's kernel."""
+    convolution: bool
+    """Whether the model's layer is one, of whatever kernel."""
     work: str
     strength: float
     undo: bool
     dora: str
-    neumann: bool
+    rules: Rules
+    feedforward: bool | None
+    """Whether the configuration has it among the modules whose inputs (IA)^3 multiplies; None: not told."""
 
     @property
     def sign(self) -> float:
@@ -50,5 +60,5 @@ def chunks(rows: int, columns: int) -> list[tuple[int, int]]:
 
 
 def on_columns(delta: Opaque) -> bool:
-    """PEFT's OFT turns columns."""
-    return any(suffix.startswith(".oft_R") for suffix in delta.tensors)
+    """PEFT's OFT (from 0.14 on) and BOFT, and OneTrainer's OFT, turn columns."""
+    return any(suffix.startswith((".oft_R", ".oft_s", ".boft_R")) for suffix in delta.tensors)

@@ -15,7 +15,8 @@ from lorasurgery.deltas.dora import COMFYUI, PEFT, column_squares, ratios, recom
 from lorasurgery.deltas.evaluate import flat, flat_factors, row_function
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.surgery.apply.multiplied import MULTIPLIED
+from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.surgery.apply.multiplied import MULTIPLIED, ia3
 from lorasurgery.surgery.apply.step import Step, Wanted, chunks, on_columns
 from lorasurgery.surgery.apply.tools import Tools
 
@@ -43,8 +44,22 @@ def is_local(placed: Placed) -> bool:
 
 
 def is_added(placed: Placed) -> bool:
-    """Whether a module only adds to the weight, whatever the weight is."""
-    return placed.bias or (placed.module.magnitude is None and not isinstance(placed.module.delta, Opaque))
+    """Whether a module only adds to the weight, or to the bias, whatever that is."""
+    if placed.bias:
+        return placed.module.bias is not None
+    return placed.module.magnitude is None and not isinstance(placed.module.delta, Opaque)
+
+
+def wanted_for(placed: Placed, columns: int, work: str, options: ApplyOptions) -> Wanted:
+    """What the step of a placed module on a weight with so many columns is made for."""
+    module, source = placed.module, placed.source
+    rules, name = source.rules_of(module)
+    shape = expected_shape(source.adapter.architecture, module.site)
+    channels = shape[1] if len(shape) > 1 else 1
+    return Wanted(
+        module.out, columns, channels, len(shape) > 2, work, placed.strength, options.unapply, options.dora, rules,
+        rules.is_feedforward(name),
+    )  # fmt: skip
 
 
 def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tools: Tools | None = None) -> Step:
@@ -53,12 +68,9 @@ def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tool
     ``tools`` None are numpy's. Raises CannotError, with the reason, where it cannot be done or cannot be undone.
     """
     module = placed.module
-    wanted = Wanted(
-        module.out, columns, work, placed.strength, options.unapply, options.dora, placed.source.neumann
-    )  # fmt: skip
+    wanted = wanted_for(placed, columns, work, options)
     if placed.bias:
-        assert module.bias is not None  # noqa: S101  it was placed for it
-        return _added_vector(flat(module.bias.array().reshape(-1, 1), work), wanted)
+        return _bias(module, wanted)
     delta = module.delta
     assert delta is not None  # noqa: S101  it was placed for it
     if isinstance(delta, Opaque):
@@ -76,6 +88,14 @@ def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tool
         block += rows(start, start + len(block))
 
     return Step(local=True, change=add)
+
+
+def _bias(module: Module, wanted: Wanted) -> Step:
+    """What is added to a bias; or what PEFT's (IA)^3 multiplies it by, as it multiplies the layer's outputs."""
+    if module.bias is not None:
+        return _added_vector(flat(module.bias.array().reshape(-1, 1), wanted.work), wanted)
+    assert isinstance(module.delta, Opaque)  # noqa: S101  it was placed for it
+    return ia3(module.delta, wanted._replace(columns=1))
 
 
 def _unknown(delta: Opaque) -> Step:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorasurgery.architectures.table import Span
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.models import open_model
 from lorasurgery.surgery.apply.dense import expected
-from lorasurgery.surgery.apply.fresh import in_order
+from lorasurgery.surgery.apply.fresh import height_of, in_order, of_weights
 from lorasurgery.surgery.apply.match import Placed, match
 from lorasurgery.surgery.apply.numbers import spacing
 from lorasurgery.surgery.apply.options import NEAREST
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Float64
     from lorasurgery.models import Model, Weight
     from lorasurgery.surgery.apply.inputs import Source
-    from lorasurgery.surgery.apply.match import Change
+    from lorasurgery.surgery.apply.match import Change, Plan
     from lorasurgery.surgery.apply.options import ApplyOptions
 
 MOST, ROWS, ELEMENTS = 24, 8, 1 << 24
@@ -61,33 +63,40 @@ def verify(model: Model, sources: Sequence[Source], out: Path, options: ApplyOpt
     plan = match(model, sources)
     written = open_model(out, arch=model.architecture).weights
     found = []
-    for change in _chosen(list(plan.changes.values()), options):
+    for change in _chosen(model, list(plan.changes.values()), options):
         weight = change.weight
         rows = np.arange(weight.shape[0]) if not _by_row(change) else _rows(weight.shape[0])
         try:
-            exact = _exact(change, rows, options)
+            exact = _exact(change, rows, options) if _by_row(change) else _together(model, plan, change, options)
         except CannotError:
             continue
         found.append(_compared(change, written[change.name], rows, exact, options))
     return found
 
 
-def _chosen(changes: Sequence[Change], options: ApplyOptions) -> list[Change]:
+def _chosen(model: Model, changes: Sequence[Change], options: ApplyOptions) -> list[Change]:
     """One of each combination of families and shape of step, then others spread over the model."""
-    able = [c for c in changes if _can(c, options)]
+    able = [c for c in changes if _can(model, c, options)]
     first = list({(_families(c), _by_row(c), c.weight.tensor.dtype): c for c in reversed(able)}.values())[:MOST]
     rest = [c for c in able if c not in first]
     left = MOST - len(first)
     return first + (rest[:: max(len(rest) // left, 1)][:left] if left else [])
 
 
-def _can(change: Change, options: ApplyOptions) -> bool:
+def _can(model: Model, change: Change, options: ApplyOptions) -> bool:
     if options.unapply and not all(is_added(own) for own in change.placed):
         return False
     if _by_row(change):
         return True
-    whole = all(len(own.runs) == 1 and own.runs[0] == (0, 0, own.module.out) for own in change.placed)
-    return whole and change.weight.tensor.size <= ELEMENTS and change.weight.shape[0] == change.placed[0].module.out
+    return sum(span.stop for span in _whole(model, change)) * prod(change.shape[1:]) <= ELEMENTS
+
+
+def _whole(model: Model, change: Change) -> tuple[Span, ...]:
+    """All rows of the original weights that a tensor holds rows of."""
+    place = change.weight.place
+    assert place is not None  # noqa: S101  it was matched by it
+    names = dict.fromkeys(span.weight for span in place.spans)
+    return tuple(Span(name, 0, height_of(model, place.component, name)) for name in names)
 
 
 def _by_row(change: Change) -> bool:
@@ -105,14 +114,32 @@ def _rows(count: int) -> Any:  # noqa: ANN401  an array of row numbers
 def _exact(change: Change, rows: Any, options: ApplyOptions) -> Float64:  # noqa: ANN401
     """The rows as they should be."""
     old = np.concatenate([change.weight.rows(int(r), int(r) + 1) for r in rows]).astype(np.float64)
+    old = np.pad(old, ((0, 0), (0, prod(change.shape[1:]) - old.shape[1])))
     for own in in_order(change.placed, undo=options.unapply):
         placed = Placed(own.source, own.module, own.bias, -own.strength if options.unapply else own.strength, own.runs)
-        if not is_local(own):
-            old = expected(placed, old, 0, options.dora)
-            continue
+        width = change.width(own)
         for i, first in _held(placed, rows):
-            old[i : i + 1] = expected(placed, old[i : i + 1], first, options.dora)
+            old[i : i + 1, :width] = expected(placed, old[i : i + 1, :width], first, options.dora)
     return old
+
+
+def _together(model: Model, plan: Plan, change: Change, options: ApplyOptions) -> Float64:
+    """A tensor as it should be, where rows depend on rows that may be in other tensors of the same original weights."""
+    place = change.weight.place
+    assert place is not None  # noqa: S101  it was matched by it
+    weights: dict[str, Float64] = {}
+    for span in _whole(model, change):
+        values = model.reader(place.component, (span,)).rows().astype(np.float64)
+        weights[span.weight] = np.pad(values, ((0, 0), (0, prod(change.shape[1:]) - values.shape[1])))
+    for own in in_order(of_weights(plan, place.component, weights), undo=options.unapply):
+        spans, width = own.module.site.spans, change.width(own)
+        values = np.concatenate([weights[span.weight][span.start : span.stop] for span in spans])
+        placed = Placed(own.source, own.module, own.bias, -own.strength if options.unapply else own.strength, own.runs)
+        values[:, :width] = expected(placed, values[:, :width], 0, options.dora)
+        for span in spans:
+            count = span.stop - span.start
+            weights[span.weight][span.start : span.stop], values = values[:count], values[count:]
+    return np.concatenate([weights[span.weight][span.start : span.stop] for span in place.spans])
 
 
 def _held(placed: Placed, rows: Any) -> Iterator[tuple[int, int]]:  # noqa: ANN401

@@ -14,7 +14,7 @@ from lorasurgery.surgery.apply.output import Output, copy_rest, skeleton
 from lorasurgery.surgery.apply.produce import Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -36,6 +36,7 @@ class Writing:
         for change in plan.changes.values():
             self.changes.setdefault(change.weight.file.path, {})[change.weight.key] = change
         self.total = sum(file.path.stat().st_size for file in model.files)
+        self.total += sum(change.nbytes - change.weight.tensor.nbytes for change in plan.changes.values())
         self._progress: Callable[[int, int], None] = lambda _done, _total: None
         self._done, self._lock = 0, Lock()
 
@@ -43,6 +44,11 @@ class Writing:
         """Itself, telling how far it is."""
         self._progress = progress or self._progress
         return self
+
+    def every_change(self) -> Iterator[Change]:
+        """The changes of all files."""
+        for own in self.changes.values():
+            yield from own.values()
 
     def _count(self, size: int) -> None:
         """Tell the progress; raises Stopped when a worker failed."""
@@ -61,7 +67,8 @@ class Writing:
                 copy_region(fd, Region(source, 0, source.size()))
                 self._count(source.size())
                 return []
-            head, offsets = skeleton(file.raw, metadata)
+            wider = {key: own.shape for key, own in changes.items() if own.shape != own.weight.shape}
+            head, offsets = skeleton(file.raw, metadata, wider)
             write_all(fd, head)
             output = Output(fd)
             with one_blas_thread(), self.producer.tools.running(), ThreadPoolExecutor(self.workers) as pool:
@@ -78,7 +85,7 @@ class Writing:
                     raise
 
     def _change(self, change: Change, output: Output, offsets: Mapping[str, int]) -> Tally:
-        row = change.weight.tensor.nbytes // max(change.weight.shape[0], 1)
+        row = change.nbytes // max(change.shape[0], 1)
         start = offsets[change.weight.key]
 
         def put(first: int, data: NDArray[np.generic]) -> None:

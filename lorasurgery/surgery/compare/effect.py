@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.deltas.full import Opaque
-from lorasurgery.surgery.apply.inputs import Source
+from lorasurgery.surgery.apply.inputs import source_of
 from lorasurgery.surgery.apply.match import Placed
 from lorasurgery.surgery.apply.options import ApplyOptions
 from lorasurgery.surgery.apply.steps import step_of
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter, Module
     from lorasurgery.linalg.factors import Array
     from lorasurgery.models import Model
+    from lorasurgery.surgery.apply.inputs import Source
     from lorasurgery.surgery.compare.pairs import Pair, Side
     from lorasurgery.surgery.compare.products import Measured
 
@@ -34,14 +35,14 @@ def effect_of(model: Model, a: Adapter, b: Adapter) -> Callable[[Pair], Measured
     The function raises RequestError when the model lacks the rows, CannotError for a family that cannot be applied. One
     weight is in memory at a time.
     """
-    lock, adapters = Lock(), (a, b)
+    lock, sources = Lock(), (source_of(a), source_of(b))
 
     def effect(pair: Pair) -> Measured | None:
         sides = (pair.a, pair.b)
         if not any(side is not None and needs_base(side.module) for side in sides):
             return None
         with lock:
-            return measure_arrays(*(_change(model, pair, side, own) for side, own in zip(sides, adapters, strict=True)))
+            return measure_arrays(*(_change(model, pair, side, own) for side, own in zip(sides, sources, strict=True)))
 
     return effect
 
@@ -51,14 +52,14 @@ def needs_base(module: Module) -> bool:
     return module.magnitude is not None or isinstance(module.delta, Opaque)
 
 
-def _change(model: Model, pair: Pair, side: Side | None, adapter: Adapter) -> Array:
+def _change(model: Model, pair: Pair, side: Side | None, source: Source) -> Array:
     """The rows of a pair of what one side adds to the weight, (rows, in*k*k); zero where it has no module."""
     if side is None or side.module.delta is None:
         return np.zeros(1)
     module = side.module
     before = np.asarray(model.reader(pair.component, module.site.spans).rows(), np.float64)
     after = before.copy()
-    placed = Placed(Source(adapter, lambda _: 1.0, "1", {}), module, bias=False, strength=1.0, runs=())
+    placed = Placed(source, module, bias=False, strength=1.0, runs=())
     step_of(placed, before.shape[1], "float64", ApplyOptions()).change(after, 0)
     after -= before
     return np.concatenate([after[start:stop] for start, stop in side.ranges])

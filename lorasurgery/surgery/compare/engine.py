@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     Effect = Callable[[Pair], Measured | None]
 
 
-CUSTOM = "custom"
 """What a table made of a file's own names is called."""
 
 
@@ -153,6 +152,4 @@ def _warnings(a: Adapter, b: Adapter) -> list[str]:
         found.append(
             f"{'A' if only_second(a) else 'B'} is for Wan 2.2's second expert; it is compared with the other's modules"
         )
-    if a.architecture.id == CUSTOM:
-        found.append("no table knows these names: modules are compared as the files spell them")
     return found

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.layouts.peft_config import factorization
-from lorasurgery.linalg.nearest_hadamard import hadamard_of_dense, nearest_hadamard
+from lorasurgery.linalg.hadamard_target import hadamard_of_dense
+from lorasurgery.linalg.nearest_hadamard import nearest_hadamard
 from lorasurgery.linalg.nearest_kronecker import nearest_kronecker, rearranged_dense
 from lorasurgery.surgery.extract.decompose import Wanted, decomposed
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.io.sources import FileSource, Region
 from lorasurgery.metadata import NETWORK_MODULES
 from lorasurgery.surgery.meta_hashes import sha256_of
+from lorasurgery.surgery.resize.pick import ranks_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,7 +65,7 @@ def operation(options: ExtractOptions) -> str:
     """What was done, for ``lorasurgery.operation``."""
     cut = options.cut
     asked = (("rank", cut.rank), ("conv rank", cut.conv_rank), (cut.policy or "", cut.param), ("size", cut.size))
-    words = [f"{name} {value}" for name, value in asked if name and value is not None]
+    words = [*(f"{name} {value}" for name, value in asked if name and value is not None), *ranks_text(cut.ranks)]
     family = "dora" if options.dora else f"tucker {options.family}" if options.tucker else options.family
     return ", ".join([f"extract {family}", *words, *([f"recipe {cut.recipe}"] if cut.recipe else [])])
 

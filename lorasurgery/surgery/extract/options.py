@@ -39,6 +39,9 @@ class ExtractOptions:
     """Magnitude and direction apart: a LoRA with a magnitude per output row."""
     conv: bool = True
     """False leaves out convolutions with a kernel, as sd-scripts does without ``conv_dim``."""
+    as_sd_scripts: bool = False
+    """Only the matrices and convolutions that sd-scripts' and musubi-tuner's own scripts extract, at ranks of at most their
+    input and output channels, as there; see :mod:`lorasurgery.surgery.extract.sd_scripts`."""
     small: str = VECTORS
     """``vectors``: norms and biases that changed go along whole; ``all``: embeddings too; ``none``: neither."""
     text_encoders: bool = True

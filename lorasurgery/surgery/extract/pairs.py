@@ -13,17 +13,25 @@ from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.layouts.targets import PEFT, Speller
 from lorasurgery.surgery.extract.coverage import covers, held_rows, total_rows
-from lorasurgery.surgery.extract.parameters import excluded, parameters
-from lorasurgery.surgery.resize.subject import CONV, kind_of
+from lorasurgery.surgery.extract.parameters import bare_module, excluded, parameters
+from lorasurgery.surgery.extract.sd_scripts import left_to
+from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
+from lorasurgery.surgery.resize.survey import rank_asked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from lorasurgery.architectures.table import Architecture
     from lorasurgery.io.tensors import Shape
     from lorasurgery.models import Model, Reader, Weight
     from lorasurgery.surgery.extract.options import ExtractOptions
 
+    LeftOut = Callable[[str, Site, str], str]
+    """kind, site and the target's name of a tensor -> why it is not extracted; empty if it is."""
+
 NORM, BIAS, EMBEDDING, PARAMETER = "norm", "bias", "embedding", "parameter"
+MATRICES = frozenset({LINEAR, CONV, POINTWISE})
+"""Kinds of weights that are multiplied."""
 EMBEDDINGS = frozenset(
     {"token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias", "word_embeddings"}
 )
@@ -82,7 +90,7 @@ def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
     _same_architecture(base, tuned)
     speller = Speller(options.layout, base.architecture)
     held = held_rows(base), held_rows(tuned)
-    found = Pairs()
+    found, left_out = Pairs(), _reasons(base.architecture, options)
     for site in _sites(base, tuned, speller):
         there = [covers(own, site) for own in held]
         stem = speller.stem(site) or ""
@@ -92,7 +100,8 @@ def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
                 raise _other_shape(site, _first_weight(base, site), _first_weight(tuned, site))
             continue
         if all(there):
-            _add(found, base, tuned, site, stem, options)
+            both = _pairs_of(base, tuned, site, stem, left_out)
+            found.pairs += _of_one_shape(both, others=excluded(site, stem, options))
         elif any(there):
             (found.only_base if there[0] else found.only_tuned).append(stem or _unnamed(site))
             if site.component == DENOISER:
@@ -152,44 +161,48 @@ def _unnamed(site: Site) -> str:
     return f"{site} [{', '.join(f'{span.start}:{span.stop}' for span in site.spans)}]"
 
 
-def _add(found: Pairs, base: Model, tuned: Model, site: Site, stem: str, options: ExtractOptions) -> None:
+def _of_one_shape(pairs: Iterator[Pair], *, others: bool) -> Iterator[Pair]:
+    """Those of equal shapes; raises RequestError for one that is not, unless there may be ``others``."""
+    for pair in pairs:
+        if pair.base.shape == pair.tuned.shape:
+            yield pair
+        elif not others:
+            raise _other_shape(pair.site, pair.base.parts[0].weight, pair.tuned.parts[0].weight)
+
+
+def _pairs_of(base: Model, tuned: Model, site: Site, stem: str, left_out: LeftOut) -> Iterator[Pair]:
     """The weight of a module, and its bias."""
     readers = base.reader(*site), tuned.reader(*site)
     biases = base.bias_reader(*site), tuned.bias_reader(*site)
-    name = site.spans[0].weight
-    kind = (
-        NORM
-        if len(readers[0].shape) == 1
-        else EMBEDDING
-        if name.rpartition(".")[2] in EMBEDDINGS
-        else kind_of(readers[0].shape)
-    )
+    name, shape = site.spans[0].weight, readers[0].shape
+    kind = NORM if len(shape) == 1 else EMBEDDING if name.rpartition(".")[2] in EMBEDDINGS else kind_of(shape)
     for own, (one, two) in ((kind, readers), (BIAS, biases)):
         if one is not None and two is not None:
-            reason = _left_out(own, site, stem, options)
-            if not excluded(site, stem, options):
-                if one.shape != two.shape:
-                    raise _other_shape(site, one.parts[0].weight, two.parts[0].weight)
-            elif one.shape != two.shape:
-                continue
-            found.pairs.append(Pair(site, stem or _unnamed(site), own, one, two, reason))
+            yield Pair(site, stem or _unnamed(site), own, one, two, left_out(own, site, stem))
 
 
-def _left_out(kind: str, site: Site, stem: str, options: ExtractOptions) -> str:
-    """Why a tensor is not extracted; empty if it is."""
-    small = kind in (NORM, BIAS)
-    reasons = (
-        (site.component == SECOND_DENOISER, "the second expert, to be extracted from its own folder"),
-        (not stem, f"{options.layout.reader} has no name for it"),
-        (excluded(site, stem, options), "excluded"),
-        (site.component != DENOISER and not options.text_encoders, "a text encoder's"),
-        (kind == CONV and not options.conv, "a convolution with a kernel"),
-        (small and options.small == "none", f"a {kind}"),
-        (kind == EMBEDDING and options.small != "all", "an embedding"),
-        (kind == NORM and "norm" not in options.layout.holds, f"{options.layout.reader} does not load norms"),
-        (kind == EMBEDDING and "full" not in options.layout.holds, f"{options.layout.reader} loads no embeddings"),
-    )
-    return next((reason for applies, reason in reasons if applies), "")
+def _reasons(arch: Architecture, options: ExtractOptions) -> LeftOut:
+    """Everything that keeps a tensor out."""
+    layout, scripts = options.layout, left_to(arch, conv=options.conv) if options.as_sd_scripts else None
+
+    def left_out(kind: str, site: Site, stem: str) -> str:
+        matrix = kind in MATRICES
+        reasons = (
+            (site.component == SECOND_DENOISER, "the second expert, to be extracted from its own folder"),
+            (not stem, f"{layout.reader} has no name for it"),
+            (excluded(site, stem, options), "excluded"),
+            (site.component != DENOISER and not options.text_encoders, "a text encoder's"),
+            (kind == CONV and not options.conv, "a convolution with a kernel"),
+            (kind in (NORM, BIAS) and options.small == "none", f"a {kind}"),
+            (kind == EMBEDDING and options.small != "all", "an embedding"),
+            (kind == NORM and "norm" not in layout.holds, f"{layout.reader} does not load norms"),
+            (kind == EMBEDDING and "full" not in layout.holds, f"{layout.reader} loads no embeddings"),
+            (matrix and rank_asked(bare_module(site, stem), kind, options.cut) == 0, "rank 0 is asked for it"),
+        )
+        found = next((reason for applies, reason in reasons if applies), "")
+        return scripts(site) if not found and matrix and scripts is not None else found
+
+    return left_out
 
 
 def _first_weight(model: Model, site: Site) -> Weight:

@@ -62,9 +62,14 @@ def parameters(base: Model, tuned: Model, options: ExtractOptions) -> Parameters
     return found
 
 
+def bare_module(site: Site, name: str) -> Module:
+    """A module without a change, for what looks at names."""
+    return Module(site, name, None, Scale(1.0, "none (1.0)"))
+
+
 def excluded(site: Site, name: str, options: ExtractOptions) -> bool:
     """By a block, a component, or a pattern that is found in the name, as the target spells it or as the model does."""
-    module, cut = Module(site, name, None, Scale(1.0, "none (1.0)")), options.cut
+    module, cut = bare_module(site, name), options.cut
     return (bool(cut.include) and not any(named(module, p) for p in cut.include)) or any(named(module, p) for p in cut.exclude)
 
 

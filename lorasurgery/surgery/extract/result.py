@@ -19,8 +19,10 @@ from lorasurgery.layouts.targets import PEFT
 from lorasurgery.surgery.extract.change import change_of, stored
 from lorasurgery.surgery.extract.pairs import BIAS, NORM, PARAMETER
 from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.resize.block_args import with_block_args
 from lorasurgery.surgery.resize.engine import resized_from
 from lorasurgery.surgery.resize.options import KEEP_RATIO
+from lorasurgery.surgery.resize.pick import has_list
 from lorasurgery.surgery.resize.report import ResizeReport
 from lorasurgery.surgery.resize.subject import Cut, Subject, low_rank_factors
 from lorasurgery.surgery.resize.survey import Survey
@@ -92,6 +94,8 @@ def assembled(
         return Assembled(adapter, made.losses, made.chosen, made.left_out)
     survey = Survey(adapter, made.subjects, [])
     adapter, report = resized_from(survey, options.resizing)
+    metadata = with_block_args(adapter, {}, adapter.layout, asked=has_list(options.cut.ranks))
+    adapter = replace(adapter, metadata=metadata)
     made.losses = report  # the other modules' rounding is told when they are written
     for module in report.modules:
         squared = store.entries[module.name].numbers["squared"]
@@ -125,7 +129,7 @@ class _Making:
     def _unchanged_encoders(self, pairs: Sequence[Pair]) -> dict[str, str]:
         """sd-scripts keeps or drops all text encoders together."""
         limit = self._options.encoder_min_diff
-        own = [p for p in pairs if p.site.component != "denoiser" and p.kind == "linear"]
+        own = [p for p in pairs if p.site.component != "denoiser" and p.kind == "linear" and not p.reason]
         if limit is None or any(self._store.entries[p.id].numbers["largest"] > limit for p in own):
             return {}
         return dict.fromkeys((p.site.component for p in own), f"the text encoders changed by no more than {limit:g}")

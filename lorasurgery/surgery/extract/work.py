@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Module, Scale
 from lorasurgery.linalg.threads import one_blas_thread
 from lorasurgery.surgery.extract.change import change_of
 from lorasurgery.surgery.extract.decompose import Wanted, decomposed
 from lorasurgery.surgery.extract.families import fitted
 from lorasurgery.surgery.extract.options import FACTORED
+from lorasurgery.surgery.extract.parameters import bare_module
 from lorasurgery.surgery.resize.survey import named_rank, rank_asked
 
 if TYPE_CHECKING:
@@ -55,15 +55,13 @@ class Unit:
     device: str
 
 
-def module_of(pair: Pair) -> Module:
-    """The pair as a module without a change, for what looks at names."""
-    return Module(pair.site, pair.name, None, Scale(1.0, "none (1.0)"))
-
-
 def wanted_of(pair: Pair, options: ExtractOptions) -> Wanted:
-    """The rank that the options name for a matrix."""
-    module = module_of(pair)
-    return Wanted(rank_asked(module, pair.kind, options.cut), options.cut.is_fixed or named_rank(module, options.cut))
+    """The rank that the options name for a matrix; sd-scripts' is at most the number of its rows and of its channels."""
+    module = bare_module(pair.site, pair.name)
+    rank = rank_asked(module, pair.kind, options.cut)
+    if options.as_sd_scripts and rank is not None:
+        rank = min(rank, *pair.shape[:2])
+    return Wanted(rank, options.cut.is_fixed or named_rank(module, options.cut))
 
 
 def needs_factors(pair: Pair, options: ExtractOptions) -> bool:

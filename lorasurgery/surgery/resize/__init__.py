@@ -6,9 +6,11 @@
 """
 
 from lorasurgery.surgery.resize.base import BaseModel, NormCache, open_base
-from lorasurgery.surgery.resize.engine import resize
-from lorasurgery.surgery.resize.options import ResizeOptions, parse_rank
+from lorasurgery.surgery.resize.by_block import resize
+from lorasurgery.surgery.resize.options import ResizeOptions
+from lorasurgery.surgery.resize.pick import block_ranks
 from lorasurgery.surgery.resize.plan import Plan, PlanRow, plan
+from lorasurgery.surgery.resize.rank_text import parse_rank, parse_ranks
 from lorasurgery.surgery.resize.report import ModuleReport, ResizeReport
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "PlanRow",
     "ResizeOptions",
     "ResizeReport",
+    "block_ranks",
     "open_base",
     "parse_rank",
+    "parse_ranks",
     "plan",
     "resize",
 ]

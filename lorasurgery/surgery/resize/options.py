@@ -22,6 +22,7 @@ from lorasurgery.linalg.policies import (
 )
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.pick import picked
+from lorasurgery.surgery.resize.subject import CONV, POINTWISE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,9 +65,10 @@ class ResizeOptions:
     recipe: str | None = None
     """As resize_lora: ``fro_ckpt=1,thr=-3.5``."""
     ranks: tuple[tuple[Pattern, int], ...] = ()
-    """(modules, rank): the first that holds a module decides its rank. Modules are blocks or a component of the model, as
-    :mod:`lorasurgery.surgery.blocks` reads them (``double=0-18``), or a regular expression, looked for in the module's
-    name in the file and in the model."""
+    """(modules, rank): the first that holds a module decides its rank; 0 leaves the module out. Modules are blocks or a
+    component of the model, as :mod:`lorasurgery.surgery.blocks` reads them (``double=0-18``), or a regular expression, looked
+    for in the module's name in the file and in the model. :func:`lorasurgery.surgery.resize.block_ranks` gives those of a
+    list with a rank for each block, which stands back for ``conv_rank`` and ``pointwise_rank``."""
     include: tuple[Pattern, ...] = ()
     """Resize only these modules, named as in ``ranks``."""
     exclude: tuple[Pattern, ...] = ()
@@ -100,9 +102,11 @@ class ResizeOptions:
         """The options with blocks and components looked up in the architecture; raises RequestError for unknown ones."""
         if not (self.ranks or self.include or self.exclude):
             return self
+        own = ((CONV, self.conv_rank), (POINTWISE, self.pointwise_rank))
+        apart = frozenset(kind for kind, rank in own if rank is not None)
         return replace(
             self,
-            ranks=tuple((picked(pattern, arch), rank) for pattern, rank in self.ranks),
+            ranks=tuple((picked(pattern, arch, apart), rank) for pattern, rank in self.ranks),
             include=tuple(picked(pattern, arch) for pattern in self.include),
             exclude=tuple(picked(pattern, arch) for pattern in self.exclude),
         )
@@ -134,14 +138,17 @@ class ResizeOptions:
             raise RequestError(f"a {asked[0]} and a {asked[1]} both decide the ranks", hint="one of them")
         if not asked and self.rank is None and self.conv_rank is None and self.pointwise_rank is None and not self.ranks:
             raise RequestError("nothing says how far to cut", hint="a rank, a policy, a size or a recipe")
-        for number in (self.rank, self.conv_rank, self.pointwise_rank, *(n for _, n in self.ranks)):
+        for number in (self.rank, self.conv_rank, self.pointwise_rank):
             if number is not None and number < 1:
                 raise RequestError(f"a rank must be at least 1, not {number}")
+        if any(number < 0 for _, number in self.ranks):
+            raise RequestError("a rank must be at least 1, or 0 to leave modules out")
         self._check_choices()
         self._check_policy()
         self.parsed_recipe()
         for pattern in (*self.include, *self.exclude, *(p for p, _ in self.ranks)):
-            _check_pattern(str(pattern))
+            if isinstance(pattern, str):
+                _check_pattern(pattern)
 
     def _check_choices(self) -> None:
         choices = (
@@ -195,11 +202,3 @@ def _positive(text: str) -> bool:
         return 0.0 < float(text) < float("inf")
     except ValueError:
         return False
-
-
-def parse_rank(text: str) -> int | tuple[str, int]:
-    """``16``, or ``MODULES=16`` for :attr:`ResizeOptions.ranks`; raises RequestError for anything else."""
-    pattern, _, number = text.rpartition("=")
-    if not number.strip().isdigit():
-        raise RequestError(f"{text!r} is no rank", hint="16, REGEX=16, or double=0-18=16 for blocks")
-    return (pattern, int(number)) if pattern else int(number)

@@ -404,7 +404,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path):
 
 def test_memory_is_a_few_of_the_largest_matrix(tmp_path):
     rng = np.random.default_rng(0)
-    count, size = 40, 192
+    count, size, blocks = 160, 192, 5 << 20
     base = {f"blocks.{i}.w.weight": rng.standard_normal((size, size)) for i in range(count)}
     change = falling("", (size, size), rng)
     paths = pair(tmp_path, base, {name: w + change for name, w in base.items()}, "BF16")
@@ -415,7 +415,7 @@ def test_memory_is_a_few_of_the_largest_matrix(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 12 * size * size * 4 < count * size * size * 4 / 3
+    assert peak < 12 * size * size * 4 + blocks < count * size * size * 4 / 3  # the writer hashes 1 MiB at a time
 
 
 # refusals -----------------------------------------------------------------------------------------------------------------

@@ -315,6 +315,28 @@ def test_dense_results_are_recompressed_to_the_optimum(tmp_path: Any) -> None:
     assert all(t.dtype == "F32" for t in read_safetensors(tmp_path / "out.safetensors").tensors.values())
 
 
+@pytest.mark.parametrize("options", [{"rank": 5}, {"policy": "energy", "param": 0.9, "ranks": (("mlp.down", 3),)}])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_module_of_zeros_is_cut_like_any_other(options: dict[str, Any], held: bool, monkeypatch: Any) -> None:
+    if not held:
+        monkeypatch.setattr("lorasurgery.surgery.resize.engine.ALL_HELD", 0)
+        monkeypatch.setattr("lorasurgery.surgery.resize.engine.HELD", 0)
+    files = adapters(2)
+    for adapter in files:
+        for module in every(adapter):
+            if module.name in ("mlp.down", "conv"):
+                zero = of_array(np.zeros(module.delta.up.shape, np.float32), "F32")
+                adapter.modules[module.site] = replace(module, delta=replace(module.delta, up=zero))  # type: ignore[index]
+    sources = [Source(a, parse_weight([str(w)]), "f") for a, w in zip(files, WEIGHTS, strict=False)]
+    result, report = merge(sources, MergeOptions(method="ties", resize=ResizeOptions(**options)))
+    found = {module.name: dense(module) for module in every(result)}
+    assert found["mlp.up"].any()
+    assert not found["mlp.down"].any()
+    assert not found["conv"].any()
+    assert report.resize is not None
+    assert all(np.isfinite(m.relative_error) for m in report.resize.modules)
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [

@@ -27,7 +27,7 @@ from lorasurgery.surgery.resize.network_args import with_network_args
 from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
 from lorasurgery.surgery.resize.report import ModuleReport, ResizeReport
 from lorasurgery.surgery.resize.size import file_size
-from lorasurgery.surgery.resize.sources import FactoredSource
+from lorasurgery.surgery.resize.sources import ComputedSource, FactoredSource
 from lorasurgery.surgery.resize.subject import Cut, Subject
 from lorasurgery.surgery.resize.survey import CORE_BYTES, Survey, result_bytes, survey, workers_of
 
@@ -75,9 +75,9 @@ class Held:
         """Compute the result of a subject, unless it stays as it is or needs more than its factors."""
         choice = fixed_choice(subject, self._options)
         source = subject.source
-        if choice.untouched or subject.magnitude is not None or not isinstance(source, FactoredSource):
+        if choice.untouched or subject.magnitude is not None:
             return
-        if source.fresh is None or source.core is None:
+        if not isinstance(source, (FactoredSource, ComputedSource)) or not source.at_hand:
             return
         size = choice.rank * cost_of(subject, self._options)
         with self._lock:

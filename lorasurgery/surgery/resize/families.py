@@ -66,7 +66,9 @@ def _as_lora(
         source = kronecker_source(delta.outer_array, lambda: _flat(delta.inner_array()), slot)
         limit = min(len(source.values), most)
     elif isinstance(delta, Full) or (isinstance(delta, Hadamard) and delta.w1_b.shape[0] * delta.w2_b.shape[0] > most):
-        source = dense_source(lambda: _flat(delta.dense()), _at_most(needed, most), slot)
+        source = dense_source(
+            lambda: _flat(delta.dense()), _at_most(needed, most), slot, narrow=dtype_of(delta, dtype) in NARROW
+        )
     else:
         low = delta.to_low_rank()
         narrow = dtype_of(delta, dtype) in NARROW

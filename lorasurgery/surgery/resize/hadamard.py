@@ -49,7 +49,7 @@ def loha_subject(module: Module, delta: Hadamard, shape: Shape, needed: int | No
         return _error(arms, cut)
 
     for arm in arms:
-        arm.fresh = None
+        arm.forget()
     limit = min(delta.rank, *sides)
     doubled = (2 * sides[0], 2 * sides[1])
     product = _Product(arms)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lorasurgery.io.tensors import Tensor
-    from lorasurgery.linalg.factors import AnyArray, Array
+    from lorasurgery.linalg.factors import AnyArray, Array, Factors
     from lorasurgery.linalg.policies.budget import Indices
 
     Triple = tuple[AnyArray, Array, AnyArray]
@@ -81,6 +81,15 @@ class FactoredSource:
         values, core = measure(left, right, needed, narrow=narrow)
         return cls(up, down, values, core, slot, narrow, accurate=core is not None, fresh=(left, right))
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether the factors are."""
+        return self.fresh is not None and self.core is not None
+
+    def forget(self) -> None:
+        """Give the factors up."""
+        self.fresh = None
+
     def prepare(self, kept: Indices) -> None:
         """Make sure of the small matrices for these singular values."""
         needed = int(kept[-1]) + 1 if kept.size else 0
@@ -118,6 +127,17 @@ class ComputedSource:
     values: Array
     residual: float
     slot: Slot
+    fresh: Triple | None = None
+    """Those just computed, where they serve for the result too."""
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the vectors are."""
+        return self.fresh is not None
+
+    def forget(self) -> None:
+        """Give the vectors up."""
+        self.fresh = None
 
     def left(self, kept: Indices, weights: Array) -> AnyArray:
         """Columns of U."""
@@ -131,6 +151,8 @@ class ComputedSource:
 
     def _triple(self, kept: Indices) -> Triple:
         needed = int(kept[-1]) + 1
+        if self.fresh is not None:
+            return self.fresh
         return self.slot.get(needed, lambda: self.decompose(needed))
 
 
@@ -161,20 +183,31 @@ class Slot:
             return held
 
 
-def dense_source(whole: Callable[[], AnyArray], needed: int | None, slot: Slot) -> ComputedSource:
-    """A matrix (out, in) that ``whole`` yields; ``needed`` None asks for every singular value."""
-    factors = dense_svd(whole(), rank=needed)
-    squares = factors.singular_values**2
-    error = min(factors.relative_error, 1.0 - 1e-12)
+def dense_source(whole: Callable[[], AnyArray], needed: int | None, slot: Slot, *, narrow: bool = False) -> ComputedSource:
+    """A matrix (out, in) that ``whole`` yields; ``needed`` None asks for every singular value.
+
+    ``narrow``: the vectors of a result of 16 bits may be float32.
+    """
+    kind = np.float32 if narrow else np.float64
+    factors = dense_svd(matrix := whole(), rank=needed, dtype=kind)
+    found = factors.singular_values
+    squares, error = found**2, min(factors.relative_error, 1.0 - 1e-12)
     residual = 0.0 if needed is None else float(np.sum(squares)) * error**2 / (1.0 - error**2)
+    values = np.zeros(max(len(found), needed or min(matrix.shape)))
+    values[: len(found)] = found
 
     def decompose(count: int) -> Triple:
-        found = dense_svd(whole(), rank=count, dtype=np.float64)
-        root = np.sqrt(found.singular_values)
-        root[root == 0.0] = 1.0
-        return found.up / root, found.singular_values, found.down / root[:, None]
+        return _vectors(dense_svd(whole(), rank=count, dtype=kind))
 
-    return ComputedSource(decompose, factors.singular_values, residual, slot)
+    return ComputedSource(decompose, values, residual, slot, None if needed is None else _vectors(factors))
+
+
+def _vectors(factors: Factors) -> Triple:
+    """Of balanced factors."""
+    root = np.sqrt(factors.singular_values)
+    root[root == 0.0] = 1.0
+    own = root.astype(factors.up.dtype)
+    return factors.up / own, factors.singular_values, factors.down / own[:, None]
 
 
 def kronecker_source(w1: Callable[[], Array], w2: Callable[[], Array], slot: Slot) -> ComputedSource:

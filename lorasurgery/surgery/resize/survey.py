@@ -21,7 +21,7 @@ from lorasurgery.surgery.resize.dora import folded_subject, recomputed_subject
 from lorasurgery.surgery.resize.families import dtype_of, subject_of
 from lorasurgery.surgery.resize.options import KOHYA
 from lorasurgery.surgery.resize.pick import named
-from lorasurgery.surgery.resize.sources import NARROW, FactoredSource
+from lorasurgery.surgery.resize.sources import NARROW, ComputedSource, FactoredSource
 from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
 
 if TYPE_CHECKING:
@@ -74,15 +74,16 @@ def survey(
 
     def measured(batch: Sequence[Module]) -> list[Subject]:
         subjects = []
-        for module, source in zip(batch, _together(adapter, batch, options, backend), strict=True):
-            subject = _subject(adapter, module, options, base, source)
+        for module, known in zip(batch, _together(adapter, batch, options, backend), strict=True):
+            subject = _subject(adapter, module, options, base, known)
             subjects.append(subject)
             if then is not None:
                 then(subject)
-            if isinstance(subject.source, FactoredSource):
-                subject.source.fresh = None
-                if not keep or subject.ready is not None:
-                    subject.source.core = None
+            source = subject.source
+            if isinstance(source, (FactoredSource, ComputedSource)):
+                source.forget()
+            if isinstance(source, FactoredSource) and (not keep or subject.ready is not None):
+                source.core = None
         return subjects
 
     several = batches(wanted, lambda module: _needed(adapter, module, options), backend.batch_bytes)

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lorasurgery.linalg.factors import AnyArray
 
 TINY = 1e-8
+CHUNK = 1 << 17
+"""Elements of all files together that are looked at at a time."""
 
 
 def largest(delta: AnyArray, density: float) -> AnyArray:
@@ -21,13 +25,29 @@ def largest(delta: AnyArray, density: float) -> AnyArray:
 
     Source: TIES (Yadav et al. 2023, section 3, "trim"); PEFT ``utils/merge_utils.py`` ``magnitude_based_pruning`` (2026).
     """
-    count = max(int(density * delta.size), 1)
-    if count >= delta.size:
-        return np.ones(delta.shape, bool)
-    sizes = np.abs(delta).ravel()
-    kept = np.zeros(delta.size, bool)
-    kept[np.argpartition(-sizes, count - 1)[:count]] = True
-    return kept.reshape(delta.shape)
+    return _top(np.abs(delta), max(int(density * delta.size), 1))
+
+
+def _top(sizes: AnyArray, count: int) -> AnyArray:
+    """A mask of the ``count`` largest of non-negative numbers; of equal ones the first."""
+    if count >= sizes.size:
+        return np.ones(sizes.shape, bool)
+    if count == 0:
+        return np.zeros(sizes.shape, bool)
+    least = np.partition(sizes.ravel(), sizes.size - count)[sizes.size - count]
+    kept: AnyArray = sizes > least
+    equal = np.flatnonzero(sizes == least)[: count - int(np.count_nonzero(kept))]
+    kept.reshape(-1)[equal] = True
+    return kept
+
+
+def in_blocks(formula: Callable[[AnyArray], AnyArray], deltas: AnyArray) -> AnyArray:
+    """A formula of single elements, some rows at a time, so that what it makes on the way stays in the cache."""
+    result = np.empty(deltas.shape[1:], deltas.dtype)
+    rows = max(CHUNK // max(deltas[:, 0].size, 1), 1)
+    for start in range(0, len(result), rows):
+        result[start : start + rows] = formula(deltas[:, start : start + rows])
+    return result
 
 
 def drawn(delta: AnyArray, density: float, rng: np.random.Generator) -> AnyArray:
@@ -56,12 +76,10 @@ def without_outliers(delta: AnyArray, density: float, gamma: float) -> AnyArray:
 
     Source: Davari and Belilovsky 2023, "Model Breadcrumbs"; mergekit ``sparsify.py`` ``magnitude_outliers`` (2026).
     """
-    top = int(gamma * delta.size)
+    top, sizes = int(gamma * delta.size), np.abs(delta)
     count = min(max(int(density * delta.size), 1), delta.size - top)
-    order = np.argsort(-np.abs(delta).ravel(), kind="stable")
-    kept = np.zeros(delta.size, bool)
-    kept[order[top : top + count]] = True
-    return kept.reshape(delta.shape)
+    kept: AnyArray = _top(sizes, top + count) & ~_top(sizes, top)
+    return kept
 
 
 def agreeing(deltas: AnyArray, majority: str) -> AnyArray:
@@ -98,10 +116,15 @@ def sce(deltas: AnyArray, density: float, majority: str) -> AnyArray:
         only: AnyArray = deltas[0]
         return only
     if density < 1.0:
-        deltas = np.where(largest(deltas.var(axis=0), density), deltas, 0.0)
-    energy = (deltas.astype(np.float64) ** 2).mean(axis=tuple(range(1, deltas.ndim)))
+        deltas = deltas * largest(in_blocks(lambda part: part.var(axis=0), deltas), density)
+    energy = np.array([np.square(own, dtype=np.float64).sum() for own in deltas])
     total = energy.sum()
     shares = energy / total if total > 0.0 else np.full(len(deltas), 1.0 / len(deltas))
-    weights = np.where(agreeing(deltas, majority), shares.reshape((-1,) + (1,) * (deltas.ndim - 1)), 0.0)
-    merged: AnyArray = (deltas * weights).sum(axis=0) / np.maximum(weights.sum(axis=0), 1e-6)
-    return merged
+    shares = shares.reshape((-1,) + (1,) * (deltas.ndim - 1))
+
+    def mean(part: AnyArray) -> AnyArray:
+        weights = np.where(agreeing(part, majority), shares, 0.0)
+        averaged: AnyArray = (part * weights).sum(axis=0) / np.maximum(weights.sum(axis=0), 1e-6)
+        return averaged
+
+    return in_blocks(mean, deltas)

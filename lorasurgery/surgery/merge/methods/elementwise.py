@@ -76,8 +76,13 @@ def _dense(module: Module) -> AnyArray:
 def _ties(deltas: AnyArray, weights: AnyArray, options: MergeOptions, draw: Draw) -> AnyArray:
     """TIES: trim each file to its largest elements, elect the sign, mean of those that agree. Yadav et al. 2023."""
     del draw
-    kept = np.stack([np.where(arrays.largest(delta, options.density), delta, 0.0) for delta in deltas])
-    return arrays.disjoint(kept, weights, arrays.agreeing(kept, options.majority))
+    for i, delta in enumerate(deltas):
+        deltas[i] *= arrays.largest(delta, options.density)
+    return _mean_of_agreeing(deltas, weights, options)
+
+
+def _mean_of_agreeing(kept: AnyArray, weights: AnyArray, options: MergeOptions) -> AnyArray:
+    return arrays.in_blocks(lambda part: arrays.disjoint(part, weights, arrays.agreeing(part, options.majority)), kept)
 
 
 def _dare(deltas: AnyArray, weights: AnyArray, options: MergeOptions, draw: Draw) -> AnyArray:
@@ -94,14 +99,13 @@ def _dare_ties(deltas: AnyArray, weights: AnyArray, options: MergeOptions, draw:
     """
     del weights
     kept = _drawn(deltas, options, draw)
-    summed: AnyArray = np.where(arrays.agreeing(kept, options.majority), kept, 0.0).sum(axis=0)
-    return summed
+    return arrays.in_blocks(lambda part: np.where(arrays.agreeing(part, options.majority), part, 0.0).sum(axis=0), kept)
 
 
 def _della(deltas: AnyArray, weights: AnyArray, options: MergeOptions, draw: Draw) -> AnyArray:
     """DELLA: MagPrune, election, mean of those that agree. Deep et al. 2024; mergekit ``della`` (2026)."""
     kept = np.stack([arrays.drawn_by_size(d, options.density, options.epsilon, draw(i)) for i, d in enumerate(deltas)])
-    return arrays.disjoint(kept, weights, arrays.agreeing(kept, options.majority))
+    return _mean_of_agreeing(kept, weights, options)
 
 
 def _breadcrumbs(deltas: AnyArray, weights: AnyArray, options: MergeOptions, draw: Draw) -> AnyArray:

@@ -11,7 +11,7 @@ from lorasurgery.architectures import named
 from lorasurgery.errors import BrokenModuleError, DroppedKeysError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, write_peft_folder
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder, write_peft_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
@@ -50,7 +50,11 @@ def load(path: str | Path, *, arch: str | None = None, base: str | Path | None =
 
 
 def read_unparsed(path: Path) -> tuple[RawFile, dict[str, PeftConfig] | None]:
-    """The tensors of a file or a PEFT folder, and the folder's configurations by component (None for a file)."""
+    """The tensors of a file or a PEFT folder, and the folder's configurations by component (None for a file).
+
+    The weights in a PEFT folder stand for the folder.
+    """
+    path = whole_folder(path)
     if path.is_dir() and is_peft_folder(path):
         raw, configs = read_peft_folder(path)
         return raw, {name: PeftConfig.from_dict(fields, "adapter_config.json") for name, fields in configs.items()}

@@ -207,3 +207,17 @@ def test_the_sample_keeps_its_factor(tmp_path):
     written, report = lorasurgery.convert(sample, "comfyui")
     lorasurgery.save(written, tmp_path / "out.safetensors", report=report)
     assert lorasurgery.load(tmp_path / "out.safetensors").lokr_factor == -1
+
+
+@pytest.mark.parametrize("name", sorted(name for name, path in FILES.items() if path.is_dir()))
+def test_the_weights_of_a_peft_folder_stand_for_the_folder(name: str) -> None:
+    """Their scale is in the configuration beside them, and nowhere else."""
+    from lorasurgery.inspection.describe import describe
+
+    folder = FILES[name]
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():  # a folder of folders
+        return
+    whole, alone = lorasurgery.load(folder), lorasurgery.load(file)
+    assert {s: m.scale.value for s, m in whole} == {s: m.scale.value for s, m in alone}
+    assert describe(folder)._replace(path="") == describe(file)._replace(path="")

@@ -10,7 +10,7 @@ from lorasurgery.adapter import Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.layouts.detect import detect, fits
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.group import build, group
@@ -95,7 +95,7 @@ def read_subject(path: str | Path, *, arch: str | None = None, base: Architectur
     """
     from lorasurgery.api import read_any
 
-    path = Path(path)
+    path = whole_folder(Path(path))
     among = (base,) if base is not None else None if arch is None else named(arch)
     if path.is_dir() and is_peft_folder(path):
         raw, fields = read_peft_folder(path)

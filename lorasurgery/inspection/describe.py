@@ -16,6 +16,7 @@ from lorasurgery.inspection.structure import Structure, read_structure
 from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
 from lorasurgery.io.header import read_safetensors
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
 from lorasurgery.layouts.scales import PeftConfig
 
@@ -67,6 +68,7 @@ def describe(path: str | Path, *, keys: bool = False, tags: bool = False, spectr
 
 
 def _open(path: Path) -> Opened:
+    path = whole_folder(path)
     if path.is_dir():
         return _open_folder(path)
     if path.suffix.lower() in TORCH_SUFFIXES:
@@ -78,8 +80,6 @@ def _open(path: Path) -> Opened:
 
 def _open_folder(path: Path) -> Opened:
     """A PEFT folder."""
-    from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder
-
     if is_peft_folder(path):
         raw, fields = read_peft_folder(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -29,6 +29,11 @@ def is_peft_folder(path: Path) -> bool:
     return (path / CONFIG).is_file() or any((child / CONFIG).is_file() for child in path.iterdir() if child.is_dir())
 
 
+def whole_folder(path: Path) -> Path:
+    """The folder of weights that PEFT saved beside their configuration, without which their scale is not known."""
+    return path.parent if path.name in (WEIGHTS, OLD_WEIGHTS) and (path.parent / CONFIG).is_file() else path
+
+
 def read_peft_folder(path: str | Path) -> tuple[RawFile, dict[str, dict[str, Any]]]:
     """The tensors of a PEFT folder, and the configuration by component ("" for a single adapter).
 

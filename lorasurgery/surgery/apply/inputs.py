@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.api import read_any
 from lorasurgery.errors import RequestError, UnknownArchitectureError
-from lorasurgery.io.peft_folder import CONFIG, OLD_WEIGHTS, WEIGHTS, is_peft_folder, read_peft_folder
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.layouts.parse import FLAGS, parse
 from lorasurgery.layouts.scales import PeftConfig
 from lorasurgery.layouts.words import split_key
@@ -82,11 +82,6 @@ def check_model(model: Model) -> None:
             )
 
 
-def _whole(path: Path) -> Path:
-    """The folder of a file that PEFT saved beside its configuration, without which its strength is not known."""
-    return path.parent if path.name in (WEIGHTS, OLD_WEIGHTS) and (path.parent / CONFIG).is_file() else path
-
-
 def read_source(
     path: Path, architecture: Architecture, strength: Callable[[Module], float] | float = 1.0, text: str = ""
 ) -> Source:
@@ -96,7 +91,7 @@ def read_source(
     Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model, and
     RequestError for a type of PEFT's whose change is not in its files.
     """
-    scales, rules, path = None, {}, _whole(path)
+    scales, rules, path = None, {}, whole_folder(path)
     if path.is_dir() and is_peft_folder(path):
         raw, configs = read_peft_folder(path)
         refuse_other_types(configs, path)

@@ -37,12 +37,20 @@ class HashingThread:
 
         self._digest = hashlib.sha256()
         self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=WAITING)
+        self._done: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def add(self, block: memoryview) -> None:
         """The next bytes of the stream; they must stay as they are until they are hashed."""
         self._queue.put(block)
+
+    def spare(self) -> memoryview:
+        """Room for the next block: a bytearray that was hashed, or a new one."""
+        try:
+            return memoryview(self._done.get_nowait())
+        except queue.Empty:
+            return memoryview(bytearray(CHUNK))
 
     def close(self) -> None:
         """Stop the thread; idempotent."""
@@ -58,6 +66,8 @@ class HashingThread:
     def _run(self) -> None:
         while (block := self._queue.get()) is not None:
             self._digest.update(block)
+            if isinstance(block.obj, bytearray):
+                self._done.put(block.obj)
 
 
 def legacy_window(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int, int]:

@@ -144,8 +144,8 @@ class BlockWriter:
         if self._used:
             self._send(self._block[: self._used])
             self._used = 0
-            if self._hashing is not None:  # which may not have come to this one
-                self._block = memoryview(bytearray(CHUNK))
+            if self._hashing is not None:  # it may not have come to this one yet
+                self._block = self._hashing.spare()
 
     def _send(self, view: memoryview) -> None:
         if self._hashing is not None:

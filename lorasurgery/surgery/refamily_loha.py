@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Module
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.tensors import Float64
-    from lorasurgery.linalg.nearest_hadamard import Approximated
+    from lorasurgery.linalg.hadamard_target import Approximated
     from lorasurgery.surgery.job import Job
 
 ENOUGH = 1e-4
@@ -68,7 +68,8 @@ def _ones(shape: tuple[int, int], *, column: bool) -> Float64:
 
 
 def _nearest(job: Job, module: Module, delta: Delta, of: Approximated, rank: int) -> Made:
-    from lorasurgery.linalg.nearest_hadamard import Arms, hadamard_error, nearest_hadamard
+    from lorasurgery.linalg.hadamard_sweep import Arms
+    from lorasurgery.linalg.nearest_hadamard import hadamard_error, nearest_hadamard
 
     scale = module.scale.value
     arms = nearest_hadamard(of, rank, tolerance=ENOUGH).arms
@@ -83,7 +84,7 @@ def _nearest(job: Job, module: Module, delta: Delta, of: Approximated, rank: int
 
 def _matrix(delta: Delta) -> Approximated:
     """The change without its scale, never formed where it has factors."""
-    from lorasurgery.linalg.nearest_hadamard import hadamard_of_dense, hadamard_of_product
+    from lorasurgery.linalg.hadamard_target import hadamard_of_dense, hadamard_of_product
 
     refuse_not_finite(delta)
     if isinstance(delta, Full):

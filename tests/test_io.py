@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -179,6 +180,65 @@ def test_an_input_that_shrinks_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="ended at byte"):
         write_safetensors(tmp_path / "out.safetensors", raw.tensors, {})
     assert sorted(listing(tmp_path)) == ["in.safetensors"]
+
+
+def streams(folder: Path) -> dict[str, Tensor]:
+    """Stored and computed tensors between a byte and several blocks, in turns."""
+    rng = np.random.default_rng(3)
+    sizes = (1, 70_000, (1 << 20) - 3, 1 << 20, (1 << 20) + 1, 3_000_000, 5, 200_000, 9 << 20)
+    arrays = {f"t{i}": rng.integers(0, 256, size, "u1") for i, size in enumerate(sizes)}
+    write_safetensors(folder / "stored.safetensors", {k: of_array(a, "U8") for k, a in arrays.items()}, {})
+    stored = read_safetensors(folder / "stored.safetensors").tensors
+    return {k: computed("U8", a.shape, a.copy) if i % 2 else stored[k] for i, (k, a) in enumerate(arrays.items())}
+
+
+@pytest.mark.parametrize("hashes", [False, True])
+@pytest.mark.parametrize("kinds", ["both", "stored", "computed"])
+def test_streams_of_any_sizes_arrive_in_order(hashes: bool, kinds: str, tmp_path: Path) -> None:
+    tensors = streams(tmp_path)
+    if kinds != "both":
+        tensors = {k: t for k, t in tensors.items() if (t.compute is None) == (kinds == "stored")}
+    out = tmp_path / "out.safetensors"
+    written = write_safetensors(out, tensors, {}, hashes=hashes)
+    found = read_safetensors(out).tensors
+    assert {k: t.tobytes() for k, t in found.items()} == {k: t.tobytes() for k, t in tensors.items()}
+    if hashes:
+        content = out.read_bytes()
+        assert written["sshs_model_hash"] == hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+@pytest.mark.parametrize("hashes", [False, True])
+@pytest.mark.parametrize("after", [0, 3 << 20, 14 << 20])
+def test_a_full_disk_leaves_nothing_behind(hashes: bool, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, left = streams(tmp_path), [after]
+    before, write = listing(tmp_path), os.write
+
+    def full(fd: int, data: memoryview) -> int:
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return write(fd, data)
+
+    def no_kernel(*_args: object, **_kwargs: object) -> int:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "copy_file_range", no_kernel, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        write_safetensors(tmp_path / "out.safetensors", tensors, {}, hashes=hashes)
+    assert listing(tmp_path) == before
+
+
+def test_few_large_tensors_are_in_memory_at_once(tmp_path: Path) -> None:
+    size = 24 << 20
+    tensors = {f"t{i}": computed("U8", (size,), lambda: np.ones(size, "u1")) for i in range(8)}
+    tracemalloc.start()
+    try:
+        write_safetensors(tmp_path / "out.safetensors", tensors, {}, hashes=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * size
 
 
 # tensors ------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ Source: ``precalculate_safetensors_hashes`` and ``addnet_hash_legacy`` in sd-scr
 
 from __future__ import annotations
 
-import queue
-import threading
 from typing import TYPE_CHECKING
 
 from lorasurgery.io.header import header_bytes
@@ -20,54 +18,6 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
 
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
-CHUNK = 1 << 20
-"""Bytes read at a time."""
-WAITING = 4
-"""Blocks of bytes that may wait to be hashed: they are in memory meanwhile."""
-
-
-class HashingThread:
-    """sha256 of a stream of blocks, beside the thread that reads, computes and writes them.
-
-    hashlib releases the interpreter lock, so on two cores hashing costs no extra time.
-    """
-
-    def __init__(self) -> None:
-        import hashlib
-
-        self._digest = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=WAITING)
-        self._done: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def add(self, block: memoryview) -> None:
-        """The next bytes of the stream; they must stay as they are until they are hashed."""
-        self._queue.put(block)
-
-    def spare(self) -> memoryview:
-        """Room for the next block: a bytearray that was hashed, or a new one."""
-        try:
-            return memoryview(self._done.get_nowait())
-        except queue.Empty:
-            return memoryview(bytearray(CHUNK))
-
-    def close(self) -> None:
-        """Stop the thread; idempotent."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-
-    def hexdigest(self) -> str:
-        """The sha256 of everything added."""
-        self.close()
-        return self._digest.hexdigest()
-
-    def _run(self) -> None:
-        while (block := self._queue.get()) is not None:
-            self._digest.update(block)
-            if isinstance(block.obj, bytearray):
-                self._done.put(block.obj)
 
 
 def legacy_window(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, int, int]:

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
-from lorasurgery.io.ahead import Ahead
-from lorasurgery.io.hashes import CHUNK, HashingThread, legacy_hash, legacy_window
+from lorasurgery.io.behind import CHUNK, Behind
+from lorasurgery.io.finite import computed_bytes
+from lorasurgery.io.hashes import legacy_hash, legacy_window
 from lorasurgery.io.header import header_bytes, serialiser_order
 
 if TYPE_CHECKING:
+    import hashlib
     from collections.abc import Iterator, Mapping, Sequence
 
+    from lorasurgery.io.behind import Item
     from lorasurgery.io.sources import Region
     from lorasurgery.io.tensors import Tensor
 
+LARGE = 8 << 20
+"""Bytes of a tensor of which only one shall wait in memory."""
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 
 
@@ -80,29 +85,37 @@ def write_safetensors(
 
 def _write_data(fd: int, tensors: Mapping[str, Tensor], *, hashes: bool) -> str | None:
     """Copy every tensor's bytes to ``fd`` in order; the sha256 of them when asked."""
-    order = serialiser_order(tensors)
-    ahead, out = Ahead(tensors, order), BlockWriter(fd, hashes=hashes)
+    out = BlockWriter(fd, hashes=hashes, behind=any(tensor.compute is not None for tensor in tensors.values()))
     try:
-        for name in order:
+        for name in serialiser_order(tensors):
             if tensors[name].compute is not None:
-                out.add(ahead.get(name))
+                out.add(computed_bytes(name, tensors[name]))
             for region in tensors[name].regions:
                 out.add_region(region)
         return out.finish()
     finally:
-        ahead.close()
         out.close()
+
+
+def sha256() -> hashlib._Hash:
+    """hashlib's, which takes 3 ms to import."""
+    import hashlib
+
+    return hashlib.sha256()
 
 
 class BlockWriter:
     """Writes a stream of bytes in blocks of 1 MiB, and hashes each on another thread; :meth:`finish` writes the rest.
 
     Tensors are often a few kilobytes: one by one, the threads would spend their time on taking turns for the interpreter.
+    ``behind``: write on the other thread, too, because this one has something to compute.
     """
 
-    def __init__(self, fd: int, *, hashes: bool) -> None:
-        self._fd, self._used = fd, 0
-        self._hashing = HashingThread() if hashes else None
+    def __init__(self, fd: int, *, hashes: bool, behind: bool) -> None:
+        self._fd, self._used, self._here = fd, 0, not behind
+        self._digest = sha256() if hashes else None
+        steps = (self._hash,) * hashes + (self._write,) * behind
+        self._behind = Behind(*steps) if steps else None
         self._block = memoryview(bytearray(CHUNK))
 
     def add(self, data: bytes | memoryview) -> None:
@@ -112,15 +125,17 @@ class BlockWriter:
             self._flush()
         if len(view) > CHUNK:
             self._send(view)
+            if len(view) > LARGE and self._behind is not None:
+                self._behind.wait()
             return
         self._block[self._used : self._used + len(view)] = view
         self._used += len(view)
 
     def add_region(self, region: Region) -> None:
         """The next bytes, from where they lie: many at once inside the kernel, unless they are to be hashed."""
-        if self._hashing is None and region.length >= CHUNK // 16:
+        if self._digest is None and region.length >= CHUNK // 16:
             self._flush()
-            copy_region(self._fd, region)
+            self._send(region)
             return
         offset, left = region.offset, region.length
         while left:
@@ -131,26 +146,40 @@ class BlockWriter:
                 self._flush()
 
     def finish(self) -> str | None:
-        """Write what is left; the sha256 of everything when asked for."""
+        """Write what is left; the sha256 of everything when asked for. Raises OSError, as any other method may."""
         self._flush()
-        return None if self._hashing is None else self._hashing.hexdigest()
+        if self._behind is not None:
+            self._behind.finish()
+        return None if self._digest is None else self._digest.hexdigest()
 
     def close(self) -> None:
-        """Stop hashing; idempotent."""
-        if self._hashing is not None:
-            self._hashing.close()
+        """Stop the other thread; idempotent."""
+        if self._behind is not None:
+            self._behind.close()
 
     def _flush(self) -> None:
         if self._used:
             self._send(self._block[: self._used])
             self._used = 0
-            if self._hashing is not None:  # it may not have come to this one yet
-                self._block = self._hashing.spare()
+            if self._behind is not None:  # it may not have come to this one yet
+                self._block = self._behind.spare()
 
-    def _send(self, view: memoryview) -> None:
-        if self._hashing is not None:
-            self._hashing.add(view)
-        write_all(self._fd, view)
+    def _send(self, item: Item) -> None:
+        if self._behind is not None:
+            self._behind.add(item)
+        if self._here:
+            self._write(item)
+
+    def _hash(self, item: Item) -> None:
+        assert self._digest is not None  # noqa: S101  it is a step only where there is one
+        assert isinstance(item, memoryview)  # noqa: S101  regions are read where they are to be hashed
+        self._digest.update(item)
+
+    def _write(self, item: Item) -> None:
+        if isinstance(item, memoryview):
+            write_all(self._fd, item)
+        else:
+            copy_region(self._fd, item)
 
 
 def copy_region(fd: int, region: Region) -> None:

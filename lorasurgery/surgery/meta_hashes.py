@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorasurgery.io.hashes import CHUNK, LEGACY_LENGTH, LEGACY_START, legacy_hash, legacy_window
+from lorasurgery.io.behind import CHUNK
+from lorasurgery.io.hashes import LEGACY_LENGTH, LEGACY_START, legacy_hash, legacy_window
 from lorasurgery.io.header import serialiser_order
 from lorasurgery.io.in_place import data_region
 from lorasurgery.io.sources import Region

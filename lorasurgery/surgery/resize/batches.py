@@ -28,7 +28,7 @@ class Backend(Protocol):
     """What decomposes and multiplies: numpy here, torch on a device."""
 
     batch_bytes: int
-    """Of the factors of one batch in float64."""
+    """Of the factors in float64 of the batches of all threads together."""
 
     def cores(self, up: Sequence[Tensor], down: Sequence[Tensor], needed: int | None) -> tuple[Cores, Factors | None]:
         """Cores of products of one shape, and their factors where these are to be used at once."""
@@ -50,7 +50,7 @@ Factors = tuple["AnyArray", "AnyArray"]
 class Numpy:
     """On this thread."""
 
-    batch_bytes = 8 << 20
+    batch_bytes = 16 << 20
 
     def cores(self, up: Sequence[Tensor], down: Sequence[Tensor], needed: int | None) -> tuple[Cores, Factors]:
         """As :class:`Backend`."""

@@ -86,8 +86,8 @@ def survey(
                 source.core = None
         return subjects
 
-    several = batches(wanted, lambda module: _needed(adapter, module, options), backend.batch_bytes)
     workers = workers_of(options) if options.device is None else 1
+    several = batches(wanted, lambda module: _needed(adapter, module, options), backend.batch_bytes // workers)
     done = {subject.module.site: subject for own in map_threads(measured, several, workers) for subject in own}
     found.subjects = [done[module.site] for module in wanted]
     return found

@@ -84,3 +84,7 @@ class OutputExistsError(SurgeryError):
 
 class RequestError(SurgeryError):
     """The options contradict each other or name something that does not exist."""
+
+
+class NoRoomError(SurgeryError):
+    """A device's memory is too small for one matrix."""

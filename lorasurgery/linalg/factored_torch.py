@@ -43,9 +43,12 @@ def checked_device(name: str) -> torch.device:
 
 
 def on_device(array: AnyArray, device: torch.device) -> Tensor:
-    """A numpy array in float64 there; exact. 16-bit values travel as float32."""
-    wide = array if array.dtype.itemsize > 2 else array.astype("float32")
-    return torch.as_tensor(wide).to(device).to(torch.float64)
+    """A numpy array in float64 there; exact. 16-bit values travel as they are, smaller ones as float32."""
+    if array.dtype.name == "bfloat16":  # which only torch knows
+        held = torch.as_tensor(array.view("int16")).view(torch.bfloat16)
+    else:
+        held = torch.as_tensor(array if array.dtype.itemsize > 1 else array.astype("float32"))
+    return held.to(device).to(torch.float64)
 
 
 def batched_cores(up: Tensor, down: Tensor, needed: int | None) -> BatchCores:

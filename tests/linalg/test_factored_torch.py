@@ -65,7 +65,7 @@ def test_more_rank_than_sides_is_left_to_qr():
     assert batched_svd(torch.from_numpy(up), torch.from_numpy(down))[1].shape == (2, 4)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_every_dtype_arrives_exactly(dtype):
     array = np.random.default_rng(3).standard_normal((3, 4)).astype(dtype)
     found = on_device(array, torch.device("cpu"))

@@ -79,7 +79,7 @@ def _grown(ready: Prepared, share: float, most: int, *, tolerance: float, seed: 
         (found,) = subspaces(ready.batch, ready.squared_norms, start, Request(rank, tolerance, ready.rounding.gain))
         if not found.converged:
             return None
-        svd = finished(ready, 0, found, rank)
+        (svd,) = finished(ready, [(0, found)], rank)
         missing = svd.squared_error() - share * svd.squared_norm
         if missing <= 0.0 or rank == most:
             return svd

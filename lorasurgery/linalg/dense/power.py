@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lorasurgery.linalg.dense.pencil import Block, block_of, in_order, ritz, window_ritz
-from lorasurgery.linalg.dense.products import times, turned
+from lorasurgery.linalg.dense.products import placed, times, turned
 
 MAX_ROUNDS = 40
 """Or three times the smaller side over the columns: by then the complete decomposition is no dearer."""
@@ -88,6 +88,8 @@ def subspaces(batch: Tensor, squared_norms: Tensor, start: Tensor, request: Requ
         squares, turn = ritz(newer) if older is None else window_ritz(newer, older)
         missing = SAFETY[min(number, 2)] * _missing(squares, before, request.rank)
         done = _converged(squares, missing, squared_norms, request)
+        if older is None or number == last or any(done):
+            turn = placed(turn, newer.basis)
         for at, name in enumerate(names):
             if done[at] or number == last:
                 sides = _sides(newer, older, turn, at)
@@ -100,7 +102,7 @@ def subspaces(batch: Tensor, squared_norms: Tensor, start: Tensor, request: Requ
             newer, squares, turn = newer.only(keep), squares[keep], turn[keep]
         if older is None:
             newer = in_order(newer, turn)
-        shift = (squares[:, -1:, None] / 2).to(newer.basis.dtype).to(newer.basis.device)
+        shift = placed(squares[:, -1:, None] / 2, newer.basis)
         sketch, older, before = times(batch, newer.image) - shift * newer.basis, newer, squares
     return [found[at] for at in sorted(found)]
 

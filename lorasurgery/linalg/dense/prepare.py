@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasurgery.linalg.dense.products import squared_norms
+from lorasurgery.linalg.dense.products import placed, squared_norms
 
 SAFE = (1e-20, 1e20)
 """Between these ``||A||_F^2`` needs no scaling: its square and its small parts stay in float32's range."""
@@ -62,13 +62,13 @@ def prepared(batch: Tensor) -> Prepared:
     if all(SAFE[0] <= norm <= SAFE[1] for norm in norms.tolist()):
         return Prepared(batch, torch.ones_like(norms), norms, flipped)
     scales = _scales(batch)
-    batch = batch * scales.to(batch.dtype).to(batch.device)[:, None, None]
+    batch = batch * placed(scales, batch)[:, None, None]
     return Prepared(batch, scales, squared_norms(batch), flipped)
 
 
 def _scales(batch: Tensor) -> Tensor:
     """The powers of two (b,) that bring the largest number of each matrix to [1, 2); as far as float32 has them."""
-    largest = torch.stack([matrix.abs().amax() for matrix in batch]).to("cpu", torch.float64)
+    largest = torch.stack([matrix.abs().amax() for matrix in batch]).cpu().double()
     if not bool(largest.isfinite().all()):
         raise ValueError("the difference holds NaN or infinity")
     if float(largest.amax()) > FLOAT64[1] or float(torch.where(largest > 0.0, largest, 1.0).amin()) < FLOAT64[0]:
@@ -81,4 +81,4 @@ def _scales(batch: Tensor) -> Tensor:
 def start_block(size: int, columns: int, seed: int, like: Tensor) -> Tensor:
     """Gaussian (1, size, columns), drawn on the CPU in float32, so that every device begins with the same numbers."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, size, columns, generator=generator).to(like.dtype).to(like.device)
+    return placed(torch.randn(1, size, columns, generator=generator), like)

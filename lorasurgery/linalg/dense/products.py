@@ -46,7 +46,12 @@ def transposed(matrix: Tensor) -> bool:
 
 def turned(block: Tensor, small: Tensor) -> Tensor:
     """``block @ small`` for a block (b, m, l) and a small float64 matrix (b, l, k), in the block's dtype."""
-    return times(block, small.to(block.dtype).to(block.device))
+    return times(block, placed(small, block))
+
+
+def placed(small: Tensor, like: Tensor) -> Tensor:
+    """A small matrix in the dtype and on the device of another; in that order, as mps has no float64."""
+    return small.to(like.dtype).to(like.device)
 
 
 def gram(wide: Tensor, other: Tensor | None = None) -> Tensor:
@@ -63,7 +68,8 @@ def float64(tensor: Tensor) -> Tensor:
 def squared_norms(batch: Tensor) -> Tensor:
     """``||A||_F^2`` of each matrix as float64 on the CPU: (b, m, n) -> (b,)."""
     if batch.device.type == "cuda":
-        norms: Tensor = torch.linalg.vector_norm(batch, dim=(1, 2), dtype=torch.float64)
+        # One by one: CUDA makes a float64 copy of what it sums.
+        norms: Tensor = torch.stack([torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in batch])
         return norms.square().cpu()
     return torch.tensor([_squared_norm(matrix.cpu()) for matrix in batch], dtype=torch.float64)
 

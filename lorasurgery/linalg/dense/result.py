@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorasurgery.linalg.factors import Array
 
 
@@ -23,8 +23,6 @@ class DenseSvd:
 
     u: Tensor
     """(out, r)"""
-    s: Tensor
-    """(r,), descending"""
     v: Tensor
     """(in, r)"""
     values: Array
@@ -39,6 +37,11 @@ class DenseSvd:
     """How often the matrix was multiplied by a block of vectors; 0 if ``exact``"""
     exact: bool
     """Whether ``values`` is the complete spectrum"""
+
+    @property
+    def s(self) -> Tensor:
+        """(r,), descending."""
+        return torch.from_numpy(self.values[: self.rank]).to(self.u.dtype).to(self.u.device)
 
     @property
     def rank(self) -> int:
@@ -60,7 +63,6 @@ class DenseSvd:
         """The first ``rank`` columns only; ``values`` stay. ``excess`` is that of the larger rank."""
         return DenseSvd(
             self.u[:, :rank],
-            self.s[:rank],
             self.v[:, :rank],
             self.values,
             self.squared_norm,

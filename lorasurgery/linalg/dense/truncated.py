@@ -13,6 +13,8 @@ from lorasurgery.linalg.dense.products import transposed
 from lorasurgery.linalg.dense.result import DenseSvd
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 OVERSAMPLE = 16
@@ -58,7 +60,8 @@ def batched(deltas: Tensor, rank: int, *, tolerance: float, exact: bool, seed: i
         return [complete(ready, at, rank) for at in range(len(deltas))]
     start = start_block(ready.batch.shape[2], block_columns(rank), seed, ready.batch)
     found = subspaces(ready.batch, ready.squared_norms, start, Request(rank, tolerance, ready.rounding.gain))
-    return [finished(ready, at, one, rank) if one.converged else complete(ready, at, rank) for at, one in enumerate(found)]
+    done = iter(finished(ready, [(at, one) for at, one in enumerate(found) if one.converged], rank))
+    return [next(done) if one.converged else complete(ready, at, rank) for at, one in enumerate(found)]
 
 
 def check_tolerance(tolerance: float) -> None:
@@ -85,20 +88,24 @@ def complete(ready: Prepared, at: int, rank: int) -> DenseSvd:
     return _result(ready, at, (u, v), squares.cpu(), residual=0.0, excess=0.0, passes=0)
 
 
-def finished(ready: Prepared, at: int, found: Subspace, rank: int) -> DenseSvd:
-    """Matrix ``at`` from the subspace that was found of it."""
-    norm, rounding = float(ready.squared_norms[at]), ready.rounding
-    residual = max(norm - float(found.squares.sum()), 0.0)
-    if residual < rounding.direct * norm:
-        residual = _direct_residual(ready.batch[at], found)
-    squares = torch.where(found.squares > rounding.value * found.squares[0], found.squares, 0.0)
-    lengths = squares[:rank].sqrt()
-    error = residual + float(squares[rank:].sum())
-    least = max(error - found.missing, 1e-6 * error)
-    excess = (error / least) ** 0.5 - 1.0 if error > rounding.bound * norm else 0.0
-    inverse = torch.where(lengths > 0.0, 1.0 / lengths, 0.0).to(found.image.dtype).to(found.image.device)
-    sides = (found.left[:, :rank] * (inverse > 0.0), found.image[:, :rank] * inverse)
-    return _result(ready, at, sides, squares, residual=residual, excess=excess, passes=found.passes)
+def finished(ready: Prepared, found: Sequence[tuple[int, Subspace]], rank: int) -> list[DenseSvd]:
+    """Some matrices, each with its place in the batch, from the subspaces that were found of them.
+
+    A device is waited for twice at most, however many they are.
+    """
+    if not found:
+        return []
+    spectra = [torch.where(own.squares > ready.rounding.value * own.squares[0], own.squares, 0.0) for _, own in found]
+    lengths = torch.stack([squares[:rank] for squares in spectra]).sqrt()
+    inverses = torch.where(lengths > 0.0, 1.0 / lengths, 0.0).to(ready.batch.dtype).to(ready.batch.device)
+    results = []
+    for (at, own), squares, inverse, residual in zip(found, spectra, inverses, _residuals(ready, found), strict=True):
+        error = residual + float(squares[rank:].sum())
+        least = max(error - own.missing, 1e-6 * error)
+        excess = (error / least) ** 0.5 - 1.0 if error > ready.rounding.bound * float(ready.squared_norms[at]) else 0.0
+        sides = (own.left[:, :rank] * (inverse > 0.0), own.image[:, :rank] * inverse)
+        results.append(_result(ready, at, sides, squares, residual=residual, excess=excess, passes=own.passes))
+    return results
 
 
 def _result(
@@ -107,17 +114,25 @@ def _result(
     u, v = reversed(sides) if ready.flipped else sides
     scale = float(ready.scales[at])
     values = squares.sqrt() / scale
-    s = values[: u.shape[1]].to(u.dtype).to(u.device)
     norm = float(ready.squared_norms[at]) / scale / scale
-    return DenseSvd(u, s, v, values.numpy(), norm, residual / scale / scale, excess, passes, exact=passes == 0)
+    return DenseSvd(u, v, values.numpy(), norm, residual / scale / scale, excess, passes, exact=passes == 0)
 
 
-def _direct_residual(matrix: Tensor, found: Subspace) -> float:
-    """``||A - left image^T||_F^2``, by rows: where the difference of two large numbers would be rounding."""
+def _residuals(ready: Prepared, found: Sequence[tuple[int, Subspace]]) -> list[float]:
+    """The squared norm of each matrix beyond its subspace, formed itself where the difference would be rounding."""
+    norms = [float(ready.squared_norms[at]) for at, _ in found]
+    residuals = [max(norm - float(own.squares.sum()), 0.0) for norm, (_, own) in zip(norms, found, strict=True)]
+    near = [i for i, norm in enumerate(norms) if residuals[i] < ready.rounding.direct * norm]
+    if near:
+        formed = torch.stack([_rest(ready.batch[found[i][0]], found[i][1]) for i in near])
+        for i, parts in zip(near, formed.tolist(), strict=True):
+            residuals[i] = sum(part**2 for part in parts)
+    return residuals
+
+
+def _rest(matrix: Tensor, found: Subspace) -> Tensor:
+    """``||A - left image^T||_F``, of ``ROWS`` rows each."""
     rows, left, right = (matrix.T, found.image, found.left) if transposed(matrix) else (matrix, found.left, found.image)
-    total = 0.0
-    for start in range(0, len(rows), ROWS):
-        part = slice(start, start + ROWS)
-        rest = torch.addmm(rows[part], left[part], right.T, alpha=-1.0)
-        total += float(torch.linalg.vector_norm(rest)) ** 2
-    return total
+    parts = [slice(start, start + ROWS) for start in range(0, len(rows), ROWS)]
+    rests = [torch.linalg.vector_norm(torch.addmm(rows[part], left[part], right.T, alpha=-1.0)) for part in parts]
+    return torch.stack(rests)

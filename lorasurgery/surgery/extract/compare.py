@@ -102,6 +102,8 @@ def compare_families(base: str | Path, tuned: str | Path, options: ExtractOption
 
     ``running``: the architecture and the progress.
     """
+    from lorasurgery.linalg.dense import full_precision  # with torch
+
     options.check()
     running = running or Running()
     models = opened(base, tuned, running.arch, running.only)
@@ -110,12 +112,13 @@ def compare_families(base: str | Path, tuned: str | Path, options: ExtractOption
     pairs = [p for p in pair_up(*models, options).pairs if not p.reason and not p.is_vector]
     chosen = [pairs[i * len(pairs) // SAMPLES] for i in range(SAMPLES)] if len(pairs) > SAMPLES else pairs
     found: list[_One] = []
-    for at, pair in enumerate(chosen):
-        change = change_of(pair, keep_base=True)
-        if change.squared > 0.0:
-            found.append(_one(pair, change, options))
-        if running.progress is not None:
-            running.progress(Step(at + 1, len(chosen), pair.name))
+    with full_precision():
+        for at, pair in enumerate(chosen):
+            change = change_of(pair, keep_base=True)
+            if change.squared > 0.0:
+                found.append(_one(pair, change, options))
+            if running.progress is not None:
+                running.progress(Step(at + 1, len(chosen), pair.name))
     if not found:
         raise RequestError("none of the matrices changed", path=models[1].path, hint="another tuned model, or other patterns")
     dtype = dtype_of(chosen[0], options)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorasurgery.errors import NoRoomError
+from lorasurgery.linalg.halving import DeviceFullError, in_halves
 from lorasurgery.surgery.extract.options import CAP
 
 if TYPE_CHECKING:
@@ -53,11 +55,22 @@ class Found:
 
 
 def decomposed(matrices: Sequence[AnyArray], wanted: Wanted, options: ExtractOptions, device: str) -> list[Found]:
-    """Some matrices (out, in) of one shape on a device, together where that is faster."""
-    import torch
+    """Some matrices (out, in) of one shape on a device, together where that is faster and there is the memory for it.
 
-    batch = torch.from_numpy(matrices[0][None] if len(matrices) == 1 else np.stack(matrices))
-    batch = batch.to(device=device, dtype=torch.float32 if device == "mps" else batch.dtype)
+    Raises NoRoomError where a device has too little for one.
+    """
+    try:
+        return in_halves(matrices, lambda some: _decomposed(some, wanted, options, device))
+    except DeviceFullError:
+        pass
+    raise NoRoomError(
+        f"{device} has too little memory left for a matrix of {matrices[0].shape[0]} x {matrices[0].shape[1]}",
+        hint="--jobs 1, or --device cpu",
+    )
+
+
+def _decomposed(matrices: Sequence[AnyArray], wanted: Wanted, options: ExtractOptions, device: str) -> list[Found]:
+    batch = _sent(matrices, device)
     cut, most = options.cut, min(batch.shape[1:])
     overall = cut.policy in (None, "params")
     if wanted.fixed or overall:
@@ -67,13 +80,37 @@ def decomposed(matrices: Sequence[AnyArray], wanted: Wanted, options: ExtractOpt
     return [_by_spectrum(matrix, min(wanted.rank or most, most), options) for matrix in batch]
 
 
+def _sent(matrices: Sequence[AnyArray], device: str) -> torch.Tensor:
+    """``(b, out, in)`` on a device; a GPU fetches it from pinned memory by itself. mps has no float64."""
+    import torch
+
+    place = torch.device(device)
+    if place.type == "cpu":
+        return torch.from_numpy(matrices[0][None] if len(matrices) == 1 else np.stack(matrices))
+    gpu, wide = place.type == "cuda", any(matrix.dtype == np.float64 for matrix in matrices)
+    dtype = torch.float64 if wide and place.type != "mps" else torch.float32
+    host = torch.empty((len(matrices), *matrices[0].shape), dtype=dtype, pin_memory=gpu)
+    for own, matrix in zip(host, matrices, strict=True):
+        own.copy_(torch.from_numpy(matrix))
+    return host.to(place, non_blocking=gpu)
+
+
 def _truncated(batch: torch.Tensor, rank: int, options: ExtractOptions, matrices: Sequence[AnyArray]) -> list[Found]:
     from lorasurgery.linalg.dense import truncated_svds
 
     found = truncated_svds(batch, rank, tolerance=options.tolerance, exact=options.exact, seed=options.seed)
+    sides = zip(_fetched([own.u for own in found]), _fetched([own.v for own in found]), strict=True)
+    plain = [Found(u, v, own.values[: own.rank], own.squared_error()) for own, (u, v) in zip(found, sides, strict=True)]
     if options.clamp_quantile is None:
-        return [_found(own, own.values[: own.rank], own.squared_error()) for own in found]
-    return [_clamped(own, options.clamp_quantile, matrix) for own, matrix in zip(found, matrices, strict=True)]
+        return plain
+    return [_clamped(own, options.clamp_quantile, matrix) for own, matrix in zip(plain, matrices, strict=True)]
+
+
+def _fetched(sides: Sequence[torch.Tensor]) -> list[AnyArray]:
+    """Each (size, k) as rows (k, size) on the host, all in one copy."""
+    import torch
+
+    return list(torch.stack([side.T for side in sides]).cpu().numpy())
 
 
 def _until(matrix: torch.Tensor, cap: int | None, options: ExtractOptions) -> Found:
@@ -110,16 +147,14 @@ def _by_spectrum(matrix: torch.Tensor, cap: int, options: ExtractOptions) -> Fou
 
 
 def _found(own: DenseSvd, values: Array, residual: float) -> Found:
-    u, v = (side.T.contiguous().cpu().numpy() for side in (own.u, own.v))
-    return Found(u, v, np.asarray(values, np.float64), residual)
+    return Found(_fetched([own.u])[0], _fetched([own.v])[0], np.asarray(values, np.float64), residual)
 
 
-def _clamped(own: DenseSvd, quantile: float, matrix: AnyArray) -> Found:
+def _clamped(found: Found, quantile: float, matrix: AnyArray) -> Found:
     """With sd-scripts' limit, the quantile of all signed values of ``U S`` and ``Vt``, and the squared error that it makes.
 
     Source: sd-scripts ``networks/extract_lora_from_models.py`` and ``flux_extract_lora.py`` (2026).
     """
-    found = _found(own, own.values[: own.rank], own.squared_error())
     left = found.u * found.values[:, None].astype(found.u.dtype)
     limit = abs(float(np.quantile(np.concatenate([left.ravel(), found.v.ravel()]), quantile)))
     off = matrix - np.clip(left, -limit, limit).T @ np.clip(found.v, -limit, limit)

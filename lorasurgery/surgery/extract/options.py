@@ -61,7 +61,7 @@ class ExtractOptions:
     device: str = "cpu"
     """``cpu``, ``mps``, ``cuda``, or several: ``cuda:0,cuda:1``."""
     jobs: int | None = None
-    """Matrices decomposed at the same time; None: as many as cores and about a GiB of memory allow."""
+    """Matrices decomposed at the same time; None: as many as cores and about a GiB of memory allow, four a GPU."""
 
     @property
     def layout(self) -> Layout:

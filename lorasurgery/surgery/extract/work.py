@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.errors import NoRoomError
 from lorasurgery.linalg.threads import one_blas_thread
-from lorasurgery.surgery.extract.change import change_of
+from lorasurgery.surgery.extract.change import WIDE, change_of, stored
 from lorasurgery.surgery.extract.decompose import Wanted, decomposed
 from lorasurgery.surgery.extract.families import fitted
 from lorasurgery.surgery.extract.options import FACTORED
@@ -20,7 +22,6 @@ from lorasurgery.surgery.resize.survey import named_rank, rank_asked
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
-    from contextlib import AbstractContextManager
 
     from lorasurgery.linalg.factors import AnyArray
     from lorasurgery.surgery.extract.change import Change
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.extract.options import ExtractOptions
     from lorasurgery.surgery.extract.pairs import Pair
 
-BATCH_BYTES = 512 << 20
-"""Matrices of one shape that a GPU decomposes together have at most so many bytes."""
+BATCH_BYTES = 128 << 20
+"""Matrices of one shape that a GPU decomposes together have at most so many bytes; the work needs a few times that."""
+GPU_JOBS = 4
+"""Batches at a time on each GPU: while one is multiplied there, the small problems of the others are solved on the CPU."""
 MEMORY = 1 << 30
 """About as much for the matrices in flight, unless one alone is larger."""
 MOST_JOBS = 8
-READERS = 4
-"""Threads that read for a GPU, which decomposes faster than one reads."""
+READERS = 8
+"""Threads that read for GPUs, at most one a core: a thread reads and subtracts more slowly than a GPU decomposes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,15 @@ class Unit:
     pairs: tuple[Pair, ...]
     wanted: Wanted
     device: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A unit that is worked on."""
+
+    unit: Unit
+    loading: Future[list[Change]]
+    future: Future[list[Done]]
 
 
 def wanted_of(pair: Pair, options: ExtractOptions) -> Wanted:
@@ -80,8 +92,7 @@ def units_of(pairs: Sequence[Pair], options: ExtractOptions) -> Iterator[Unit]:
         return Unit(tuple(own), wanted_of(own[0], options), devices[at % len(devices)])
 
     for pair in pairs:
-        plain = options.family in FACTORED and not (options.tucker or options.dora)
-        if not devices[0].startswith("cuda") or not needs_factors(pair, options) or not plain:
+        if not _on_gpus(options) or options.tucker or options.dora or not needs_factors(pair, options):
             if pair.kind in ("linear", "conv", "1x1"):
                 yield unit([pair])
             else:
@@ -90,7 +101,8 @@ def units_of(pairs: Sequence[Pair], options: ExtractOptions) -> Iterator[Unit]:
         key = (pair.shape, pair.base.dtype, pair.tuned.dtype, wanted_of(pair, options))
         own = waiting.setdefault(key, [])
         own.append(pair)
-        if (len(own) + 1) * _bytes(pair) > BATCH_BYTES:
+        wide = {stored(pair.base), stored(pair.tuned)} <= WIDE
+        if (len(own) + 1) * _bytes(pair) * (1 + wide) > BATCH_BYTES:
             yield unit(waiting.pop(key))
     yield from (unit(own) for own in waiting.values())
 
@@ -103,46 +115,74 @@ def jobs_of(pairs: Sequence[Pair], options: ExtractOptions) -> int:
     """How many units are worked on at a time."""
     if options.jobs is not None:
         return options.jobs
-    if not options.devices[0].startswith("cpu"):
-        return len(options.devices)
+    cores, places = os.cpu_count() or 1, len(options.devices)
+    if _on_gpus(options):
+        return max(min(GPU_JOBS * places, cores), places)
+    if options.family in FACTORED and not options.devices[0].startswith("cpu"):
+        return places
     largest = max((_bytes(p) for p in pairs if needs_factors(p, options)), default=1)
-    return max(min(os.cpu_count() or 1, MOST_JOBS, MEMORY // (3 * largest)), 1)
+    return max(min(cores, MOST_JOBS, MEMORY // (3 * largest)), 1)
+
+
+def _on_gpus(options: ExtractOptions) -> bool:
+    """Whether CUDA devices decompose; the other families' arithmetic is the CPU's."""
+    return options.family in FACTORED and options.devices[0].startswith("cuda")
 
 
 def run(units: Sequence[Unit], options: ExtractOptions, jobs: int, keep: Callable[[Unit, list[Done]], None]) -> None:
     """Work on every unit; ``keep`` is called with each in their order, on this thread.
 
-    One thread reads ahead while ``jobs`` decompose, more for a GPU. The first error ends the work and is raised here.
+    One thread reads ahead while ``jobs`` decompose, more for a GPU. The first error ends the work and is raised here; a unit
+    that a device had no room for is tried once more when the others are finished.
     """
-    running: deque[tuple[Unit, Future[list[Done]]]] = deque()
-    ahead = READERS if options.devices[0].startswith("cuda") else 1
+    running: deque[_Running] = deque()
+    ahead = min(READERS, os.cpu_count() or 1) if _on_gpus(options) else 1
     readers, workers = ThreadPoolExecutor(ahead), ThreadPoolExecutor(jobs)
     try:
         with _threads(options, jobs):
             for unit in units:
                 while len(running) >= jobs + ahead:
-                    _drain(running, keep)
+                    _drain(running, keep, options)
                 loading = readers.submit(_load, unit, options)
-                running.append((unit, workers.submit(_finish, unit, loading, options)))
+                running.append(_Running(unit, loading, workers.submit(_finish, unit, loading, options)))
             while running:
-                _drain(running, keep)
+                _drain(running, keep, options)
     finally:
         readers.shutdown(wait=True, cancel_futures=True)
         workers.shutdown(wait=True, cancel_futures=True)
 
 
-def _threads(options: ExtractOptions, jobs: int) -> AbstractContextManager[Any]:
-    """Threads inside torch's operations, so that all jobs together use every core."""
+@contextmanager
+def _threads(options: ExtractOptions, jobs: int) -> Iterator[None]:
+    """Threads inside torch's operations, so that all jobs together use every core, and float32 products that are float32."""
     if options.family not in FACTORED:
-        return one_blas_thread()
-    from lorasurgery.linalg.dense import torch_threads
+        with one_blas_thread():
+            yield
+        return
+    from lorasurgery.linalg.dense import full_precision, torch_threads
 
-    return torch_threads(max((os.cpu_count() or 1) // jobs, 1))
+    with full_precision(), torch_threads(max((os.cpu_count() or 1) // jobs, 1)):
+        yield
 
 
-def _drain(running: deque[tuple[Unit, Future[list[Done]]]], keep: Callable[[Unit, list[Done]], None]) -> None:
-    unit, future = running.popleft()
-    keep(unit, future.result())
+def _drain(running: deque[_Running], keep: Callable[[Unit, list[Done]], None], options: ExtractOptions) -> None:
+    own = running.popleft()
+    try:
+        done = own.future.result()
+    except NoRoomError:
+        done = None
+    if done is None:
+        wait([other.future for other in running])
+        done = _alone(own, options)
+    keep(own.unit, done)
+
+
+def _alone(own: _Running, options: ExtractOptions) -> list[Done]:
+    """Again, with nothing else on the device; raises NoRoomError that names the module."""
+    try:
+        return _finish(own.unit, own.loading, options)
+    except NoRoomError as error:
+        raise NoRoomError(f"{own.unit.pairs[0].name}: {error.message}", hint=error.hint) from error
 
 
 def _load(unit: Unit, options: ExtractOptions) -> list[Change]:

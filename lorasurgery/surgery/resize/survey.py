@@ -11,7 +11,7 @@ import numpy as np
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.deltas.full import Full, Opaque
-from lorasurgery.errors import BrokenModuleError, NotRepresentableError
+from lorasurgery.errors import BrokenModuleError, NoRoomError, NotRepresentableError
 from lorasurgery.io.tensors import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.linalg.threads import map_threads
@@ -109,8 +109,11 @@ def _together(
     def narrow(module: Module) -> bool:
         return module.delta is not None and dtype_of(module.delta, DTYPES.get(options.dtype, "keep")) in NARROW
 
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is None
-        return list(measured_together(batch, _needed(adapter, batch[0], options), narrow, backend))
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is None
+            return list(measured_together(batch, _needed(adapter, batch[0], options), narrow, backend))
+    except NoRoomError as error:
+        raise NoRoomError(f"{batch[0].name}: {error.message}", path=adapter.path, hint=error.hint) from error
 
 
 def _needed(adapter: Adapter, module: Module, options: ResizeOptions) -> int | None:

@@ -80,7 +80,7 @@ def test_any_shape_rank_and_scale(rows, columns, inner, rank, power, exact, doub
     assert found.rank == min(rows, columns, rank)
     assert len(found.values) >= found.rank
     assert (np.diff(found.values) <= 0).all()
-    unit = replace(found, s=found.s.double() / 10.0**power)
+    unit = replace(found, u=found.u.double(), values=found.values / 10.0**power)
     scaled = error(given_.double().numpy() / 10.0**power, unit)
     norm = np.linalg.norm(matrix)
     assert scaled <= optimum(matrix, rank) * 1.001 + 2e-6 * norm

@@ -32,21 +32,6 @@ from typing import Any
 from scripts.bench_parts.resize import apart, make, shapes
 
 WEIGHTS = (0.7, -0.4)
-OURS = """
-import os, sys
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-from lorasurgery.api import load, save
-from lorasurgery.surgery.convert import convert
-from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
-from lorasurgery.surgery.resize import ResizeOptions
-first, second, out, layout, rank, workers = sys.argv[1:]
-cut = ResizeOptions(rank=int(rank), workers=int(workers)) if int(rank) else None
-sources = [Source(load(path), parse_weight([weight]), path) for path, weight in ((first, "0.7"), (second, "-0.4"))]
-merged, _ = merge(sources, MergeOptions(resize=cut), layout)
-merged, report = convert(merged, layout)
-save(merged, out, report=report)
-"""
 COPY = """
 import hashlib, sys
 from queue import Queue
@@ -69,10 +54,10 @@ thread.join()
 """
 
 
-def process(script: str, *args: object) -> tuple[float, float]:
-    """Seconds and peak MiB of a whole process."""
+def process(*args: object) -> tuple[float, float]:
+    """Seconds and peak MiB of a whole process of this interpreter."""
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-c", script, *map(str, args)])  # noqa: S603  our own interpreter
+    child = subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.DEVNULL)  # noqa: S603  our own words
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit("it failed")
@@ -126,16 +111,17 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[tuple[float, float]]] = {}
     peers: dict[str, list[float]] = {name: [] for name in options.peers}
 
-    def run(name: str, script: str, *args: object) -> None:
+    def run(name: str, *args: object) -> None:
         out.unlink(missing_ok=True)
-        runs.setdefault(name, []).append(process(script, *files, out, *args))
+        runs.setdefault(name, []).append(process(*args))
 
+    merge = ("-m", "lorasurgery", "merge", *(f"{path}:{w}" for path, w in zip(files, WEIGHTS, strict=True)), "-o", out)
     for number in range(options.rounds + 1):  # the first warms the page cache
-        run("copy, hashed", COPY, "hash")
-        run("exact, sd-scripts", OURS, "sd-scripts", 0, options.threads)
-        run("copy", COPY, "plain")
-        run("exact, comfyui", OURS, "comfyui", 0, options.threads)
-        run("cut", OURS, "sd-scripts", options.rank, options.threads)
+        run("copy, hashed", "-c", COPY, *files, out, "hash")
+        run("exact, sd-scripts", *merge, "--target", "sd-scripts")
+        run("copy", "-c", COPY, *files, out, "plain")
+        run("exact, comfyui", *merge, "--target", "comfyui")
+        run("cut", *merge, "--target", "sd-scripts", "--rank", options.rank)
         for name in options.peers if number else ():
             if number == 1 or name != "sd-scripts":
                 peers[name].append(apart(peer, name, options.rank, options.threads, options.arch))
@@ -146,7 +132,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "peak_mib": {name: round(max(m for _, m in own)) for name, own in runs.items()},
         "exact / copy": round(seconds["exact, comfyui"] / seconds["copy"], 2),
         "exact / copy, hashed": round(seconds["exact, sd-scripts"] / seconds["copy, hashed"], 2),
-        "excess": apart(excess, files, out, options.rank),
+        "excess": apart(excess, files, out, options.rank) if options.arch == "sdxl" else float("nan"),
         "peers": {
             name: {"seconds": round(statistics.median(own), 1), "ratio": round(statistics.median(own) / seconds["cut"], 1)}
             for name, own in peers.items()

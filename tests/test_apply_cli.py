@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,9 +13,10 @@ from lorasurgery.cli.app import application
 from tests.applied import PROJ, QKV, Added, Base, assert_nearest, numbers, read, stem
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from typer.testing import Result
+
+
+PRODUCERS = Path(__file__).parent / "fixtures" / "producers"
 
 
 def call(*words: object) -> Result:
@@ -73,6 +75,8 @@ def test_there_and_back(tmp_path: Path) -> None:
     back = call(tmp_path / "a.safetensors", f"{lora}:0.3", "--unapply", "-o", tmp_path / "b.safetensors")
     assert back.exit_code == 0
     assert "restored" in back.output
+    twice = call(tmp_path / "a.safetensors", f"{lora}:0.3", f"{lora}:-1", "--unapply", "--dry-run")
+    assert twice.stdout.startswith(f"a.safetensors - {lora.name} - {lora.name} -> ")
     weight = numbers(read(tmp_path / "b.safetensors")[f"{PROJ}.weight"])
     assert abs(weight - base.weights[PROJ]).max() < 0.02
     history = json.loads(call(tmp_path / "b.safetensors", lora, "--dry-run", "--json").stdout)
@@ -136,6 +140,8 @@ def test_an_adapter_of_another_model_gets_advice_that_apply_can_follow(tmp_path:
     assert found.exit_code == 1
     assert "another model than FLUX.1" in found.stderr
     assert "--base" not in found.stderr
+    known = call(model, PRODUCERS / "diffusers_sd15.safetensors", "-o", tmp_path / "o.safetensors")
+    assert "it is for Stable Diffusion 1, and the model is FLUX.1" in known.stderr
 
 
 def test_the_longest_bar_is_the_largest_change_shown(tmp_path: Path) -> None:

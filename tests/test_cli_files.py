@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,11 +13,11 @@ from lorasurgery.cli.app import app
 from lorasurgery.cli.columns import Column, Screen, screen, show_pairs, show_table, wrapped
 from lorasurgery.cli.files import ADAPTERS, MODELS, Found, expanded, found_in, means_several
 from lorasurgery.layouts import near
+from tests.applied import Base
+from tests.edges import run
 from tests.headers import FLUX, hollow, lora
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+SD15 = Path(__file__).parent / "fixtures" / "producers" / "diffusers_sd15.safetensors"
 PLAIN = Screen(40, 25, colours=False, terminal=False)
 
 
@@ -128,6 +128,22 @@ def test_pairs_and_colours(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 
 # the cheap look at a file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["merge", "apply", "compare"])
+def test_commands_for_single_files_do_not_advise_an_output_folder(tmp_path: Path, command: str) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    model = Base.make().save(tmp_path / "model.safetensors")
+    words: dict[str, list[object]] = {
+        "merge": [folder, "--dry-run"],
+        "apply": [model, folder, "--dry-run"],
+        "compare": [folder, SD15],
+    }
+    outcome = run(command, *words[command])
+    assert outcome.code in (1, 2)
+    assert "loras: this is a folder" in outcome.err
+    assert outcome.err.strip().endswith("Try: a file inside it, or a PEFT folder with adapter_config.json")
 
 
 def test_nothing_that_fits_is_passed_over() -> None:

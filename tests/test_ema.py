@@ -78,7 +78,22 @@ def test_widths_whose_root_is_negative(sigma):
     assert list(weights[1:]) == sorted(weights[1:], reverse=True)  # wider than the plain average: older ones count more
 
 
-@pytest.mark.parametrize("sigma", [0.301, 0.5, 0.0, -0.1, math.nan])
+def test_the_widest_as_it_is_printed():
+    assert gamma_of(0.3003) == gamma_of(WIDEST) == pytest.approx((math.sqrt(5) - 3) / 2)
+
+
+def test_an_earlier_average_in_the_folder_is_no_checkpoint(tmp_path):
+    run_of(tmp_path, 3)
+    out = tmp_path / "run.safetensors"
+    assert run("ema", tmp_path, "-o", out, "--sort", "steps").code == 0
+    first = out.read_bytes()
+    again = run("ema", tmp_path, "-o", out, "--force")
+    assert again.code == 0
+    assert again.out.startswith("3 checkpoints")
+    assert out.read_bytes() == first
+
+
+@pytest.mark.parametrize("sigma", [0.3004, 0.301, 0.5, 0.0, -0.1, math.nan])
 def test_widths_that_no_power_function_has(sigma):
     with pytest.raises(RequestError, match="relative width"):
         EmaOptions(sigma_rel=sigma).check()
@@ -312,7 +327,10 @@ def test_refusals(tmp_path):
     out = tmp_path / "out.safetensors"
     refused(tmp_path, ["ema", *paths], "-o OUT", code=2)
     refused(tmp_path, ["ema", paths[0], "-o", out], "two checkpoints", code=2)
-    refused(tmp_path, ["ema", *paths, "-o", paths[1]], "two checkpoints", code=2)
+    refused(tmp_path, ["ema", *paths, "-o", paths[1], "--force"], "the output is the input")
+    refused(tmp_path, ["ema", *run_of(tmp_path, 3), "-o", paths[0], "--force"], "the output is the input")
+    refused(tmp_path, ["ema", tmp_path, "-o", paths[1], "--force"], "the output is the input")
+    refused(tmp_path, ["ema", *paths, "-o", out, "--beta2", "0.9", "--sigma-rel", "0.2"], "in place of --beta", code=2)
     refused(tmp_path, ["ema", *paths, "-o", out, "--rank", "4"], "--on delta", code=2)
     refused(tmp_path, ["ema", *paths, "-o", out, "--on", "weights"], "--on is factors or delta", code=2)
     refused(tmp_path, ["ema", *paths, "-o", out, "--sigma-rel", "0.4"], "0.3003", code=2)

@@ -88,10 +88,12 @@ def test_fp8_with_scales_is_the_true_weight(tmp_path):
     up, down = rng.standard_normal((64, 2)), rng.standard_normal((2, 48))
     base = stored.astype("f8") * 0.5
     fp8 = raw(np.zeros((64, 48)), "F32")._replace(dtype="F8_E4M3", data=stored.tobytes())
-    write(tmp_path / "base.safetensors", {"a.weight": fp8, "a.scale_weight": raw(0.5, "F32")})
+    marker = fp8._replace(shape=(0,), data=b"")
+    write(tmp_path / "base.safetensors", {"a.weight": fp8, "a.scale_weight": raw(0.5, "F32"), "scaled_fp8": marker})
     write(tmp_path / "tuned.safetensors", {"a.weight": raw(base + up @ down, "F32")})
-    extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out.safetensors", options(2))
+    report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out.safetensors", options(2))
     assert relative(said(tmp_path / "out.safetensors", {"a.weight": base}), {"a.weight": up @ down}) < 1e-6
+    assert not report.warnings
 
 
 def test_gguf_is_its_dequantised_self(tmp_path):
@@ -260,6 +262,37 @@ def test_policies_choose_as_they_say(policy, cap, tmp_path):
         values = np.linalg.svd(matrix, compute_uv=False)
         expected = min(int(np.argmax(enough(values))) + 1, cap or len(values))
         assert found[f"lora_unet_{name[0]}.lora_down.weight"].shape[0] == expected
+
+
+SCORES = {
+    "fro_ckpt=1,thr=-2.5": lambda _, base: np.linalg.norm(base),
+    "spn_ckpt=1,thr=-2": lambda _, base: np.linalg.norm(base, 2),
+    "subspace=1,thr=-0.5": lambda change, base: np.abs(np.sum((change.U.T @ base) * change.Vh, 1)),
+}
+
+
+@pytest.mark.parametrize("recipe", SCORES)
+def test_recipes_look_at_the_base(recipe, tmp_path):
+    paths, wanted = unknown(tmp_path, falling, {"a": (40, 30), "b": (140, 200)})
+    base = {name: tensor.f64() for name, tensor in read(paths[0])[0].items()}
+    taken(paths, tmp_path / "out.safetensors", options(None, recipe=recipe, min_rank=0))
+    found = read(tmp_path / "out.safetensors")[0]
+    for name, matrix in wanted.items():
+        change = np.linalg.svd(matrix, full_matrices=False)
+        scores = np.log10(change.S) - np.log10(SCORES[recipe](change, base[name]))
+        kept = np.flatnonzero(scores > float(recipe.partition("thr=")[2]))
+        assert 0 < len(kept) < len(scores)
+        up, down = (found[f"lora_unet_{name[0]}.lora_{side}.weight"].f64() for side in ("up", "down"))
+        best = (change.U[:, kept] * change.S[kept]) @ change.Vh[kept]
+        assert np.linalg.norm(up @ down - best) < 1e-5 * np.linalg.norm(matrix)
+
+
+def test_ranks_that_fit_nothing_are_told(tmp_path):
+    paths, _ = unknown(tmp_path, falling, {"a": (40, 30), "b": (40, 20)})
+    named = (("_a$", 2), ("_b$", 0), ("_c$", 4))
+    report = taken(paths, tmp_path / "out.safetensors", options(4, ranks=named))
+    assert [m.rank for m in report.modules] == [2]
+    assert report.warnings == ["'_c$' fits no module of this file"]
 
 
 def test_a_size_is_met_and_spent_where_it_counts(tmp_path):
@@ -510,7 +543,7 @@ def test_outputs_and_inputs_are_not_overwritten(tmp_path):
         ({"target": "diffusers", "family": "loha"}, "does not load loha"), ({"tucker": True, "target": "diffusers"}, "Tucker"),
         ({"factor": 4}, "for the family lokr"), ({"small": "some"}, "small is"), ({"clamp_quantile": 2.0}, "quantile"),
         ({"tolerance": 0.0}, "tolerance"), ({"jobs": 0}, "jobs"), ({"rank": None, "conv_rank": 3}, "linear layers"),
-        ({"min_diff": -1.0}, "negative"), ({"dora": True, "tucker": True}, "contradict"),
+        ({"min_diff": -1.0}, "0 or more"), ({"dora": True, "tucker": True}, "contradict"),
         ({"family": "full", "size": 10**6}, "no rank to choose"),
         ({"clamp_quantile": 0.9}, "strength in up"), ({"clamp_quantile": 0.9, "size": 10**6}, "fixed rank"),
         ({"clamp_quantile": 0.9, "factors": "kohya", "alpha": "2"}, "alpha that is the rank"),

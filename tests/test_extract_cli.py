@@ -167,7 +167,9 @@ def test_families_compared(models):
         (("{base}", "{tuned}", "{out}", "--full-small", "--lora-only"), "contradict"),
         (("{base}", "{tuned}", "{out}", "--family", "loha", "--target", "diffusers"), "--family lora"),
         (("{base}", "{tuned}", "{out}", "--family", "loha", "--size", "1MiB"), "--rank N alone"),
-        (("{base}", "{tuned}", "{out}", "--policy", "energy"), "needs a parameter"),
+        (("{base}", "{tuned}", "{out}", "--policy", "energy"), "needs a parameter. Try: --param X"),
+        (("{base}", "{tuned}", "{out}", "--size", "99KiB", "--uniform"), "beyond its size. Try: --rank N alone"),
+        (("{base}", "{tuned}", "{out}", "--min-diff", "nan"), "0 or more, not nan"),
         (("{base}", "{tuned}", "{out}", "--family", "full", "--rank", "4"), "no rank. Try: --family lora"),
         (("{base}", "{tuned}", "{out}", "--family", "full", "--size", "1MiB"), "no rank to choose. Try: --family lora"),
         (("{base}", "{tuned}", "{out}", "--clamp-quantile", "0.9", "--size", "1MiB"), "Try: --rank N alone"),
@@ -185,6 +187,14 @@ def test_refusals(models, args, words, tmp_path):
     assert outcome.code in (1, 2)
     assert words in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_size_that_cannot_be_met_says_what_is_kept(models, tmp_path):
+    out = tmp_path / "out.safetensors"
+    outcome = run("extract", *models["flux1-dev"], out, "--size", "1KiB", "--quiet")
+    assert outcome.code == 2
+    assert "or --min-rank 0" in outcome.err
+    assert "out.safetensors.partial has what is finished; another size with --resume uses it" in " ".join(outcome.err.split())
 
 
 def test_progress(capsys, monkeypatch):

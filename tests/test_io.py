@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,11 +17,13 @@ from safetensors import deserialize
 from safetensors.torch import save as library_save
 
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
+from lorasurgery.io.blame import blamed_on
 from lorasurgery.io.header import MAX_HEADER, RawFile, header_bytes, read_safetensors
 from lorasurgery.io.peft_folder import read_peft_folder, write_peft_folder
 from lorasurgery.io.tensors import BITS, Tensor, cast_array, computed, of_array, of_bytes, scalar, stack, zeros
 from lorasurgery.io.torchfile import read_torch
 from lorasurgery.io.writer import write_safetensors
+from lorasurgery.surgery.apply.folder import replacing_folder
 from tests.edges import listing, lora, save
 
 if TYPE_CHECKING:
@@ -137,6 +140,31 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(tmp_path / "out.safetensors", {"b": computed("F16", (4,), interrupted)}, {})
     assert listing(tmp_path) == {}
+
+
+def full_disk(fd: int, data: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_blamed_on_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasurgery.io.writer.os.write", full_disk)
+    tensors = {"a.lora_up.weight": zeros("F32", (2, 2))}
+    with pytest.raises(OSError, match="No space left") as file:
+        write_safetensors(tmp_path / "out.safetensors", tensors, {})
+    assert file.value.filename == str(tmp_path / "out.safetensors")
+    with pytest.raises(OSError, match="No space left") as folder:
+        write_peft_folder(tmp_path / "out", {"": ({}, tensors)}, {})
+    assert folder.value.filename == str(tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(OSError, match="No space left") as model, replacing_folder(tmp_path / "model") as made:
+        write_safetensors(made / "transformer" / "x.safetensors", tensors, {})
+    assert model.value.filename == str(tmp_path / "model" / "transformer" / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_keep_their_own_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing, blamed_on(tmp_path / "out"):
+        (tmp_path / "in").read_bytes()
+    assert missing.value.filename == str(tmp_path / "in")
 
 
 def test_mode_follows_the_umask(tmp_path: Path) -> None:

@@ -314,8 +314,10 @@ def test_dora_is_kept_alone_and_never_added(tmp_path: Path) -> None:
     with pytest.raises(NotRepresentableError, match="neither be scaled nor added"):
         merge([source(dora(tmp_path)), source(loaded(both, tmp_path))])
     dropped = Result([source(dora(tmp_path)), source(loaded(both, tmp_path))], tmp_path, drop_nonlinear=True)
-    assert len(dropped.report.dropped) == 2
-    assert not any("attn1_to_q" in key for key in dropped.tensors)
+    assert len(dropped.report.dropped) == 1
+    assert not any(key.endswith("dora_scale") for key in dropped.tensors)
+    key = f"{both.stem(TO_Q)}.lora_up.weight"
+    assert dropped.tensors[key] == both.made.tensors[key]  # what the other file has there stays as it is
 
 
 def test_oft_is_kept_alone_and_never_added(tmp_path: Path) -> None:
@@ -328,6 +330,45 @@ def test_oft_is_kept_alone_and_never_added(tmp_path: Path) -> None:
         merge([source(adapter), source(loaded(other, tmp_path))])
     with pytest.raises(NotRepresentableError, match="OFT"):
         merge([source(adapter, "0.5")])
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_a_full_difference_as_lora_is_rounded_only_to_the_dtype_that_is_asked_for(tmp_path: Path, dtype: str) -> None:
+    own = Builder.start(SDXL, "sd-scripts", dtype, 0)
+    own.add(TO_Q, "full")
+    result = Result([source(loaded(own, tmp_path), "0.7")], tmp_path, dtype="fp32", as_lora=True)
+    assert error(result, weighted((own.made.meaning(), 0.7))) < 1e-7
+    kept = Result([source(loaded(own, tmp_path), "0.7")], tmp_path, as_lora=True)
+    off = error(kept, weighted((own.made.meaning(), 0.7)))
+    assert kept.writing.losses.total() == pytest.approx(off, rel=0.3)  # and what it costs is told
+
+
+def test_parts_are_rounded_once_where_they_are_fused(tmp_path: Path) -> None:
+    parts, whole = (flux_qkv("diffusers", 0, 4, dtype="BF16"), flux_qkv("comfyui", 1, 2, dtype="BF16"))
+    adapters = [loaded(parts, tmp_path), loaded(whole, tmp_path)]
+    words = "1:re=to_q$:0.7:re=to_k$:0.3:re=to_v$:-1.1"
+    result = Result([source(adapters[0], words), source(adapters[1], "0.9")], tmp_path, "comfyui", dtype="fp32")
+    alone = Result([source(adapters[0], words)], tmp_path, "comfyui", dtype="fp32")
+    for found in (result, alone):
+        assert found.report.losses.total() + found.writing.losses.total() < 1e-6
+
+
+def test_the_layout_is_that_of_the_first_file_with_more_than_text_encoders(tmp_path: Path) -> None:
+    encoder, denoiser = Builder.start(SDXL, "sd-scripts", "F32", 0), Builder.start(SDXL, "onetrainer", "F32", 1)
+    encoder.add_encoder("clip_l", ENCODER, "lora", rank=2, alpha=1.0)
+    denoiser.add("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "lora", rank=2, alpha=1.0)
+    adapters = [loaded(encoder, tmp_path), loaded(denoiser, tmp_path)]
+    assert merge([source(own) for own in adapters])[1].layout == adapters[1].layout == "onetrainer"
+    assert merge([source(own) for own in adapters], target="sd-scripts")[1].layout == "sd-scripts"
+
+
+def test_an_average_divides_by_the_weights_that_the_modules_have(tmp_path: Path) -> None:
+    first, second = two(layouts=("sd-scripts", "onetrainer"))
+    first.made.tensors = {key: tensor for key, tensor in first.made.tensors.items() if "attn2" not in key}
+    sources = [source(loaded(first, tmp_path)), source(loaded(second, tmp_path), "2:re=down_blocks:3")]
+    result = Result(sources, tmp_path, method="average")
+    truth = weighted((first.made.meaning(), 0.25), (second.made.meaning(), 0.75))
+    assert error(result, truth) < 3e-7
 
 
 def test_variants_of_one_model_merge_and_models_do_not(tmp_path: Path) -> None:

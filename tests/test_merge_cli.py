@@ -11,7 +11,7 @@ import pytest
 
 from tests.builders import Builder, meaning, read_output
 from tests.edges import refused, run
-from tests.oracle import Meaning, model, relative_errors
+from tests.oracle import Meaning, model, read, relative_errors
 from tests.test_merge import CONV, ENCODER, MID, weighted
 
 if TYPE_CHECKING:
@@ -149,6 +149,56 @@ def test_an_existing_output_needs_force(files: tuple[Path, Path, Meaning, Meanin
     assert run("merge", a, b, "-o", out).code == 1
     assert out.read_text() == "mine"
     assert run("merge", a, b, "-o", out, "--force").code == 0
+
+
+def test_full_differences_of_a_sum(files: tuple[Path, Path, Meaning, Meaning], tmp_path: Path) -> None:
+    first, second, one, two = files
+    out = tmp_path / "full.safetensors"
+    outcome = run("merge", f"{first}:0.7", f"{second}:-0.4", "-o", out, "--as", "full", "--json")
+    assert outcome.code == 0, outcome.err
+    tensors, _ = read(out)
+    assert all(key.endswith((".diff", ".diff_b")) for key in tensors)
+    assert max(relative_errors(weighted((one, 0.7), (two, -0.4)), written(out)).values()) < 1e-2
+    assert json.loads(outcome.out)["ranks"] == {}
+
+
+def test_options_of_convert_are_called_so(tmp_path: Path) -> None:
+    own = Builder.start(model("sdxl"), "sd-scripts", "F32", 0)
+    own.add("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "dora", rank=3, alpha=1.0)
+    path = own.made.save(tmp_path)
+    text = refused(tmp_path, ["merge", path, "-o", tmp_path / "o.safetensors", "--as", "full"], "no DoRA magnitude")
+    assert "Try: lorasurgery convert before this, with --lossy" in text
+
+
+def test_unlike_parts_of_a_fused_weight_become_lora(tmp_path: Path) -> None:
+    own = Builder.start(model("flux1-dev"), "onetrainer", "F16", 0)
+    own.add("transformer_blocks.0.attn.to_q", "lora", rank=2, alpha=1.0)
+    own.add("transformer_blocks.0.attn.to_k", "full")
+    words = ["merge", own.made.save(tmp_path), "-o", tmp_path / "o.safetensors", "--target", "sd-scripts", "--arch", "flux1"]
+    text = refused(tmp_path, words, "different families")
+    assert "or --as lora (exact)" in text
+    assert "--qkv" not in text
+    assert run(*words, "--as", "lora").code == 0
+
+
+@pytest.mark.parametrize("weight", ["1e60", "1e31", "-1e35", "1e-40", "1e-60"])
+@pytest.mark.parametrize("target", ["sd-scripts", "diffusers"])
+def test_weights_that_no_file_can_hold(
+    files: tuple[Path, Path, Meaning, Meaning], tmp_path: Path, weight: str, target: str
+) -> None:
+    out = tmp_path / "o.safetensors"
+    refused(
+        tmp_path, ["merge", f"{files[0]}:{weight}", "-o", out, "--target", target], "would have the scale", "another weight"
+    )
+    refused(tmp_path, ["prune", files[0], out, "--scale", weight, "--target", target], "would have the scale")
+
+
+def test_ranks_are_those_of_the_file(tmp_path: Path) -> None:
+    own = Builder.start(model("sdxl"), "sd-scripts", "F32", 0)
+    own.add("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "loha", rank=3, alpha=1.0)
+    path = own.made.save(tmp_path)
+    assert "rank         9" in run("merge", path, "-o", tmp_path / "o.safetensors", "--as", "lora").out
+    assert run("merge", path, "--dry-run").out.startswith("sum of 1 file -> ")
 
 
 def test_strict_refuses_what_would_be_left_out(tmp_path: Path) -> None:

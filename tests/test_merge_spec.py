@@ -160,7 +160,8 @@ def test_a_prompt_names_several_files(loras: Path) -> None:
         ("<lora:cat:0.8@0,1@0.5>", "one weight for all of them"),
         ("<lora:cat:1:stop=10>", "one weight for all of them"),
         ("<lora:cat:1:lbwe=X>", "lbwe= is not known"),
-        ("<lora:cat:high>", "'high' is no weight"),
+        ("<lora:cat:high>", "'high' is no weight. Try: <lora:name:0.8>"),
+        ("<hypernet:cat:1>", "is no tag of a LoRA. Try: <lora:name:0.8>"),
         ("<lora::1>", "names no file"),
         ("a cat <lora:cat:1>", "'a cat' stands beside the tags"),
         ("<lora:cat:1:lbw=NONE>", "one of MINE"),
@@ -170,6 +171,11 @@ def test_tags_that_cannot_be_baked_are_errors(loras: Path, text: str, says: str)
     with pytest.raises(RequestError) as error:
         parse_source(text, loras, MINE)
     assert says in str(error.value)
+
+
+def test_a_wrong_weight_says_of_which_file() -> None:
+    with pytest.raises(RequestError, match=r"^dir/cat\.safetensors: 'x' is no weight"):
+        parse_source("dir/cat.safetensors:x")
 
 
 def test_tags_need_a_folder() -> None:

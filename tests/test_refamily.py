@@ -346,6 +346,14 @@ def test_options_that_make_no_sense() -> None:
     assert run("convert", "a", "b", "--target", "comfyui", "--as", "oft").code == 2
 
 
+@pytest.mark.parametrize("how", [{"as_lora": True, "rank": 1}, {"family": "lokr", "rank": 1}, {"energy": 0.5}])
+def test_a_rank_that_cuts_nothing_is_told(how: dict[str, Any], tmp_path: Path) -> None:
+    builder = sd1("F32")
+    builder.add(weights(builder)["linear"], "lokr" if "family" in how else "lora", rank=2, alpha=1.0)
+    output = convert(builder.made, "comfyui", tmp_path, **how)
+    assert any("no module does" in warning for warning in output.report.warnings)
+
+
 def test_magnitudes(tmp_path: Path) -> None:
     builder = sd1("F32")
     builder.add(weights(builder)["linear"], "dora", rank=2, alpha=3.0)
@@ -367,6 +375,8 @@ def test_what_has_no_form_stays_and_nan_is_named(tmp_path: Path) -> None:
     output = convert(builder.made, "comfyui", tmp_path, family="lokr")
     assert any("stay as they are" in warning for warning in output.report.warnings)
     assert any(k.endswith("oft_blocks") for k in output.tensors)
+    output = convert(builder.made, "comfyui", tmp_path, as_lora=True)
+    assert any("no LoRA form" in warning for warning in output.report.warnings)
     builder.made.tensors[f"{stem}.lora_up.weight"] = raw(np.full((320, 2), np.nan), "F32")
     with pytest.raises(BrokenModuleError, match="NaN"):
         convert(builder.made, "comfyui", tmp_path, family="lokr")

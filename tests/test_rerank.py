@@ -152,6 +152,9 @@ def test_alpha_and_strength(policy: str, source: Path, tmp_path: Path) -> None:
 def test_lycoris_file_is_known_and_its_strength(tmp_path: Path) -> None:
     report = rerun(FIXTURE, tmp_path / "out.safetensors", "--all", "--alpha", "lycoris")
     assert (report["kind"], report["trainer"], report["unit"], report["rank"]) == ("dylora", "LyCORIS", 2, 4)
+    assert all("inside a unit" not in note for out in report["outputs"] for note in out["notes"])
+    split = rerun(FIXTURE, "--rank", 3, "--dry-run")["outputs"][0]
+    assert split["notes"] == ["rank 3 ends inside a unit of 2 components, which were trained together"]
     assert [out["rank"] for out in report["outputs"]] == [2, 4]
     old, _ = read(FIXTURE)
     new, _ = read(tmp_path / "out-0002.safetensors")

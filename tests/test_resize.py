@@ -762,6 +762,37 @@ def test_dora_with_its_base(tmp_path, name, axis):
     assert error <= np.linalg.norm(target - stale)
 
 
+def test_the_error_of_several_doras_is_that_of_their_effect(tmp_path):
+    """Not weighted by what is inside; what is left out counts as nothing left, what stays as nothing lost."""
+    weights = base_file(tmp_path / "base.safetensors", "original")
+    base, make = open_base(tmp_path / "base.safetensors", ARCH), Maker()
+    names = {"attn.out": (8, 1.0, 0.3), "mlp.up": (8, 9.0, 3.0), "mlp.down": (2, 1.0, 1.0), "narrow": (4, 1e-6, 1.0)}
+    for name, (rank, alpha, gain) in names.items():
+        norms = np.linalg.norm(weights[name].reshape(SHAPES[name][0], -1), axis=1)
+        magnitude = Magnitude(of_array((gain * norms).astype(np.float32).reshape(-1, 1), "F32"), "out")
+        make.add(name, make.low_rank(SHAPES[name], rank), alpha=alpha, magnitude=magnitude)
+    adapter = make.adapter()
+    how = ResizeOptions(rank=2, policy="threshold", param=1e-3, min_rank=0, dora="recompute", **EXACT)
+    result, report = resize(adapter, how, base)
+    after = {module.site.spans[0].weight: module for module in every(result)}
+    lost = total = 0.0
+    for module, said in zip(every(adapter), report.modules, strict=True):
+        name = module.site.spans[0].weight
+        weight = weights[name].astype(np.float64)
+
+        def effect(one, weight=weight):
+            if one is None:
+                return 0.0 * weight
+            return dora(weight, dense(one).reshape(weight.shape), one.magnitude.tensor.f64().ravel(), "out") - weight
+
+        old, new = effect(module), effect(after.get(name))
+        lost, total = lost + np.sum((old - new) ** 2), total + np.sum(old**2)
+        assert said.squared_norm == pytest.approx(np.sum(old**2), rel=1e-4)
+        assert said.relative_error == pytest.approx(math.sqrt(np.sum((old - new) ** 2) / np.sum(old**2)), rel=1e-3, abs=1e-6)
+    assert after.keys() == names.keys() - {"narrow"}
+    assert report.relative_error == pytest.approx(math.sqrt(lost / total), rel=1e-4)
+
+
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("family", ["lokr", "loha", "lokr as LoRA"])
 def test_dora_of_other_families_with_its_base(tmp_path, family, axis):
@@ -804,7 +835,7 @@ def test_dora_of_other_families_with_its_base(tmp_path, family, axis):
         ({"policy": "energy", "param": 0.9, "size": 5}, "both decide"), ({"recipe": "fro"}, "none of"),
         ({"rank": 4, "alpha": "half"}, "alpha"), ({"rank": 4, "include": ("(",)}, "regular expression"),
         ({"rank": 4, "compat": "kohya"}, "compat"), ({"rank": 4, "factors": "other"}, "factors"), ({"size": 0}, "nothing"),
-        ({"policy": "params", "param": 1.5}, "energy"), ({"rank": 4, "include": ("nothing like it",)}, "excluded"),
+        ({"policy": "params", "param": 1.5}, "share"), ({"rank": 4, "include": ("nothing like it",)}, "excluded"),
         ({"rank": 4, "ranks": (("[", 3),)}, "regular expression"), ({"rank": 4, "dtype": "fp8"}, "dtype"),
     ],
 )  # fmt: skip

@@ -116,6 +116,13 @@ def test_ranks_by_kind_and_name(source: Path) -> None:
     assert found == dict(zip(SHAPES, (4, RANK, 4, RANK, RANK, 4, RANK), strict=True))
 
 
+def test_names_that_fit_nothing_are_told(source: Path) -> None:
+    named = ("--rank", "atn1=4", "--rank", "attn1=4", "--conv-rank", "time=2", "--rank", "blocks=" + ",".join(["4"] * 25))
+    report = resized(source, "--rank", 8, *named, "--exclude", "nowhere", "--include", "te", "--include", "unet")[1]
+    said = [f"{name!r} fits no module of this file" for name in ("atn1", "conv time", "nowhere")]
+    assert sorted(report["resize"]["warnings"]) == sorted(said)
+
+
 def test_ranks_by_block(source: Path) -> None:
     found = ranks(resized(source, "--rank", 9, "--rank", "in=1=4", "--te", "--rank", "te=2")[0])
     assert found == dict(zip(SHAPES, (4, 4, 4, 4, 4, 4, 2), strict=True))
@@ -326,6 +333,19 @@ def test_metadata(source: Path) -> None:
 # plans, reports, batches --------------------------------------------------------------------------------------------------
 
 
+def test_a_dry_run_of_a_file_with_pefts_names(tmp_path: Path) -> None:
+    source = tmp_path / "one.safetensors"
+    source.write_bytes(PEFT.read_bytes())
+    report = json.loads(run("resize", source, "--dry-run", "--plan", 1, "--json").out)
+    assert report["output"] == str(tmp_path / "one-resized")
+    refused(
+        tmp_path,
+        ("resize", source, tmp_path / "two.safetensors", "--rank", 1, "--dry-run"),
+        "PEFT's layout is a folder",
+        code=2,
+    )
+
+
 def test_a_dry_run_writes_nothing_and_plans(source: Path) -> None:
     before = listing(source.parent)
     outcome = run("resize", source, "--dry-run")
@@ -379,11 +399,14 @@ def test_refusals(source: Path) -> None:
         (("--rank", 0), 2, ("at least 1",)),
         (("--rank", "(=3"), 2, ("regular expression",)),
         (("--policy", "best", "--param", 1), 2, ("no policy", "sv_fro")),
-        (("--policy", "sv_fro"), 2, ("parameter",)),
+        (("--policy", "sv_fro"), 2, ("needs a parameter. Try: --param X",)),
         (("--policy", "sv_fro", "--param", 1, "--size", "1MiB"), 2, ("both decide",)),
         (("--size", "big"), 2, ("no size", "40MiB")),
-        (("--size", "300KiB", "--uniform"), 2, ("--uniform would pad",)),
-        (("--size", "1KiB"), 2, ("a size from",)),
+        (("--size", "300KiB", "--uniform"), 2, ("uniform would pad", "--rank N")),
+        (("--size", "1KiB"), 2, ("a size from", "or --min-rank 0")),
+        (("--policy", "params", "--param", 2), 2, ("params: the share",)),
+        (("--rank", 4, "--compat", "a1111"), 2, ("compat is kohya or kj, not a1111",)),
+        (("--rank", 4, "--min-rank", 3), 2, ("min rank is 0 or 1",)),
         (("--rank", 4, "--new_rank", 4), 2, ("--new_rank are the same",)),
         (("--rank", 4, "--dtype", "fp16", "--save_precision", "fp16"), 2, ("the same",)),
         (("--rank", 4, "--save_precision", "fp8"), 2, ("float or fp16",)),

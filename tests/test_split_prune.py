@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lorasurgery
+from lorasurgery.cli.advice import before
 from lorasurgery.errors import RequestError
 from lorasurgery.surgery.parts import WAYS, split
 from lorasurgery.surgery.prune import PruneOptions, prune
@@ -157,6 +158,35 @@ def test_split_refuses(tmp_path):
     refused(tmp_path, ["split", LOHA, "-o", tmp_path / "x", "--target", "nowhere"], "no layout is called nowhere", code=2)
     (tmp_path / "x-unet.safetensors").write_bytes(b"x")
     refused(tmp_path, ["split", LOHA, "-o", tmp_path / "x"], "exists", "--force")
+
+
+def test_all_parts_or_none(tmp_path, monkeypatch):
+    import lorasurgery.cli.part_file as writing
+
+    saved = []
+
+    def save(adapter, path, **how):
+        saved.append(path)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        return lorasurgery.save(adapter, path, **how)
+
+    monkeypatch.setattr(writing, "save", save)
+    refused(tmp_path, ["split", LOHA, "-o", tmp_path / "x"], "x-unet.safetensors: No space left")
+    assert len(saved) == 2
+
+
+@pytest.mark.parametrize("command", [["split", "-o"], ["prune", "--keep", "unet", "-o"]])
+def test_options_of_convert_are_called_so(tmp_path, command):
+    text = refused(tmp_path, [command[0], LOKR, *command[1:], tmp_path / "x", "--target", "diffusers"], "does not load LoKr")
+    assert "Try: lorasurgery convert before this, with --as lora" in text
+
+
+def test_advice_before_an_option_of_convert():
+    hint = "an earlier checkpoint of the training run, or --drop REGEX to leave the module out"
+    assert before(hint) == hint.replace("--drop", "lorasurgery convert before this, with --drop")
+    assert before("a smaller weight") == "a smaller weight"
+    assert before("without --strict, or --drop REGEX for what you mean to leave out") == "without --strict"
 
 
 # prune --------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from lorasurgery.cli.advice import advised
 from lorasurgery.errors import RequestError, SurgeryError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def applied(how: Request) -> ApplyReport:
     how.options.check()
     model = open_model(how.model, arch=how.arch)
     check_model(model)
-    sources = _sources(how, model)
+    with advised({}):
+        sources = _sources(how, model)
     out = how.out / how.model.name if how.model.is_file() and how.out.is_dir() and how.model.suffix != ".json" else how.out
     with ProgressLine(shown=not how.dry_run) as line, _killed_cleanly():
 

@@ -24,8 +24,8 @@ BAR = 24
 
 def apply_lines(report: ApplyReport, *, verbose: bool) -> list[str]:
     """What was applied, how much it changed, what rounding took, and what was not used."""
-    names = " + ".join(Path(own.path).name for own in report.used)
     sign = "-" if report.undone else "+"
+    names = f" {sign} ".join(Path(own.path).name for own in report.used)
     written = report.output if report.written else f"{report.output} (not written)"
     lines = [f"{Path(report.model).name} {sign} {names} -> {written}"]
     lines += [f"  {label:<13}{value}" for label, value in _facts(report)]
@@ -108,7 +108,7 @@ def _notes(report: ApplyReport) -> Iterator[str]:
     yield from report.warnings
     total = report.total
     if report.new_scales():
-        yield f"{report.new_scales()} fp8 scales are new, for values beyond the old ones"
+        yield f"{report.new_scales()} fp8 scales are new: values lie beyond the old ones, or --scales new asked for them"
     if total.kept < LEAST and total.relative_change > NOTHING and report.rounding == "nearest" and not report.undone:
         yield "rounding took part of the change back; --rounding stochastic keeps it on average, a wider dtype keeps it"
     if report.dropped_metadata:

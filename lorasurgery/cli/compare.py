@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from lorasurgery.cli.advice import advised
 from lorasurgery.cli.render import console, data, plain, show_error
 from lorasurgery.errors import RequestError, SurgeryError
 
@@ -57,7 +58,8 @@ def compare(
     options = CompareOptions(tolerance, workers)
     options.check()
     try:
-        first, second = open_both(a, b, arch=arch, base=base)
+        with advised({}):
+            first, second = open_both(a, b, arch=arch, base=base)
         found = compared(first, second, options, _effect(base, first, second))
     except RequestError:
         raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from lorasurgery.cli.advice import advised
 from lorasurgery.cli.render import data, plain
 from lorasurgery.cli.resize_text import dropped_lines
 from lorasurgery.errors import RequestError
@@ -76,11 +77,15 @@ def ema(
         raise RequestError("--measure is for --on factors: the average of the changes is exact")
     if out is None and not dry_run:
         raise RequestError("where should the average go?", hint="-o OUT, or --dry-run to see the weights")
+    if sigma_rel is not None and beta2 is not None:
+        raise RequestError("--sigma-rel stands in place of --beta and --beta2", hint="one of the two")
     options = EmaOptions(beta, beta2, sigma_rel, keep_first)
     options.check()
     order = "given" if no_sort else sort
     request = EmaRequest(options, on == DELTA, rank, order, arch, base, target, dtype, force, strict, dry_run, measure)
-    _show(request, run(paths, out, request), as_json=json_)
+    with advised({}):
+        done = run(paths, out, request)
+    _show(request, done, as_json=json_)
 
 
 def _show(request: EmaRequest, done: Averaged, *, as_json: bool) -> None:

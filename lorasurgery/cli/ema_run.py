@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.api import SaveOptions, read_any, save
 from lorasurgery.cli.files import expanded
-from lorasurgery.errors import RequestError
+from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.io.finite import computed_bytes
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH, check_output, write_safetensors
@@ -69,9 +69,9 @@ class Averaged:
 
 
 def run(paths: Sequence[Path], out: Path | None, request: EmaRequest) -> Averaged:
-    """Average the checkpoints that ``paths`` mean; ``out`` itself is never one of them."""
+    """Average the checkpoints that ``paths`` mean; in a folder, what an earlier run wrote to ``out`` is none of them."""
     started = time.perf_counter()
-    inputs = [file for path in paths for file in expanded(path) if out is None or file.absolute() != out.absolute()]
+    inputs = [file for path in paths for file in expanded(path) if file == path or not _is_earlier(file, out)]
     if len(inputs) < 2:
         raise RequestError(f"an average needs two checkpoints at least, not {len(inputs)}", hint="the files of one run")
     folders = [path for path in inputs if path.is_dir()]
@@ -85,6 +85,12 @@ def run(paths: Sequence[Path], out: Path | None, request: EmaRequest) -> Average
     (_changes if request.delta else _tensors)(ordered, out, request, done)
     done.seconds = time.perf_counter() - started
     return done
+
+
+def _is_earlier(file: Path, out: Path | None) -> bool:
+    """Whether a file is the result of the same command before."""
+    same = out is not None and out.exists() and file.samefile(out)
+    return same and _raw(file).metadata.get("lorasurgery.operation", "").startswith("ema of ")
 
 
 def _raw(path: Path) -> RawFile:
@@ -147,7 +153,11 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     target = request.target or result.layout
     report = Report(architecture=result.architecture.key, source_layout=result.layout, target_layout=target)
     if target != result.layout:
-        result, report = convert(result, target)
+        try:
+            result, report = convert(result, target)
+        except SurgeryError as error:
+            error.path = error.path or str(used[-1][0])
+            raise
     save(result, out or used[-1][0], options=_saving(request), report=report)
     done.written, done.tensors = report.written, sum(len(m.delta.tensors) for m in result.modules.values() if m.delta)
     done.rounding = max(merged.losses.total(), report.losses.total())

@@ -12,8 +12,9 @@ from lorasurgery.cli.extract_progress import ProgressLine
 from lorasurgery.cli.extract_request import HINTS, Old, Request, merged, places
 from lorasurgery.cli.extract_text import dry_lines, family_lines, report_lines, spectrum_of
 from lorasurgery.cli.render import console, data, note, plain
+from lorasurgery.cli.resize_advice import Advice
 from lorasurgery.cli.resize_request import parse_ranks, parse_size
-from lorasurgery.errors import OutputExistsError, RequestError, SurgeryError
+from lorasurgery.errors import OutputExistsError, RequestError
 
 if TYPE_CHECKING:
     from lorasurgery.surgery.extract import Running
@@ -49,7 +50,7 @@ def extract(
     policy: Annotated[Optional[str], typer.Option("--policy", help="sv_ratio, sv_cumulative, sv_fro, energy (share of the squared norm), threshold (smallest singular value), knee, error (largest relative error) or params (share of the model's parameters).", show_default=False)] = None,  # noqa: UP045
     param: Annotated[Optional[float], typer.Option("--param", help="The policy's number.", show_default=False)] = None,  # noqa: UP045
     size: Annotated[Optional[str], typer.Option("--size", help="The largest size of the file, e.g. 200MiB: spent where it counts most, up to rank 128 unless --rank says more.", show_default=False)] = None,  # noqa: UP045
-    recipe: Annotated[Optional[str], typer.Option("--recipe", help='As resize_lora, without scores of the base model: "spn_lora=1,thr=-1".', show_default=False)] = None,  # noqa: UP045
+    recipe: Annotated[Optional[str], typer.Option("--recipe", help='As resize_lora: "fro_ckpt=1,thr=-3.5".', show_default=False)] = None,  # noqa: UP045
     family: Annotated[str, typer.Option("--family", help="lora, locon (the same, noted as LyCORIS'), lokr, loha, or full (the whole difference).")] = "lora",
     factor: Annotated[int, typer.Option("--factor", help="For lokr: LyCORIS' factor, -1 for balanced.")] = -1,
     tucker: Annotated[bool, typer.Option("--tucker", help="Convolutions with a kernel as Tucker products (lora_mid).")] = False,
@@ -71,7 +72,7 @@ def extract(
     tolerance: Annotated[float, typer.Option("--tolerance", help="How far the error of the randomised one may be above the best of its rank.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", help="Of the randomised decomposition.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0,cuda:1 or mps.")] = "cpu",
-    jobs: Annotated[Optional[int], typer.Option("--jobs", help="Matrices at the same time. Default: as many as cores, at most 8 and about a GiB.", show_default=False)] = None,  # noqa: UP045
+    jobs: Annotated[Optional[int], typer.Option("--jobs", help="Matrices at the same time. Default: as many as cores, at most 8 and about a GiB; four a GPU.", show_default=False)] = None,  # noqa: UP045
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run of the same command stopped.")] = False,
     hashes: Annotated[bool, typer.Option("--hash/--no-hash", help="Note the sha256 of both files in the metadata.")] = True,
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
@@ -119,7 +120,7 @@ def extract(
     }  # fmt: skip
     needs_output = not (dry_run or compare)
     where = places(paths or [], model_org, model_tuned, out, save_to, needs_output=needs_output, folder=target == "peft")
-    with _Advice():
+    with Advice(HINTS):
         request = Request(*where, merged(cut, more, old), resume, force, hashes, arch, old, verbose, spectrum, quiet, json_)
         if compare:
             _compare(request)
@@ -129,27 +130,20 @@ def extract(
             _extract(request)
 
 
-class _Advice:
-    """Says what to try in the words of the command line."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, SurgeryError) and error.hint is not None:
-            error.hint = HINTS.get(error.hint, error.hint)
-
-
 def _extract(how: Request) -> None:
     from lorasurgery.surgery.extract import extract as run
     from lorasurgery.surgery.extract.engine import partial
 
+    waiting = partial(how.output)
+    before = waiting.exists()
     try:
         with ProgressLine(shown=not how.quiet) as progress:
             report = run(how.base, how.tuned, how.output, how.options, _running(how, progress))
     except BaseException as error:
-        if partial(how.output).exists() and not isinstance(error, (RequestError, OutputExistsError)):
-            note(f"{partial(how.output)} has what is finished; the same command with --resume goes on from there")
+        unmet = isinstance(error, (RequestError, OutputExistsError))
+        if waiting.exists() and not (before and unmet):
+            same = "another size with --resume uses it" if unmet else "the same command with --resume goes on from there"
+            note(f"{waiting} has what is finished; {same}")
         raise
     _show(report.to_json(), report_lines(report, verbose=how.verbose), how)
     if how.spectrum and not how.json:

@@ -21,11 +21,12 @@ OLD_RANK, OLD_MIN_DIFF = 4, 0.01
 """sd-scripts' own defaults of ``--dim`` and ``--min_diff``."""
 SUFFIX = ".safetensors"
 HINTS = {
+    "a parameter": "--param X",
+    "a fixed rank": "--rank N alone; --dry-run shows the size",
     "a rank": "--rank N alone",
     "a rank, a policy, a size or a recipe": "--rank 32, --policy energy --param 0.95, --size 200MiB or --recipe",
     "the family lora, or the targets comfyui and lycoris": "--family lora, or --target comfyui or lycoris",
     "the same without tucker": "without --tucker",
-    "min rank 0": "--min-rank 0",
     "the family lora": "--family lora",
     "factors kohya": "--factors kohya",
     "alpha rank": "--alpha rank",

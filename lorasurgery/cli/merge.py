@@ -56,7 +56,7 @@ def merge(
     policy: Annotated[Optional[str], typer.Option("--policy", help="Choose ranks by a rule, as resize does: sv_fro, energy, error, ...", show_default=False)] = None,  # noqa: UP045
     param: Annotated[Optional[float], typer.Option("--param", help="The policy's number.", show_default=False)] = None,  # noqa: UP045
     size: Annotated[Optional[str], typer.Option("--size", help="The largest size of the file, e.g. 40MiB.", show_default=False)] = None,  # noqa: UP045
-    as_: Annotated[Optional[str], typer.Option("--as", help="lora: turn every family into LoRA; full: write dense methods as full differences.", show_default=False)] = None,  # noqa: UP045
+    as_: Annotated[Optional[str], typer.Option("--as", help="lora: turn every family into LoRA; full: write full differences.", show_default=False)] = None,  # noqa: UP045
     t: Annotated[float, typer.Option("--t", help="slerp: 0 is the first file, 1 the second.")] = 0.5,
     density: Annotated[float, typer.Option("--density", help="Pruning methods: the share of elements that stays.")] = 0.5,
     gamma: Annotated[float, typer.Option("--gamma", help="breadcrumbs: the share of the largest elements that goes.")] = 0.01,
@@ -66,9 +66,9 @@ def merge(
     seed: Annotated[int, typer.Option("--seed", help="Of dare, dare-ties and della.")] = 0,
     compat: Annotated[Optional[str], typer.Option("--compat", help="Reproduce another program's numbers: peft, kohya or kohya-concat; what is wrong with them is told.", show_default=False)] = None,  # noqa: UP045
     metadata: Annotated[str, typer.Option("--metadata", help="merge (what all agree on, trigger words of all), first (the first file's) or strip.")] = "merge",
-    drop_nonlinear: Annotated[bool, typer.Option("--drop-nonlinear", help="Leave out modules that cannot be added (DoRA, OFT, ...) and list them.")] = False,
+    drop_nonlinear: Annotated[bool, typer.Option("--drop-nonlinear", help="Leave out modules that cannot be added (DoRA, OFT, ...) and list them; what other files have there stays.")] = False,
     fix_split_alpha: Annotated[bool, typer.Option("--fix-split-alpha", help="Put the alpha of modules right that sd-scripts' split_qkv fused.")] = False,
-    target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: the first file's.", show_default=False)] = None,  # noqa: UP045
+    target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: that of the first file with more than text encoders.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep (each module's own, the first file's where they differ), fp32, fp16 or bf16.")] = "keep",
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
     base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045

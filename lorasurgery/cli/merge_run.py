@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
-from lorasurgery.errors import BrokenModuleError, NotRepresentableError, OutputExistsError, RequestError, SurgeryError
+from lorasurgery.errors import BrokenModuleError, NotRepresentableError, OutputExistsError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +18,13 @@ if TYPE_CHECKING:
     from lorasurgery.report import Losses, Report
     from lorasurgery.surgery.merge import MergeOptions, MergeReport, Source, Wanted
 
+SPLIT, FUSED = (
+    "--target comfyui (which reads the split names), or ",
+    "--qkv fuse for an exact LoRA of these modules, --lokr-rank N or --energy 0.9999 for a smaller one",
+)
 HINTS = {
+    FUSED: "--as lora (exact); --rank N cuts it",
+    SPLIT + FUSED: f"{SPLIT}--as lora (exact); --rank N cuts it",
     "a rank, a policy or a size to recompress it to, or --as full": "--rank 32, --policy sv_fro --param 0.9, --size 40MiB, or "
     "--as full",
     "as LoRA": "--as lora",
@@ -58,6 +66,8 @@ class Outcome:
     writing: Report
     size: int | None
     """Bytes, None when nothing was written."""
+    ranks: dict[int, int]
+    """Rank -> number of modules as they are written; of a sum that is cut, before it was."""
 
     @property
     def rounding(self) -> float:
@@ -72,6 +82,7 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """A plain object for ``--json``."""
         found = self.report.to_json()
+        found["ranks"] = {str(rank): count for rank, count in self.ranks.items()}
         found["dropped"] = [{"key": key, "reason": reason} for key, reason in self.dropped]
         found["warnings"] = [*found["warnings"], *self.writing.warnings]
         return {"output": str(self.out), "written": self.writing.written, "bytes": self.size, **found}
@@ -79,19 +90,17 @@ class Outcome:
 
 def merged(how: Request) -> Outcome:
     """Do it; raises SurgeryError, with advice in the words of the command line."""
-    try:
+    with advised(HINTS):
         return _merged(how)
-    except SurgeryError as error:
-        if error.hint is not None:
-            error.hint = HINTS.get(error.hint, error.hint)
-        raise
 
 
 def _merged(how: Request) -> Outcome:
+    from lorasurgery.surgery.merge.inputs import leading
+
     wanted = _wanted(how)
     how.options.check(len(wanted))
     sources = _sources(wanted, how)
-    target = _target(sources[0].adapter, how)
+    target = _target(leading([source.adapter for source in sources]), how)
     _check_output(how, [*(w.path for w in wanted), *([] if how.base is None else [how.base])], target)
     try:
         return _written(how, sources, target)
@@ -104,9 +113,10 @@ def _written(how: Request, sources: Sequence[Source], target: str) -> Outcome:
     from lorasurgery.surgery.convert import Options, convert
     from lorasurgery.surgery.merge import merge
 
-    result, report = merge(sources, how.options, target)
     try:
-        result, writing = convert(result, target, Options(dtype=how.options.dtype, as_lora=how.as_lora))
+        result, report = merge(sources, how.options, target)
+        family = "full" if how.options.as_full else None
+        result, writing = convert(result, target, Options(dtype=how.options.dtype, as_lora=how.as_lora, family=family))
     except NotRepresentableError as error:
         error.path = error.path or _home(error.module, sources)
         raise
@@ -118,7 +128,14 @@ def _written(how: Request, sources: Sequence[Source], target: str) -> Outcome:
     if report.resize is not None:
         _gather(report.losses, report.resize.losses)
     report.seconds += writing.seconds
-    return Outcome(how.out, report, writing, _bytes(how.out) if writing.written else None)
+    ranks = report.ranks() if report.resize is not None else _ranks(result)
+    return Outcome(how.out, report, writing, _bytes(how.out) if writing.written else None, ranks)
+
+
+def _ranks(result: Adapter) -> dict[int, int]:
+    """Rank -> number of modules, of what is written."""
+    found = (module.delta.rank for module in result.modules.values() if module.delta is not None)
+    return dict(sorted(Counter(rank for rank in found if rank is not None).items()))
 
 
 def _gather(into: Losses, more: Losses) -> None:

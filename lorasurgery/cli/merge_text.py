@@ -16,11 +16,12 @@ def merge_lines(found: Outcome, *, verbose: bool) -> list[str]:
     """Files, what became of the modules, how exact that is, and with ``verbose`` every module."""
     report, writing = found.report, found.writing
     written = str(found.out) if writing.written else f"{found.out} (not written)"
-    lines = [f"{report.method} of {len(report.sources)} files -> {written}"]
+    files = "1 file" if len(report.sources) == 1 else f"{len(report.sources)} files"
+    lines = [f"{report.method} of {files} -> {written}"]
     rows = [("model", report.architecture), ("layout", writing.target_layout)]
     rows += [("file" if i == 0 else "", _file(source)) for i, source in enumerate(report.sources)]
     rows += [("modules", f"{len(report.modules)}: {counts(report.actions())}"), ("families", counts(_families(found)))]
-    rows += [("rank", _span(report.ranks())), *_exactness(found)]
+    rows += [("rank", _span(found.ranks)), *_exactness(found)]
     if found.size is not None:
         rows.append(("size", bytes_text(found.size)))
     rows.append(("time", f"{report.seconds:.2f} s"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.api import SaveOptions, save
+from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.io.writer import check_output
@@ -71,12 +72,14 @@ def write_part(adapter: Adapter, source: Path, out: Path, how: Writing) -> Repor
     second = SECOND_DENOISER in {site.component for site in adapter.modules}
     if second:
         _refuse_both(adapter, source)
-    if target != adapter.layout or how.dtype != "keep" or second:  # convert writes the second expert as the first
-        adapter, report = convert(adapter, target, Options(dtype=how.dtype))
-    else:
-        report = Report(architecture=adapter.architecture.key, source_layout=target, target_layout=target)
-    report.input = str(source)
-    save(adapter, out, options=SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run), report=report)
+    options = SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run)
+    with advised({}):
+        if target != adapter.layout or how.dtype != "keep" or second:  # convert writes the second expert as the first
+            adapter, report = convert(adapter, target, Options(dtype=how.dtype))
+        else:
+            report = Report(architecture=adapter.architecture.key, source_layout=target, target_layout=target)
+        report.input = str(source)
+        save(adapter, out, options=options, report=report)
     return report
 
 

@@ -80,9 +80,10 @@ def resize(
         dora=dora, min_rank=min_rank, grow=grow, uniform=uniform, alpha=alpha, factors=factors,
         dtype=data_type(dtype, save_precision), workers=workers, device=device,
     )  # fmt: skip
+    named = not dry_run or len(paths or []) > 1 or any(path is not None for path in (out, out_dir, save_to))
     how = request(
         theirs.added_to(options), Request(options, size_text=size, planned=planned_ranks(plan), base=base, arch=arch,
-        force=force, dry_run=dry_run, verbose=verbose),
+        force=force, dry_run=dry_run, named=named, verbose=verbose),
     )  # fmt: skip
     jobs, several = _jobs(paths or [], theirs.source_or(given), theirs.output_or(out), out_dir, how)
     targets = {job.source: job.target for job in jobs}

@@ -47,6 +47,8 @@ class Request:
     arch: str | None = None
     force: bool = False
     dry_run: bool = False
+    named: bool = True
+    """Whether the output was named; a dry run finds a name itself."""
     verbose: bool = False
 
     @property
@@ -191,10 +193,6 @@ def request(options: ResizeOptions, how: Request) -> Request:
     if how.planned and not how.dry_run:
         raise RequestError("--plan is for --dry-run")
     with Advice():
-        if options.uniform and options.has_size:
-            raise RequestError(
-                "--uniform would pad the file beyond its size", hint="--rank N; --dry-run shows the size of each"
-            )
         (options if asked or not how.dry_run else replace(options, rank=1)).check()
     if how.arch is not None:
         from lorasurgery.architectures import named

@@ -64,6 +64,8 @@ def _output(job: Job, adapter: Adapter, how: Request) -> Path:
     from lorasurgery.io.writer import check_output
 
     target = job.target
+    if how.options.layout == "peft" and not how.named:
+        target = target.with_suffix("")
     if how.options.layout == "peft" and target.suffix == SUFFIX:
         raise RequestError(
             "PEFT's layout is a folder",

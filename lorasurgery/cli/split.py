@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -101,8 +102,21 @@ def _one(source: Path, stem: Path, by: str, how: Writing) -> Shown:
     for path in outputs.values():
         if not how.dry_run:
             check_output(path, [source], force=how.force)
-    reports = {name: write_part(part, source, outputs[name], how) for name, part in parts.items()}
+    new = [path for path in outputs.values() if not path.exists()]
+    try:
+        reports = {name: write_part(part, source, outputs[name], how) for name, part in parts.items()}
+    except BaseException:  # all parts or none
+        _remove(new)
+        raise
     return Shown(_json(source, adapter, by, parts, reports), _lines(source, adapter, by, parts, reports))
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _json(source: Path, adapter: Adapter, by: str, parts: dict[str, Adapter], reports: dict[str, Report]) -> dict[str, Any]:

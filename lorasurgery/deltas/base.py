@@ -207,11 +207,11 @@ def sketch_of(down: Tensor) -> Array:
         exact: Array = vectors * np.sqrt(np.maximum(values, 0.0))
         return exact
     dtype = wide(down.dtype)
-    return np.concatenate([block.astype(dtype) @ _signs(down.shape[1], dtype) for _, block in row_blocks(down)])
+    return np.concatenate([block.astype(dtype) @ signs(down.shape[1], dtype) for _, block in row_blocks(down)])
 
 
 @lru_cache(maxsize=8)
-def _signs(size: int, dtype: str) -> Array:
+def signs(size: int, dtype: str) -> Array:
     """(size, 8) random signs over sqrt(8)."""
     import numpy as np
 

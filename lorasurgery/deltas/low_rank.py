@@ -17,6 +17,7 @@ from lorasurgery.deltas.base import (
     once,
     power_of_two,
     rounded,
+    signs,
     sketch_of,
     split_factor,
     wide,
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
     from lorasurgery.deltas.base import Record
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
+
+LARGE = 512
+"""A rank above which errors of rounding are estimated, to a few percent: that of a full difference as a LoRA, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,14 @@ class LowRank:
             down=multiplied(self.down, power_of_two(share), record),
         )
 
+    def times(self, factor: float) -> LowRank:
+        """The product with ``factor``, exactly: ``up`` is float64 then, for the caller to cast, but for powers of two."""
+        remainder, exponent = split_factor(factor)
+        if abs(remainder) == 1.0:
+            return self.scaled(factor)
+        whole = self.scaled(power_of_two(exponent))
+        return replace(whole, up=multiplied(rounded(whole.up, "F64"), remainder))
+
     def _sketch(self) -> Array:
         """What a change of ``up`` is measured with."""
         return sketch_of(self.down.reshape(self.rank, self.down.size // self.rank))
@@ -92,18 +104,14 @@ class LowRank:
         return LowRank(up, down)
 
     def _cast_up(self, dtype: str, record: Record | None) -> Tensor:
-        """``up`` in ``dtype``, and both factors' rounding measured as ||U' D' - U D||^2 by Gram matrices."""
+        """``up`` in ``dtype``, and both factors' rounding measured as ||U' D' - U D||^2."""
 
         def values() -> Array:
             up, down = (t.array().astype(wide(t.dtype)).reshape(t.shape[0], -1) for t in (self.up, self.down))
             new_up = up.astype(numpy_dtype(dtype))
             if record is not None:
-                off_up = new_up.astype(up.dtype) - up
                 new_down = down.astype(numpy_dtype(dtype)).astype(down.dtype)
-                off_down = new_down - down
-                error = _inner(off_up, new_down, off_up, new_down) + _inner(up, off_down, up, off_down)
-                error += 2.0 * _inner(off_up, new_down, up, off_down)
-                record(max(error, 0.0), _inner(up, down, up, down))
+                record(*_rounding(up, down, new_up.astype(up.dtype) - up, new_down))
             return new_up.reshape(self.up.shape)
 
         return computed(dtype, self.up.shape, values)
@@ -130,6 +138,21 @@ class LowRank:
 
         shape = (mid.shape[0], down.shape[1], *mid.shape[2:])
         return LowRank(self.up, computed("F64", shape, folded))
+
+
+def _rounding(up: Array, down: Array, off_up: Array, new_down: Array) -> tuple[float, float]:
+    """||(up + off_up) @ new_down - up @ down||^2 and ||up @ down||^2, of matrices.
+
+    By Gram matrices; of ranks above :data:`LARGE`, where they would cost more than all else, with random vectors.
+    """
+    off_down = new_down - down
+    if len(down) > LARGE:
+        vectors = signs(down.shape[1], str(down.dtype))
+        off, whole = off_up @ (new_down @ vectors) + up @ (off_down @ vectors), up @ (down @ vectors)
+        return float((off * off).sum()), float((whole * whole).sum())
+    error = _inner(off_up, new_down, off_up, new_down) + _inner(up, off_down, up, off_down)
+    error += 2.0 * _inner(off_up, new_down, up, off_down)
+    return max(error, 0.0), _inner(up, down, up, down)
 
 
 def _inner(up: Array, down: Array, other_up: Array, other_down: Array) -> float:

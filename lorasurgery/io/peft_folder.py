@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import FileFormatError
+from lorasurgery.io.blame import blamed_on
 from lorasurgery.io.header import RawFile, read_safetensors
 from lorasurgery.io.torchfile import read_torch
 from lorasurgery.io.writer import umask, write_safetensors
@@ -84,22 +85,23 @@ def write_peft_folder(
     ``adapters``: component -> (configuration, tensors); every file gets ``metadata``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
-        for component, (config, tensors) in adapters.items():
-            folder = staging / component if len(adapters) > 1 else staging
-            folder.mkdir(exist_ok=True)
-            write_safetensors(folder / WEIGHTS, tensors, metadata)
-            (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        staging.chmod(0o777 & ~umask())
-        if path.is_dir():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.rename(old / "was")
-            staging.rename(path)
-            shutil.rmtree(old)
-        else:
-            path.unlink(missing_ok=True)
-            staging.rename(path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with blamed_on(path):
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            for component, (config, tensors) in adapters.items():
+                folder = staging / component if len(adapters) > 1 else staging
+                folder.mkdir(exist_ok=True)
+                write_safetensors(folder / WEIGHTS, tensors, metadata)
+                (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            staging.chmod(0o777 & ~umask())
+            if path.is_dir():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                path.rename(old / "was")
+                staging.rename(path)
+                shutil.rmtree(old)
+            else:
+                path.unlink(missing_ok=True)
+                staging.rename(path)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise

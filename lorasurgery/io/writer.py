@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
 from lorasurgery.io.behind import CHUNK, Behind
+from lorasurgery.io.blame import blamed_on
 from lorasurgery.io.finite import computed_bytes
 from lorasurgery.io.hashes import legacy_hash, legacy_window
 from lorasurgery.io.header import header_bytes, serialiser_order
@@ -211,19 +212,20 @@ def replacing(path: Path) -> Iterator[int]:
     is not: nothing could be lost but the copy, and syncing costs as much again as writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        yield fd
-        if path.exists():
-            os.fsync(fd)
-        os.close(fd)
-        Path(name).chmod(0o666 & ~umask())
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
+    with blamed_on(path):
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            yield fd
+            if path.exists():
+                os.fsync(fd)
             os.close(fd)
-        Path(name).unlink(missing_ok=True)
-        raise
+            Path(name).chmod(0o666 & ~umask())
+            Path(name).replace(path)
+        except BaseException:
+            with suppress(OSError):
+                os.close(fd)
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def umask() -> int:

@@ -14,9 +14,10 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.layouts.module import LARGEST_SCALE
 from lorasurgery.layouts.scales import LARGEST_ALPHA
 from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.tensors import Shape
     from lorasurgery.report import Report
+
+SMALLEST_SCALE = 1e-30
+"""Below it alpha, in fp32, loses digits and becomes 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,8 @@ def _scaled(
 ) -> tuple[Delta, Tensor | None, float]:
     """(delta as written, alpha tensor or None, scale that remains for the reader)."""
     value, stored = module.scale.value, module.scale.alpha
+    if stored is None and value and not SMALLEST_SCALE <= abs(value) < LARGEST_SCALE:
+        raise ValueRangeError(f"{module.name} would have the scale {value:g}, which no reader takes", hint="another weight")
     if isinstance(delta, (Full, Miss, Opaque)):
         return delta.scaled(value, record) if value != 1.0 else delta, None if value != 1.0 else stored, 1.0
     if isinstance(delta, Kronecker) and delta.rank is None:

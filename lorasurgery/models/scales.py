@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Shape, Tensor
 
 SCALES = (".scale_weight", ".weight_scale")
+MARKER = "scaled_fp8"
+"""A tensor without values that only says that a file has scales."""
 
 
 def scale_of(key: str, tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:

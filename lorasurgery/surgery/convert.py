@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Magnitude, Module, Site
+from lorasurgery.deltas.full import Opaque
 from lorasurgery.errors import RequestError, UnknownArchitectureError
 from lorasurgery.layouts.targets import layout
 from lorasurgery.surgery.families import held, uniform
@@ -77,6 +78,7 @@ def _run(job: Job) -> Adapter:
             "members that were not trained; they are not written"
         )
     result = refamilied(job, result)
+    _warn_without_effect(job, result)
     if job.kept_split:
         name, reason = job.kept_split[0]
         job.report.warnings.append(
@@ -87,6 +89,21 @@ def _run(job: Job) -> Adapter:
         result = [_cast(job, module) for module in result]
     made = {module.site: module for module in result}
     return replace(job.adapter, modules=made, layout=job.target.id, path=None, metadata=refamilied_metadata(job))
+
+
+def _warn_without_effect(job: Job, modules: list[Module]) -> None:
+    """Say so where a rank cuts nothing, and which modules are not the LoRA that was asked for."""
+    how, changes = job.options, job.report.changes
+    if (how.rank, how.energy) != (None, None) and not any("to " in change.action for change in changes):
+        job.report.warnings.append(
+            "--rank and --energy cut what becomes another family, and no module does; lorasurgery resize gives other ranks"
+        )
+    stay = [module for module in modules if how.as_lora and isinstance(module.delta, Opaque)]
+    if stay:
+        first = f"{stay[0].name}, {stay[0].family}"
+        job.report.warnings.append(
+            f"{len(stay)} modules multiply the base weight, have no LoRA form and stay as they are (first: {first})"
+        )
 
 
 def _dropped(job: Job, module: Module) -> bool:

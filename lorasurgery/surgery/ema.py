@@ -45,12 +45,13 @@ def gamma_of(sigma_rel: float) -> float:
     ``np.roots`` with the condition that the root be real and not negative, as musubi-tuner has it, finds nothing from
     0.2887 on; exponents down to -0.382 (width 0.3003) are as good. Raises RequestError for a width that none has.
     """
-    if not 0.0 < sigma_rel <= WIDEST:
+    if not 0.0 < sigma_rel <= round(WIDEST, 4):
         raise RequestError(
-            f"no power function has a relative width of {sigma_rel:g}: they go up to {WIDEST:.4f} "
+            f"no power function has a relative width of {sigma_rel:g}: they lie above 0 and go up to {WIDEST:.4f} "
             "(0.2887 is the plain average of all files)",
             hint="--sigma-rel 0.05 to 0.3, or --beta",
         )
+    sigma_rel = min(sigma_rel, WIDEST)
     low, high = WIDEST_GAMMA, 1.0
     while sigma_of(high) > sigma_rel:
         low, high = high, 2.0 * high

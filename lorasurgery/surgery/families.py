@@ -121,7 +121,7 @@ def _leave_out(job: Job, module: Module, what: str) -> None:
 def without_magnitude(job: Job, module: Module, reason: str) -> Module:
     """The module as a plain LoRA under ``--lossy``, or a refusal."""
     if not job.options.lossy:
-        raise job.refusal(module, reason, "--lossy to drop the magnitude (the result is a plain LoRA)")
+        raise job.refusal(module, reason, "--lossy to drop the magnitude and keep what is inside")
     job.report.dropped.append((f"{module.name}.dora_scale", reason))
     return replace(module, magnitude=None)
 

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Magnitude, Module, Site
-from lorasurgery.deltas.base import CannotError, Delta
+from lorasurgery.deltas.base import CannotError, Delta, is_power_of_two
 from lorasurgery.deltas.full import Full, stack_full
 from lorasurgery.deltas.hadamard import Hadamard, stack_hadamard
 from lorasurgery.deltas.kronecker import Kronecker, stack_kronecker
@@ -66,6 +66,15 @@ def stack_modules(
         head, site=site, delta=stacked, scale=replace(head.scale, value=value, alpha=alpha), magnitude=magnitude,
         bias=bias, extras={},
     )  # fmt: skip
+
+
+def wide(parts: Sequence[Module | None]) -> list[Module | None]:
+    """The parts of a stack in float64, to be rounded only once, where making their scales one changes more than exponents."""
+    scales = [part.scale.value for part in parts if part is not None and part.delta is not None]
+    usual = next((scale for scale in scales if scale), 1.0)
+    if all(is_power_of_two(scale / usual) for scale in scales):
+        return list(parts)
+    return [p if p is None or p.delta is None else replace(p, delta=p.delta.cast("F64")) for p in parts]
 
 
 def _common_scale(modules: Sequence[Module], *, fold: bool) -> tuple[float, bool]:

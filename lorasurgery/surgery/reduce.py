@@ -73,7 +73,7 @@ def to_lora(members: Sequence[Member], budget: Budget, dtype: str, record: Recor
 
 def _exact(members: Sequence[Member], dtype: str, record: Record) -> LowRank | None:
     """The factors written down without arithmetic beyond one product, or None when that rank exceeds what is needed."""
-    low = [(None if d is None else d.to_low_rank().scaled(scale), rows) for d, scale, rows in members]
+    low = [(None if d is None else d.to_low_rank().times(scale), rows) for d, scale, rows in members]
     present = [delta for delta, _ in low if delta is not None]
     rows = sum(rows for *_, rows in members)
     if sum(delta.rank for delta in present) > min(rows, prod(present[0].shape[1:])):
@@ -117,7 +117,7 @@ def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
     from lorasurgery.linalg.factors import Factors
     from lorasurgery.linalg.low_rank import factored_svd, rank_for_energy, tail_error
 
-    low = [(None if d is None else d.to_low_rank().scaled(scale), rows) for d, scale, rows in members]
+    low = [(None if d is None else d.to_low_rank().times(scale), rows) for d, scale, rows in members]
     whole = stack_low_rank(low) if len(low) > 1 else low[0][0]
     assert whole is not None  # noqa: S101  a stack has at least one member
     left, values, right = factored_svd(whole.up.f64().reshape(whole.up.shape[0], -1), whole.down.f64().reshape(whole.rank, -1))

@@ -14,7 +14,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.surgery.families import reduced, without_magnitude
-from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows
+from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows, wide
 from lorasurgery.surgery.options import AUTO, FUSE, SPLIT
 from lorasurgery.surgery.pieces import Target, plan, targets_of
 
@@ -154,6 +154,11 @@ def _build(job: Job, site: Site, target: Target) -> Module:
         piece = target.pieces[0]
         action = "permuted" if piece.rows == head.out else "split"
         return job.done(take_rows(replace(head, site=site), piece.ranges, head.out), action, head)
-    parts = [(None if p.source is None else take_rows(p.source, p.ranges, p.source.out), p.rows) for p in target.pieces]
+    sources = [piece.source for piece in target.pieces]
+    if job.options.dtype != "keep":  # they are cast to it in the end
+        sources = wide(sources)
+    parts = [
+        (None if s is None else take_rows(s, p.ranges, s.out), p.rows) for s, p in zip(sources, target.pieces, strict=True)
+    ]
     fold = job.target.alphas[0] == "fold"
     return job.done(stack_modules(site, parts, job.recorder(head), fold=fold), "fused", head)

@@ -217,6 +217,9 @@ def _strengths(nested: Nested, made: list[tuple[NestedModule, int, float | None]
 def _notes(nested: Nested, rank: int, request: Request) -> list[str]:
     """What a reader of the report should know."""
     found = []
+    unit = nested.origin.unit
+    if unit is not None and rank % unit and rank != nested.rank and not request.svd:
+        found.append(f"rank {rank} ends inside a unit of {unit} components, which were trained together")
     lost = sum(bool((curve.first >= rank).any()) for curve in nested.curves)
     if lost and not request.svd:
         found.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
+from lorasurgery.io.blame import blamed_on
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.writer import umask
 
@@ -45,20 +46,21 @@ def check_folder(out: Path, source: Path, names: Collection[str], *, force: bool
 def replacing_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its place when the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        yield made
-        made.chmod(0o777 & ~umask())
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-            out.replace(old / out.name)
-            made.replace(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            made.replace(out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    with blamed_on(out):
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        try:
+            yield made
+            made.chmod(0o777 & ~umask())
+            if out.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+                out.replace(old / out.name)
+                made.replace(out)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                made.replace(out)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
 
 
 def companions(folder: Path, used: Sequence[Path]) -> tuple[list[Path], list[Path]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasurgery.api import read_any
-from lorasurgery.errors import RequestError, UnknownArchitectureError
+from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureError
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.layouts.parse import FLAGS, parse
 from lorasurgery.layouts.scales import PeftConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Adapter, Module
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.io.header import RawFile
     from lorasurgery.models import Model
 
 TOP_LEVEL = (FACTOR, *FLAGS)
@@ -104,7 +105,7 @@ def read_source(
         adapter = parse(raw, among=(widened(raw, architecture),), configs=scales)
     except UnknownArchitectureError as error:
         raise UnknownArchitectureError(
-            f"it is for another model than {architecture.name}: {error.message}", path=path, candidates=error.candidates,
+            _whose(raw, scales, architecture, error), path=path, candidates=error.candidates,
             hint="the model it was trained on (lorasurgery inspect shows which), or --arch if the model is taken for another",
         ) from error  # fmt: skip
     keys: dict[str, list[str]] = {}
@@ -115,3 +116,12 @@ def read_source(
         return Source(adapter, strength, text or "by block", keys, rules)
     value = strength
     return Source(adapter, lambda _: value, text or f"{value:g}", keys, rules)
+
+
+def _whose(raw: RawFile, scales: Mapping[str, PeftConfig] | None, model: Architecture, error: UnknownArchitectureError) -> str:
+    """What model a file is for that has no module of this one."""
+    try:
+        other = parse(raw, configs=scales).architecture
+    except SurgeryError:
+        return f"it is for another model than {model.name}: {error.message}"
+    return f"it is for {other.name}, and the model is {model.name}"

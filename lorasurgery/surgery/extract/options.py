@@ -132,8 +132,9 @@ class ExtractOptions:
             raise RequestError("clamp_quantile is for an alpha that is the rank, as in sd-scripts", hint="alpha rank")
 
     def _check_numbers(self) -> None:
-        if not self.min_diff >= 0.0 or not (self.encoder_min_diff or 0.0) >= 0.0:
-            raise RequestError("a smallest difference must not be negative")
+        for least in (self.min_diff, self.encoder_min_diff or 0.0):
+            if not least >= 0.0:
+                raise RequestError(f"a smallest difference is 0 or more, not {least}")
         if self.clamp_quantile is not None and not 0.0 < self.clamp_quantile <= 1.0:
             raise RequestError(f"the quantile must lie in (0, 1], not {self.clamp_quantile}")
         if self.clamp_quantile is not None:

@@ -13,6 +13,7 @@ from lorasurgery.adapter import Module, Scale, Site
 from lorasurgery.architectures.table import Span
 from lorasurgery.io.tensors import FLOATS
 from lorasurgery.models.reading import Part, Reader
+from lorasurgery.models.scales import MARKER
 from lorasurgery.surgery.resize.pick import named
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def excluded(site: Site, name: str, options: ExtractOptions) -> bool:
 
 
 def _placeless(model: Model) -> dict[str, Weight]:
-    return {key: w for key, w in model.weights.items() if w.place is None and w.shape and w.tensor.dtype in FLOATS}
+    return {
+        key: w for key, w in model.weights.items()
+        if w.place is None and w.shape and w.tensor.dtype in FLOATS and key.rpartition(".")[2] != MARKER
+    }  # fmt: skip
 
 
 def _whole(weight: Weight) -> Reader:

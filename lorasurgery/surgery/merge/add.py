@@ -91,13 +91,18 @@ def added(modules: Sequence[Module], how: Adding) -> Sum:
 
 def refuse_nonlinear(modules: Sequence[Module]) -> None:
     """Raises CannotError for the first module whose change is no matrix that could be scaled or added."""
-    for module in modules:
-        if module.magnitude is not None:
-            raise CannotError(
-                "its DoRA magnitude rescales the sum of base and change, so that the change can neither be scaled nor added"
-            )
-        if isinstance(module.delta, Opaque):
-            raise CannotError(f"{module.delta.family.upper()} acts on the base weight, and can neither be scaled nor added")
+    reason = next((text for text in map(nonlinear, modules) if text), None)
+    if reason is not None:
+        raise CannotError(reason)
+
+
+def nonlinear(module: Module) -> str | None:
+    """Why a module's change can be neither scaled nor added; None where it can."""
+    if module.magnitude is not None:
+        return "its DoRA magnitude rescales the sum of base and change, so that the change can neither be scaled nor added"
+    if isinstance(module.delta, Opaque):
+        return f"{module.delta.family.upper()} acts on the base weight, and can neither be scaled nor added"
+    return None
 
 
 class Term(NamedTuple):

@@ -15,7 +15,7 @@ from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
-from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows
+from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows, wide
 from lorasurgery.surgery.pieces import plan, targets_of
 
 if TYPE_CHECKING:
@@ -119,7 +119,10 @@ def _built(site: Site, target: Target, source: Source, record: Record) -> Module
     try:
         if len(target.pieces) == 1:
             return take_rows(replace(head, site=site), target.pieces[0].ranges, head.out)
-        parts = [(None if p.source is None else take_rows(p.source, p.ranges, p.source.out), p.rows) for p in target.pieces]
+        sources = wide([piece.source for piece in target.pieces])
+        parts = [
+            (None if s is None else take_rows(s, p.ranges, s.out), p.rows) for s, p in zip(sources, target.pieces, strict=True)
+        ]
         return stack_modules(site, parts, record)
     except CannotError as reason:
         try:
@@ -139,7 +142,7 @@ def _low_rank(site: Site, target: Target) -> Module:
         if own is not None and own.magnitude is not None:
             raise CannotError("its parts have DoRA magnitudes")
         delta = None if own is None else own.delta
-        low = None if own is None or delta is None else delta.to_low_rank().scaled(own.scale.value).rows(piece.ranges)
+        low = None if own is None or delta is None else delta.to_low_rank().times(own.scale.value).rows(piece.ranges)
         members.append((low, piece.rows))
     head = target.sources[0]
     scale = Scale(1.0, head.scale.source)

@@ -17,7 +17,7 @@ from lorasurgery.layouts.targets import layout, namings
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
 from lorasurgery.surgery.merge.align import aligned
-from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, weighted
+from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, weighted
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
 from lorasurgery.surgery.merge.options import DENSE, MergeOptions
@@ -74,7 +74,7 @@ def merge(
     options.check(len(files))
     sources = [own if isinstance(own, Source) else _source(*own) for own in files]
     arch = architecture_for(sources)
-    target = layout(target or sources[0].adapter.layout).id
+    target = layout(target or leading([source.adapter for source in sources]).layout).id
     report = MergeReport(options.method, arch.key, target)
     run = Merging(sources, options, arch, target, report)
     result = _merged(run)
@@ -101,7 +101,7 @@ def _merged(run: Merging) -> Adapter:
         architecture=run.arch,
         modules={module.site: module for module in made},
         metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
-        layout=run.sources[0].adapter.layout,
+        layout=leading([source.adapter for source in run.sources]).layout,
         leftovers=_leftovers(run),
         ambiguous=_ambiguous(run),
         operation=f"merge {run.options.method}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.adapter import Adapter, Module, Scale
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.base import multiplied
 from lorasurgery.deltas.full import Full, Opaque
@@ -71,6 +71,16 @@ def one_architecture(adapters: Sequence[Adapter], load: Callable[[int, str], Ada
     )
 
 
+def leading(adapters: Sequence[Adapter]) -> Adapter:
+    """The adapter whose layout the result gets: the first that changes the diffusion model, else the first.
+
+    Text encoders alone are spelled alike in several layouts.
+    """
+    return next(
+        (own for own in adapters if {site.component for site in own.modules} & {DENOISER, SECOND_DENOISER}), adapters[0]
+    )
+
+
 def architecture_for(sources: Sequence[Source]) -> Architecture:
     """The variant that has every module of every file with its shape; raises RequestError when none does."""
     own = {source.adapter.architecture.key: source.adapter.architecture for source in sources}
@@ -100,8 +110,15 @@ def _has(arch: Architecture, module: Module) -> bool:
 
 
 def weighted(source: Source, index: int, arch: Architecture) -> list[Weighted]:
-    """Every module of a file whose weight is not 0, with the weight in its scale and its bias."""
-    weight = source.weight.of(arch)
+    """Every module of a file whose weight is not 0, with the weight in its scale and its bias.
+
+    Raises RequestError for weights of what the architecture does not have.
+    """
+    try:
+        weight = source.weight.of(arch)
+    except RequestError as error:
+        error.path = error.path or str(source.adapter.path or source.name)
+        raise
     found = []
     for module in source.adapter.modules.values():
         value = weight(module)

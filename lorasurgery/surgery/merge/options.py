@@ -51,7 +51,7 @@ class MergeOptions:
     """Multiplies the result (lambda)."""
     seed: int = 0
     as_full: bool = False
-    """Write modules of dense methods as full differences."""
+    """Let dense methods give full differences; the command line writes those of all methods."""
     resize: ResizeOptions | None = None
     """Recompress the result."""
     metadata: str = MERGE
@@ -59,7 +59,8 @@ class MergeOptions:
     dtype: str = "keep"
     """``keep``: each module's own where its files agree, else the first file's."""
     drop_nonlinear: bool = False
-    """Leave out modules that cannot be added (DoRA and families that multiply the base) and list them."""
+    """Leave out modules that cannot be added (DoRA and families that multiply the base) and list them; what other files
+    have there stays."""
     fix_split_alpha: bool = False
     """Multiply the scale of fused modules written by sd-scripts' ``split_qkv`` by the number of parts."""
 

@@ -29,6 +29,7 @@ TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
 LISTED = ("lbw", "w")
 STEPS = ("start", "stop", "step")
 FORMS = "FILE:0.7, FILE:0.7:te=0.5:unet=1, FILE:1:double=0-18:0.5, FILE:1:re=attn:0.5, FILE:1:lbw=NAME"
+TAGS = "<lora:name:0.8>, <lora:name:0.5:1> (text encoders, model), <lora:name:te=0.5:unet=1:in=0:mid=1:out=0.5:lbw=NAME>"
 _NO_PRESETS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -50,8 +51,14 @@ def parse_source(text: str, lora_dir: Path | None = None, presets: Mapping[str, 
         if rest:
             raise RequestError(f"{rest!r} stands beside the tags", hint="one argument for each file, or tags alone")
         return [_tag(found[1], lora_dir, presets) for found in TAG.finditer(text)]
+    if text.strip().startswith("<"):
+        raise RequestError(f"{text!r} is no tag of a LoRA", hint=TAGS)
     path, words = _split_path(text)
-    return [Wanted(path, parse_weight(words, presets))]
+    try:
+        return [Wanted(path, parse_weight(words, presets))]
+    except RequestError as error:
+        error.path = str(path)
+        raise
 
 
 def _split_path(text: str) -> tuple[Path, list[str]]:
@@ -119,10 +126,10 @@ def number(text: str) -> float | None:
     return value if isfinite(value) else None
 
 
-def _number(text: str, whole: str) -> float:
+def _number(text: str, whole: str, forms: str = FORMS) -> float:
     value = number(text)
     if value is None:
-        raise RequestError(f"{whole!r}: {text!r} is no weight", hint=FORMS)
+        raise RequestError(f"{whole!r}: {text!r} is no weight", hint=forms)
     return value
 
 
@@ -148,23 +155,24 @@ def _refuse_unknown_preset(name: str, presets: Mapping[str, str]) -> None:
 
 def _tag(text: str, lora_dir: Path | None, presets: Mapping[str, str]) -> Wanted:
     """``name:te:unet:dyn`` by place, ``te=``, ``unet=``, ``in=``, ``mid=``, ``out=``, ``dyn=`` and ``lbw=`` by name."""
+    whole = f"<lora:{text}>"
     places = [part for part in text.split(":") if "=" not in part]
     names = dict(part.split("=", 1) for part in text.split(":") if "=" in part)
     if not places or not places[0].strip() or len(places) > 4:
-        raise RequestError(f"<lora:{text}> names no file and weights", hint="<lora:name:0.8>")
+        raise RequestError(f"{whole} names no file and weights", hint=TAGS)
     for name, value in names.items():
         _refuse_steps(name, f"{name}={value}")
     strange = [name for name in names if name not in ("te", "unet", "in", "mid", "out", "dyn", *LISTED)]
     if strange:
-        raise RequestError(f"<lora:{text}>: {strange[0]}= is not known", hint="te=, unet=, in=, mid=, out=, lbw= or dyn=")
+        raise RequestError(f"{whole}: {strange[0]}= is not known", hint="te=, unet=, in=, mid=, out=, lbw= or dyn=")
     blocks = _tag_list(names, places, presets)
     for place in places[1:]:
         _refuse_steps("", place)
-    te = _number(names.get("te", places[1] if len(places) > 1 else "1"), text)
-    unet = _number(names.get("unet", places[2] if len(places) > 2 else str(te)), text)
+    te = _number(names.get("te", places[1] if len(places) > 1 else "1"), whole, TAGS)
+    unet = _number(names.get("unet", places[2] if len(places) > 2 else str(te)), whole, TAGS)
     dyn = names.get("dyn", places[3] if len(places) > 3 else None)
     rules = [(parse_selection("te"), te)] if te != unet else []
-    rules += [(parse_selection(name), _number(names[name], text)) for name in ("in", "mid", "out") if name in names]
+    rules += [(parse_selection(name), _number(names[name], whole, TAGS)) for name in ("in", "mid", "out") if name in names]
     count = None if dyn is None else _count(dyn, f"dyn={dyn}")
     weight = Weight(unet, tuple(rules), blocks, others=0.0, dyn=count, text=":".join(text.split(":")[1:]))
     return Wanted(_in_folder(places[0].strip(), lora_dir), weight)

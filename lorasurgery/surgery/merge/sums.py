@@ -10,7 +10,7 @@ from lorasurgery.errors import NotRepresentableError
 from lorasurgery.io.tensors import widest
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.targets import layout
-from lorasurgery.surgery.merge.add import Adding, Sum, added, refuse_nonlinear
+from lorasurgery.surgery.merge.add import Adding, Sum, added, nonlinear, refuse_nonlinear
 from lorasurgery.surgery.merge.inputs import times
 from lorasurgery.surgery.merge.report import MergedModule
 from lorasurgery.surgery.options import DTYPES
@@ -46,6 +46,16 @@ class Sums:
             return None
         return self.noted(members, found.module, found.action)
 
+    def addable(self, members: Sequence[Weighted]) -> Sequence[Weighted]:
+        """The members at one site; of several, those that no sum can have are left out and noted, where that is allowed."""
+        if len(members) == 1 or not self.run.options.drop_nonlinear:
+            return members
+        reasons = [nonlinear(member.module) for member in members]
+        for member, reason in zip(members, reasons, strict=True):
+            if reason is not None:
+                self.refused([member], CannotError(reason))
+        return [member for member, reason in zip(members, reasons, strict=True) if reason is None]
+
     def _one(self, site: Site, members: Sequence[Weighted]) -> Sum:
         if len(members) == 1:
             only = members[0]
@@ -70,11 +80,11 @@ class Sums:
         return own.pop() if len(own) == 1 else self.run.dtype
 
     def _narrowed(self, only: Weighted) -> Module:
-        """A module that went through float64 on its way to another granularity, back in its file's dtype."""
+        """A module that went through float64 on its way to another granularity, in its file's dtype or the one asked for."""
         module, own = only.module, only.original.delta
         if module.delta is None or own is None:
             return module
-        dtype = widest([t.dtype for t in own.tensors.values()])
+        dtype = DTYPES.get(self.run.options.dtype) or widest([t.dtype for t in own.tensors.values()])
         if all(tensor.dtype in {t.dtype for t in own.tensors.values()} for tensor in module.delta.tensors.values()):
             return module
         return replace(module, delta=module.delta.cast(dtype, self.run.recorder(only.original.name)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -12,14 +12,14 @@ from lorasurgery.errors import RequestError
 from lorasurgery.io.writer import replacing
 from lorasurgery.linalg.policies import References
 from lorasurgery.linalg.randomized import dense_svd
-from lorasurgery.models import Model, open_model
+from lorasurgery.models import open_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from lorasurgery.adapter import Site
-    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.architectures.table import Architecture, Spans
     from lorasurgery.linalg.factors import AnyArray, Array
     from lorasurgery.models import Reader
     from lorasurgery.surgery.resize.subject import Subject
@@ -58,11 +58,26 @@ class NormCache:
         self._changed = False
 
 
+class Weights(Protocol):
+    """What is asked of a base model; :class:`lorasurgery.models.Model` is one."""
+
+    @property
+    def path(self) -> Path:
+        """Where the model is."""
+
+    @property
+    def content(self) -> str:
+        """Names, dtypes, shapes and samples of the data, hashed."""
+
+    def reader(self, component: str, spans: Spans) -> Reader:
+        """The rows of a site."""
+
+
 @dataclass(slots=True)
 class BaseModel:
     """Weights of a base model by site, and what is measured of them."""
 
-    model: Model
+    model: Weights
     cache: NormCache
 
     @property

@@ -10,7 +10,8 @@ The norm is over all other axes, as PEFT and LyCORIS take it (per input column: 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from functools import cache
+from math import prod, sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,14 +75,17 @@ def recomputed_subject(
         values = after(cut)[1].reshape(magnitude.tensor.shape)
         return Magnitude(of_array(values, magnitude.tensor.dtype), magnitude.axis)
 
+    @cache
+    def effect() -> float:
+        return float(np.sum((_changed(module, shape, base) - base()) ** 2))
+
     def error(cut: Cut) -> float:
         unit, values = after(cut)
-        old, weight = _changed(module, shape, base), base()
         new = unit * _spread(values, magnitude, shape)
-        norm = float(np.linalg.norm(old - weight))
-        return float(np.linalg.norm(old - new)) / norm if norm else 0.0
+        norm = sqrt(effect())
+        return float(np.linalg.norm(_changed(module, shape, base) - new)) / norm if norm else 0.0
 
-    subject.magnitude, subject.reported = renewed, error
+    subject.magnitude, subject.reported, subject.effect = renewed, error, effect
     inside = f"cut inside ({subject.note})" if subject.note else "cut inside"
     subject.form = "dora" if subject.form == "lora" else subject.form
     subject.note = f"{inside}; the magnitude is the best one for it"

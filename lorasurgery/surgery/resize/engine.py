@@ -25,6 +25,7 @@ from lorasurgery.surgery.resize.choose import Choice, choose, cost_of, fixed_cho
 from lorasurgery.surgery.resize.families import dtype_of
 from lorasurgery.surgery.resize.network_args import with_network_args
 from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
+from lorasurgery.surgery.resize.pick import unfitting
 from lorasurgery.surgery.resize.report import ModuleReport, ResizeReport
 from lorasurgery.surgery.resize.size import file_size
 from lorasurgery.surgery.resize.sources import ComputedSource, FactoredSource
@@ -51,7 +52,7 @@ def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
     started = time.perf_counter()
     options.check()
     options = options.on(adapter.architecture)
-    report = ResizeReport()
+    report = ResizeReport(warnings=unfitting(options.patterns, adapter.modules.values()))
     held = None
     if options.is_fixed and not options.uniform:
         held = Held(options, report, ALL_HELD if result_bytes(adapter, options) <= ALL_HELD else HELD)
@@ -221,7 +222,7 @@ def _reported(subject: Subject, choice: Choice, cut: Cut) -> ModuleReport:
     module, values = subject.module, subject.values
     norm, total = subject.squared_norm, float(np.sum(values))
     error = 0.0 if choice.untouched or norm == 0.0 else np.sqrt(subject.squared_error(choice.kept) / norm)
-    if subject.reported is not None and not choice.untouched:
+    if subject.reported is not None and choice.rank and not choice.untouched:
         error = subject.reported(cut)
     kept = values[choice.kept]
     smallest = float(kept[-1]) if kept.size else 0.0
@@ -238,7 +239,7 @@ def _reported(subject: Subject, choice: Choice, cut: Cut) -> ModuleReport:
         old_rank=subject.old_rank,
         new_rank=subject.length if choice.untouched and subject.old_rank is None else choice.rank,
         relative_error=float(error),
-        squared_norm=norm,
+        squared_norm=norm if subject.effect is None else subject.effect(),
         sum_kept=float(np.sum(kept)) / total if total else 1.0,
         max_ratio=float(values[0]) / smallest if smallest else 1.0,
         note="" if choice.untouched else subject.note,

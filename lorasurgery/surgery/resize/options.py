@@ -121,6 +121,11 @@ class ResizeOptions:
             raise RequestError(f"the recipe {self.recipe!r}: {error}", hint="fro_ckpt=1,thr=-3.5") from error
 
     @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Everything that names modules."""
+        return (*(pattern for pattern, _ in self.ranks), *self.include, *self.exclude)
+
+    @property
     def is_fixed(self) -> bool:
         """Whether each module's rank is known before its singular values."""
         return self.policy is None and self.size is None and self.recipe is None
@@ -145,8 +150,9 @@ class ResizeOptions:
             raise RequestError("a rank must be at least 1, or 0 to leave modules out")
         self._check_choices()
         self._check_policy()
-        self.parsed_recipe()
-        for pattern in (*self.include, *self.exclude, *(p for p, _ in self.ranks)):
+        if self.uniform and self.has_size:
+            raise RequestError("uniform would pad the file beyond its size", hint="a fixed rank")
+        for pattern in self.patterns:
             if isinstance(pattern, str):
                 _check_pattern(pattern)
 
@@ -160,7 +166,8 @@ class ResizeOptions:
         )
         for name, value, allowed in choices:
             if value not in allowed:
-                raise RequestError(f"{name} is {' or '.join(map(str, allowed))}, not {value}")
+                words = " or ".join(str(one) for one in allowed if one is not None)
+                raise RequestError(f"{name.replace('_', ' ')} is {words}, not {value}")
         if self.alpha not in (KEEP_RATIO, "rank") and not _positive(self.alpha):
             raise RequestError(f"alpha is {KEEP_RATIO}, rank or a positive number, not {self.alpha}")
         if self.size is not None and self.size < 1:
@@ -175,7 +182,7 @@ class ResizeOptions:
         if self.policy != "params" and self.policy not in RULES:
             raise RequestError(f"no policy is called {self.policy}", hint=f"one of {', '.join((*RULES, 'params'))}")
         if self.param is None and self.policy != "knee":
-            raise RequestError(f"the policy {self.policy} needs a parameter")
+            raise RequestError(f"the policy {self.policy} needs a parameter", hint="a parameter")
         try:
             self.rule(_PROBE)
         except ValueError as error:
@@ -184,7 +191,7 @@ class ResizeOptions:
     def rule(self, values: AnyArray) -> int:
         """The count of the policy for one module (not for ``params``, of which only the parameter is checked)."""
         param = 1.0 if self.param is None else self.param
-        return energy(values, param) if self.policy == "params" else RULES[self.policy or "knee"](values, param)
+        return sv_cumulative(values, param) if self.policy == "params" else RULES[self.policy or "knee"](values, param)
 
 
 _PROBE = np.array([2.0, 1.0])

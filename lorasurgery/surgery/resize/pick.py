@@ -13,7 +13,7 @@ from lorasurgery.surgery.blocks import REGEX, member, parse_selection
 from lorasurgery.surgery.resize.subject import CONV, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture
@@ -110,6 +110,12 @@ def named(module: Module, pattern: Pattern) -> bool:
     if isinstance(pattern, Part):
         raise TypeError(f"{pattern} is not looked up in an architecture")
     return bool(re.search(pattern, module.name) or re.search(pattern, module.site.spans[0].weight))
+
+
+def unfitting(patterns: Iterable[Pattern], modules: Collection[Module]) -> list[str]:
+    """What to say of those that hold none of the modules: most likely mistyped. Places in a list may be without any."""
+    lone = [pattern for pattern in patterns if _place(pattern) is None and not any(named(m, pattern) for m in modules)]
+    return [f"{str(pattern)!r} fits no module of this file" for pattern in dict.fromkeys(lone)]
 
 
 def has_list(ranks: Sequence[tuple[Pattern, int]]) -> bool:

@@ -68,6 +68,8 @@ class Subject:
     """Whether the module may stay as it is where nothing is cut; not when its family is to change."""
     reported: Callable[[Cut], float] | None = None
     """The relative error where the singular values do not give it."""
+    effect: Callable[[], float] | None = None
+    """The squared norm of what errors are against, where that is not the scaled change: a DoRA's effect on its base model."""
     magnitude: Callable[[Cut], Magnitude | None] | None = None
     """The DoRA magnitude that goes with the result; None: the module has none."""
     ready: Delta | None = None

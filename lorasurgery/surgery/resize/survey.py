@@ -192,7 +192,7 @@ def _stays(module: Module, options: ResizeOptions) -> str | None:
     excluded = options.include and not any(named(module, p) for p in options.include)
     reasons = (
         (delta is None, "a bias has no rank"),
-        (isinstance(delta, Opaque), f"{module.family} needs the base weight"),
+        (isinstance(delta, Opaque), f"{module.family} needs the base weight and has no rank"),
         (isinstance(delta, Full) and len(delta.shape) < 2, "a norm has no rank"),
         (bool(excluded) or any(named(module, p) for p in options.exclude), "excluded"),
         (isinstance(delta, Full) and not options.full, "a full difference"),

@@ -26,7 +26,8 @@ _COEFFICIENTS = {"average": average, "slerp": slerp, "model-stock": model_stock}
 def combine(run: Merging, sites: Mapping[Site, Sequence[Weighted]], sums: Sums) -> list[Module]:
     """The modules of the result, in the order of the sites."""
     way = _way(run)
-    made = (way(run, sums, site, members) for site, members in sites.items())
+    addable = ((site, sums.addable(members)) for site, members in sites.items())
+    made = (way(run, sums, site, members) for site, members in addable if members)
     return [module for module in made if module is not None]
 
 

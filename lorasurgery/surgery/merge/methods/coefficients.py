@@ -28,7 +28,9 @@ def average(run: Merging, members: Sequence[Weighted]) -> list[float]:
     Source: mergekit ``merge_methods/linear.py`` (2026) with ``normalize``. Raises ZeroDivisionError never: weights that
     add up to 0 are taken as they are.
     """
-    total = sum(source.weight.of(run.arch)(members[0].original) for source in run.sources)
+    own = {member.source: member.weight for member in members}
+    lacking = (i for i in range(len(run.sources)) if i not in own)
+    total = sum(own.values()) + sum(run.sources[i].weight.of(run.arch)(members[0].original) for i in lacking)
     return [1.0 / total if total else 1.0] * len(members)
 
 

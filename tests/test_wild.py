@@ -58,6 +58,9 @@ class Noise:
         start = (offset + 2 * self.seed) % len(NOISE)
         return (NOISE * ((start + length) // len(NOISE) + 1))[start : start + length]
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        view[:] = self.read(offset, len(view))
+
     def descriptor(self) -> None:
         """No file."""
 

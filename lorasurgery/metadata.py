@@ -29,6 +29,19 @@ NETWORK_MODULES = {
 }  # fmt: skip
 """``ss_network_module`` of a LoRA where it is not ``networks.lora``. Source: sd-scripts and musubi-tuner (2026)."""
 
+ARGS = "ss_network_args"
+LISTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+"""sd-scripts' lists with a value for each block of a UNet; those of alphas have to be as long."""
+BY_BLOCK = (
+    *LISTS, "network_reg_dims", "rank_pattern",
+    "img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim", "single_dim",
+    "single_mod_dim", "in_dims", "context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim",
+    "x_mod_dim", "emb_dims", "attn_dim", "mlp_dim", "mod_dim", "refiner_dim", "embedder_dims",
+)  # fmt: skip
+"""Entries of :data:`ARGS` with ranks for parts of the network: no longer true when ranks change. Only for :data:`LISTS` there
+is a form that is, see :mod:`lorasurgery.surgery.resize.block_args`. Fields: sd-scripts ``networks/lora.py``, ``lora_flux.py``,
+``lora_sd3.py`` and ``lora_lumina.py`` (2026)."""
+
 
 def converted(
     adapter: Adapter, source: Mapping[str, str], written: Sequence[Written], *, source_layout: str, target: str

@@ -11,7 +11,7 @@ import typer
 from lorasurgery.cli.merge_run import Request, merged
 from lorasurgery.cli.merge_text import merge_lines
 from lorasurgery.cli.render import data, plain
-from lorasurgery.cli.resize_request import Ranks, parse_ranks, parse_size
+from lorasurgery.cli.resize_request import parse_ranks, parse_size
 from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def merge(
         method=method, compat=compat, t=t, density=density, gamma=gamma, epsilon=epsilon, majority=majority, factor=factor,
         seed=seed, as_full=as_ == "full", metadata=metadata, dtype=dtype, drop_nonlinear=drop_nonlinear,
         fix_split_alpha=fix_split_alpha,
-        resize=_recompression(parse_ranks(rank, conv_rank), policy, param, size, as_lora=as_ == "lora"),
+        resize=_recompression(rank, conv_rank, policy, param, size, as_lora=as_ == "lora"),
     )  # fmt: skip
     how = Request(
         tuple(files), out or Path("merged.safetensors"), options, lora_dir=lora_dir, presets=presets, target=target, arch=arch,
@@ -104,15 +104,21 @@ def merge(
 
 
 def _recompression(
-    ranks: Ranks, policy: str | None, param: float | None, size: str | None, *, as_lora: bool
+    rank: list[str] | None,
+    conv_rank: list[str] | None,
+    policy: str | None,
+    param: float | None,
+    size: str | None,
+    *,
+    as_lora: bool,
 ) -> ResizeOptions | None:
     """The options of a cut, None where none was asked for; raises RequestError for what contradicts itself."""
+    if not rank and not conv_rank and (policy, param, size) == (None, None, None):
+        return None
     from lorasurgery.surgery.resize import ResizeOptions
 
-    chosen: dict[str, Any] = {**ranks._asdict(), "policy": policy, "param": param}
+    chosen: dict[str, Any] = {**parse_ranks(rank, conv_rank)._asdict(), "policy": policy, "param": param}
     chosen["size"] = None if size is None else parse_size(size)
-    if all(value in (None, ()) for value in chosen.values()):
-        return None
     options = ResizeOptions(**chosen, as_lora=as_lora)
     options.check()
     return options

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
 from lorasurgery.layouts.scales import HEADER_KEY
+from lorasurgery.metadata import ARGS, BY_BLOCK
 from lorasurgery.surgery.merge.options import FIRST, STRIP
-from lorasurgery.surgery.resize.network_args import ARGS, BY_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,9 +10,10 @@ import json
 from typing import TYPE_CHECKING
 
 from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.metadata import ARGS, LISTS
 from lorasurgery.surgery.block_lists import trained_list
 from lorasurgery.surgery.blocks import chooser, parse_selection
-from lorasurgery.surgery.resize.network_args import ARGS, LISTS, parsed_args
+from lorasurgery.surgery.resize.network_args import parsed_args
 from lorasurgery.surgery.resize.subject import CONV, kind_of
 
 if TYPE_CHECKING:

@@ -1,13 +1,11 @@
-"""``ss_network_args`` after a resize: what it says about ranks is made true, or taken out.
-
-Fields: sd-scripts ``networks/lora.py``, ``lora_flux.py``, ``lora_sd3.py`` and ``lora_lumina.py`` (2026).
-"""
+"""``ss_network_args`` after a resize: what it says about ranks is made true, or taken out."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.metadata import ARGS, BY_BLOCK
 from lorasurgery.surgery.resize.subject import CONV
 
 if TYPE_CHECKING:
@@ -15,18 +13,6 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Module
     from lorasurgery.surgery.resize.subject import Subject
-
-ARGS = "ss_network_args"
-LISTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-"""sd-scripts' lists with a value for each block of a UNet; those of alphas have to be as long."""
-BY_BLOCK = (
-    *LISTS, "network_reg_dims", "rank_pattern",
-    "img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim", "single_dim",
-    "single_mod_dim", "in_dims", "context_attn_dim", "context_mlp_dim", "context_mod_dim", "x_attn_dim", "x_mlp_dim",
-    "x_mod_dim", "emb_dims", "attn_dim", "mlp_dim", "mod_dim", "refiner_dim", "embedder_dims",
-)  # fmt: skip
-"""Ranks for parts of the network: no longer true. Only for :data:`LISTS` there is a form that is, see
-:mod:`lorasurgery.surgery.resize.block_args`."""
 
 
 def with_network_args(metadata: Mapping[str, str], pairs: Sequence[tuple[Subject, Module]]) -> dict[str, str]:

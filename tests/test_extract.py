@@ -287,12 +287,12 @@ def test_recipes_look_at_the_base(recipe, tmp_path):
         assert np.linalg.norm(up @ down - best) < 1e-5 * np.linalg.norm(matrix)
 
 
-def test_ranks_that_fit_nothing_are_told(tmp_path):
+def test_names_that_fit_nothing_are_told(tmp_path):
     paths, _ = unknown(tmp_path, falling, {"a": (40, 30), "b": (40, 20)})
     named = (("_a$", 2), ("_b$", 0), ("_c$", 4))
-    report = taken(paths, tmp_path / "out.safetensors", options(4, ranks=named))
+    report = taken(paths, tmp_path / "out.safetensors", options(4, ranks=named, include=("[ab]$", "q$")))
     assert [m.rank for m in report.modules] == [2]
-    assert report.warnings == ["'_c$' fits no module of this file"]
+    assert report.warnings == ["'q$' fits no module of this file", "'_c$' fits no module of this file"]
 
 
 def test_a_size_is_met_and_spent_where_it_counts(tmp_path):

@@ -96,7 +96,8 @@ def assembled(
         return Assembled(adapter, made.losses, made.chosen, made.left_out)
     survey = Survey(adapter, made.subjects, [])
     adapter, report = resized_from(survey, options.resizing, base_of(pairs))
-    report.warnings += unfitting((p for p, _ in options.cut.ranks), [bare_module(p.site, p.name) for p in pairs])
+    asked = (*options.cut.include, *(pattern for pattern, _ in options.cut.ranks))
+    report.warnings += unfitting(asked, [bare_module(p.site, p.name) for p in pairs])
     metadata = with_block_args(adapter, {}, adapter.layout, asked=has_list(options.cut.ranks))
     adapter = replace(adapter, metadata=metadata)
     made.losses = report  # the other modules' rounding is told when they are written

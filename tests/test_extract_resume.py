@@ -130,10 +130,10 @@ def test_another_extraction_is_not_gone_on_with(models, tmp_path):
     out = tmp_path / "out.safetensors"
     with pytest.raises(StoppedError):
         taken(models, out, OPTIONS, Running(progress=stopping(3)))
-    with pytest.raises(RequestError, match="another extraction \\(other options\\)"):
+    with pytest.raises(RequestError, match="another extraction \\(options not the same\\)"):
         taken(models, out, POLICY, Running(resume=True))
     other = _like(models[1], tmp_path / "other.safetensors")
-    with pytest.raises(RequestError, match="tuned differs"):
+    with pytest.raises(RequestError, match="tuned not the same"):
         extract(models[0], other, out, OPTIONS, Running(resume=True))
     taken(models, out, POLICY, Running(force=True))
     assert out.exists()

@@ -88,7 +88,7 @@ class Store:
             if head is not None and head != json.loads(json.dumps({"format": FORMAT, **identity})):
                 wrong = next((key for key in identity if head.get(key) != identity[key]), "format")
                 raise RequestError(
-                    f"it belongs to another extraction (other {wrong})", path=self.folder,
+                    f"it belongs to another extraction ({wrong} not the same)", path=self.folder,
                     hint="the same models and options as then, or --force without --resume to begin again",
                 )  # fmt: skip
             for text in file if head is not None else ():

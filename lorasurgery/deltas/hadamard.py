@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, block_columns, factor_records, multiplied, rounded
+from lorasurgery.deltas.base import CannotError, block_columns
 from lorasurgery.deltas.low_rank import LowRank, used_columns
+from lorasurgery.deltas.rounding import factor_records, multiplied, rounded
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, factor_records, multiplied, rounded
+from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import factor_records, multiplied, rounded
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
 if TYPE_CHECKING:

@@ -9,19 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import (
-    CannotError,
-    block_columns,
-    factor_records,
-    multiplied,
-    once,
-    power_of_two,
-    rounded,
-    signs,
-    sketch_of,
-    split_factor,
-    wide,
-)
+from lorasurgery.deltas.base import CannotError, block_columns, power_of_two, split_factor
+from lorasurgery.deltas.rounding import factor_records, multiplied, once, rounded, signs, sketch_of, wide
 from lorasurgery.io.tensors import Tensor, computed, numpy_dtype, same_values, stack, widest, zeros
 
 if TYPE_CHECKING:

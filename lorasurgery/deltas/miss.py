@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, multiplied, rounded
+from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import multiplied, rounded
 from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.deltas.base import wide
+from lorasurgery.deltas.rounding import wide
 from lorasurgery.io.tensors import BITS, numpy_dtype
 
 if TYPE_CHECKING:

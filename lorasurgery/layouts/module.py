@@ -6,9 +6,10 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Magnitude, Module, Scale
-from lorasurgery.deltas.base import CannotError, multiplied
+from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.miss import Miss
+from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.layouts.detect import fits
 from lorasurgery.layouts.scales import ScaleRules

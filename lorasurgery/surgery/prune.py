@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures import named
-from lorasurgery.deltas.base import multiplied
 from lorasurgery.deltas.full import Opaque
+from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.surgery.blocks import member, parse_selection
 from lorasurgery.surgery.parts import subset

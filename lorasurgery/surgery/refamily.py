@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Scale
-from lorasurgery.deltas.base import CannotError, rounded
+from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.errors import BrokenModuleError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import computed
 from lorasurgery.layouts.targets import PEFT

@@ -7,10 +7,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Scale
-from lorasurgery.deltas.base import rounded
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.tensors import computed, of_array
 from lorasurgery.surgery.refamily_made import Made, dtype_of, refuse_not_finite
 

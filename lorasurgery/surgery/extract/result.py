@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorasurgery.adapter import Adapter, Leftover, Magnitude, Module, Scale
-from lorasurgery.deltas.base import rounded
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.tensors import computed
 from lorasurgery.layouts.targets import PEFT
 from lorasurgery.surgery.extract.bases import base_of

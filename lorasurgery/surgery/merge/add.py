@@ -20,17 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lorasurgery.adapter import Module, Scale
-from lorasurgery.deltas.base import (
-    CannotError,
-    factor_records,
-    is_power_of_two,
-    rounded,
-)
+from lorasurgery.deltas.base import CannotError, is_power_of_two
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
+from lorasurgery.deltas.rounding import factor_records, rounded
 from lorasurgery.io.tensors import computed, same_values, widest
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
 from lorasurgery.surgery.reduce import Budget, to_lora

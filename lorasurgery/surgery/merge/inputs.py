@@ -9,9 +9,9 @@ import numpy as np
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Module, Scale
 from lorasurgery.architectures import named
-from lorasurgery.deltas.base import multiplied
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
 from lorasurgery.layouts.detect import expected_shape, fits
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lorasurgery.deltas.base import CHUNK, once, wide
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import CHUNK, once, wide
 from lorasurgery.deltas.times import times
 from lorasurgery.io.tensors import computed, numpy_dtype, stack
 

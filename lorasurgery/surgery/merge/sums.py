@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.base import CannotError, rounded
+from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.io.tensors import widest
 from lorasurgery.layouts.detect import expected_shape

@@ -9,9 +9,10 @@ from zlib import crc32
 import numpy as np
 
 from lorasurgery.adapter import Scale
-from lorasurgery.deltas.base import CannotError, rounded
+from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.tensors import computed
 from lorasurgery.surgery.merge.add import added, refuse_nonlinear
 from lorasurgery.surgery.merge.inputs import finite, times

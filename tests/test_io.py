@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 import tracemalloc
 from typing import TYPE_CHECKING
 
@@ -255,6 +256,22 @@ def test_a_full_disk_leaves_nothing_behind(hashes: bool, after: int, tmp_path: P
     with pytest.raises(OSError, match="No space"):
         write_safetensors(tmp_path / "out.safetensors", tensors, {}, hashes=hashes)
     assert listing(tmp_path) == before
+
+
+def test_any_failure_of_the_other_thread_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """More blocks follow than may wait: nobody may wait for a thread that is gone."""
+    arrays = {f"t{i}": computed("U8", (900_000,), lambda: np.zeros(900_000, "u1")) for i in range(12)}
+    arrays["big"] = computed("U8", (9 << 20,), lambda: np.zeros(9 << 20, "u1"))
+
+    def broken(_fd: int, _data: memoryview) -> int:
+        if threading.current_thread() is threading.main_thread():
+            return len(_data)
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(os, "write", broken)
+    with pytest.raises(MemoryError, match="no more"):
+        write_safetensors(tmp_path / "out.safetensors", arrays, {}, hashes=True)
+    assert listing(tmp_path) == {}
 
 
 def test_few_large_tensors_are_in_memory_at_once(tmp_path: Path) -> None:

@@ -30,12 +30,12 @@ class Behind:
         self._steps = steps
         self._queue: queue.Queue[Item | None] = queue.Queue(maxsize=WAITING)
         self._done: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def add(self, item: Item) -> None:
-        """The next bytes of the stream; raises the OSError of a step that failed."""
+        """The next bytes of the stream; raises what a step raised."""
         self._queue.put(item)
         if self._failure is not None:
             raise self._failure
@@ -58,7 +58,7 @@ class Behind:
             self._thread.join()
 
     def finish(self) -> None:
-        """:meth:`close`; raises the OSError of a step that failed."""
+        """:meth:`close`; raises what a step raised."""
         self.close()
         if self._failure is not None:
             raise self._failure
@@ -69,7 +69,7 @@ class Behind:
                 try:
                     for step in self._steps:
                         step(item)
-                except OSError as error:
+                except Exception as error:  # noqa: BLE001  raised again where the stream is made, which would wait for ever
                     self._failure = error
             if isinstance(item, memoryview) and isinstance(item.obj, bytearray):
                 self._done.put(item.obj)

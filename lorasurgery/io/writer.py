@@ -147,7 +147,10 @@ class BlockWriter:
                 self._flush()
 
     def finish(self) -> str | None:
-        """Write what is left; the sha256 of everything when asked for. Raises OSError, as any other method may."""
+        """Write what is left; the sha256 of everything when asked for.
+
+        Raises what writing raises (OSError), as every other method may: the other thread's failures arrive late.
+        """
         self._flush()
         if self._behind is not None:
             self._behind.finish()

@@ -115,7 +115,8 @@ def measured_together(
     most = min(up.shape[0], down.size // down.shape[0])
     asked = None if needed is None else min(needed, most)
     cores, factors = backend.cores([delta.up for delta in deltas], [delta.down for delta in deltas], asked)
-    if factors is not None and all(map(narrow, batch)):  # what most small matrices will be
+    exactly = all(tensor.dtype != "F64" for delta in deltas for tensor in (delta.up, delta.down))
+    if factors is not None and exactly and all(map(narrow, batch)):  # what most small matrices will be
         factors = factors[0].astype(np.float32), factors[1].astype(np.float32)
     for i, (module, delta) in enumerate(zip(batch, deltas, strict=True)):
         bound, small = float(cores.bounds[i]), narrow(module)

@@ -28,6 +28,7 @@ from lorasurgery.io.tensors import of_array
 from lorasurgery.io.writer import write_safetensors
 from lorasurgery.layouts.parse import parse
 from lorasurgery.surgery.resize import NormCache, ResizeOptions, open_base, parse_rank, plan, resize
+from lorasurgery.surgery.resize.batches import batches
 
 D = 48
 ARCH = Architecture(
@@ -278,6 +279,38 @@ def test_modules_at_or_below_the_rank_keep_their_bytes():
     for site, module in pairs(other):
         assert module.scale.value == 1.0
         np.testing.assert_allclose(dense(module), dense(adapter.modules[site]), rtol=1e-5, atol=1e-7)
+
+
+def alike(make, dtypes, broken=None):
+    """Modules of one shape and rank, which are measured together: falling, zero, dependent and badly scaled ones."""
+    for i, (name, dtype) in enumerate(zip(("attn.to_q", "attn.to_k", "attn.to_v", "attn.out"), dtypes, strict=True)):
+        up, down = make.tensor(D, 9, steep=1.3).f64(), make.tensor(9, D).f64()
+        if i == 1:
+            up[:] = 0.0
+        elif i == 2:
+            up[:, 8] = up[:, 7]
+        elif i == 3:
+            up, down = up * 10.0 ** np.linspace(2, -2, 9), down / 10.0 ** np.linspace(2, -2, 9)[:, None]
+        if name == broken:
+            down[3, 4] = np.inf
+        namings = ARCH.namings["original" if name == "attn.out" else "diffusers"]
+        delta = LowRank(of_array(up, dtype), of_array(down, dtype))
+        make.add(name, delta, alpha=2.0 + i, site=Site(DENOISER, namings[name]))
+    return make.adapter()
+
+
+@pytest.mark.parametrize("dtypes", [("F32",) * 4, ("BF16", "F16", "F32", "F64"), ("F64", "F32", "BF16", "F16")])
+@pytest.mark.parametrize("how", [{"rank": 4}, {"rank": 4, "dtype": "fp16"}, {"policy": "energy", "param": 0.9}, {"rank": 9}])
+def test_modules_of_one_shape_are_measured_together_and_each_is_the_best(dtypes, how):
+    adapter, options = alike(Maker(), dtypes), ResizeOptions(**how)
+    together = batches(every(adapter), lambda _: options.rank, 1 << 20)
+    assert [len(own) for own in together] == [4]
+    check(adapter, options, rounding=0.0 if set(dtypes) == {"F32"} and "dtype" not in how else 6e-3)
+
+
+def test_the_broken_one_of_several_is_named():
+    with pytest.raises(BrokenModuleError, match=r"^attn\.to_v"):
+        resize(alike(Maker(), ("F32",) * 4, "attn.to_v"), ResizeOptions(rank=2))
 
 
 def test_uniform_pads_to_the_largest():

@@ -6,7 +6,7 @@ catches everything that is the file's or the request's fault. Programming errors
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +22,19 @@ class SurgeryError(Exception):
         self.path = None if path is None else str(path)
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole, for a worker process's: exceptions are made again from their messages alone."""
+        return _again, (type(self), self.message, vars(self))
+
     def __str__(self) -> str:
         where = f"{self.path}: " if self.path else ""
         return where + self.message if not self.hint else f"{where}{self.message.rstrip('.')}. Try: {self.hint}"
+
+
+def _again(kind: type[SurgeryError], message: str, state: dict[str, Any]) -> SurgeryError:
+    error = kind.__new__(kind, message)
+    vars(error).update(state)
+    return error
 
 
 class FileFormatError(SurgeryError):

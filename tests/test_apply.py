@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 LAYOUTS = ("original", "comfyui", "all-in-one", "diffusers")
 
 
+@pytest.fixture(params=[(), (5, 7), (128, 3)], ids=["as it is", "small parts", "narrow parts"])
+def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the small models are changed in one part otherwise."""
+    for name, size in zip(("HEIGHT", "WIDTH"), request.param, strict=False):
+        monkeypatch.setattr(f"lorasurgery.surgery.apply.step.{name}", size)
+
+
+@pytest.mark.usefixtures("_parts")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_lora_in_every_layout_is_the_nearest_to_the_exact_sum(tmp_path: Path, layout: str, dtype: str) -> None:
@@ -36,6 +44,7 @@ def test_lora_in_every_layout_is_the_nearest_to_the_exact_sum(tmp_path: Path, la
     assert report.modules == 5
 
 
+@pytest.mark.usefixtures("_parts")
 def test_split_modules_change_rows_of_fused_weights(tmp_path: Path) -> None:
     base, adapter = Base.make("BF16"), Added("F16")
     k = adapter.lora("transformer.transformer_blocks.0.attn.to_k", (24, 24), 2, None, "peft")
@@ -74,6 +83,27 @@ def entries(path: Path) -> dict[str, dict[str, list[int]]]:
     data = path.read_bytes()
     found: dict[str, dict[str, list[int]]] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return found
+
+
+@pytest.mark.usefixtures("_parts")
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E5M2"])
+def test_parts_of_a_weight_that_several_modules_change(tmp_path: Path, dtype: str) -> None:
+    """One of them does not do parts; the report measures whole rows."""
+    base, first, second = Base.make(dtype), Added("BF16"), Added("F32", seed=2)
+    shapes = {name: base.weights[name].shape for name in (QKV, PROJ, LINEAR1)}
+    deltas = {name: first.lora(stem(name), shape, 3, 1.7) for name, shape in shapes.items()}
+    deltas[QKV] = deltas[QKV] - 0.5 * second.lora(stem(QKV), shapes[QKV], 2, 3.0)
+    deltas[PROJ] = deltas[PROJ] - 0.5 * hadamard(second, stem(PROJ), *shapes[PROJ])
+    out, report = applied(tmp_path, base.save(tmp_path / "m.safetensors"), (first, 1.0), (second, -0.5))
+    weights, _ = base.result(out, "original")
+    for name, delta in deltas.items():
+        exact = base.weights[name] + delta
+        assert_nearest(weights[name], exact)
+        if len(exact) > 128:  # not every row is measured
+            continue
+        norms = next(tally.norms for tally in report.tensors if tally.name == f"{name}.weight")
+        assert norms.relative_change == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(base.weights[name]), rel=1e-5)
+        assert norms.loss == pytest.approx(float(np.sum((numbers(weights[name]) - exact) ** 2)), rel=1e-3)
 
 
 def hadamard(adapter: Added, module: str, out: int, columns: int) -> Array:

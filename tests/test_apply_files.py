@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,15 +21,20 @@ from lorasurgery.surgery.apply import ApplyOptions, ApplyReport, apply, read_sou
 from tests.applied import LINEAR1, PROJ, QKV, Added, Base, assert_nearest, numbers, read, stem
 from tests.oracle import Raw, fixture, raw, write
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 def lora(folder: Path, *names: str) -> tuple[Path, dict[str, np.ndarray]]:
     """A LoRA file for weights of the small FLUX.1, and its changes."""
     adapter = Added("BF16")
     deltas = {name: adapter.lora(stem(name), Base.make().weights[name].shape, 3, 2.0) for name in names}
     return adapter.save(folder / "lora.safetensors"), deltas
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: it may be over and still wait for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def run(
@@ -305,8 +311,9 @@ def test_a_failed_write_names_the_output_and_leaves_nothing(tmp_path: Path, monk
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signals")
+@pytest.mark.parametrize("least", [0, 1 << 40], ids=["processes", "threads"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_kill_in_the_middle_leaves_no_output(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_kill_in_the_middle_leaves_no_output_and_no_process(tmp_path: Path, number: signal.Signals, least: int) -> None:
     base = Base.make("BF16")
     rng = np.random.default_rng(0)
     base.extra = {"filler": raw(rng.standard_normal((64, 64)), "F32")}
@@ -315,15 +322,16 @@ def test_a_kill_in_the_middle_leaves_no_output(tmp_path: Path, number: signal.Si
     out = tmp_path / "o" / "o.safetensors"
     out.parent.mkdir()
     program = (
-        "import time, sys\n"
-        "from lorasurgery.surgery.apply import produce\n"
-        "make = produce.Producer._make\n"
-        "def slow(self, *a):\n"
-        "    print('begun', flush=True)\n"
+        "import os, sys, time\n"
+        "import numpy as np\n"
+        "from lorasurgery.surgery.apply import forks, produce, writing\n"
+        "def slow(self, change, put, put_scale):\n"
+        "    print('begun', os.getpid(), flush=True)\n"
         "    for _ in range(600):\n"
         "        time.sleep(0.05)\n"
-        "        if self.stop.is_set(): raise produce.Stopped\n"
+        "        put(0, np.zeros((1, change.shape[1]), np.uint16))\n"
         "produce.Producer._make = slow\n"
+        f"writing.WORTH, forks.STEP = {least}, 0\n"
         "from lorasurgery.cli.app import main\n"
         f"sys.argv = ['lorasurgery', 'apply', {str(path)!r}, {str(source)!r}, '-o', {str(out)!r}]\n"
         "main()\n"
@@ -331,8 +339,14 @@ def test_a_kill_in_the_middle_leaves_no_output(tmp_path: Path, number: signal.Si
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with child:
         assert child.stdout is not None
-        assert child.stdout.readline() == b"begun\n"
+        begun, pid = child.stdout.readline().split()
+        assert begun == b"begun"
+        assert (int(pid) != child.pid) == (least == 0 and sys.platform == "linux")
         child.send_signal(number)
         assert child.wait(timeout=20) != 0
+    until = time.monotonic() + 20
+    while alive(int(pid)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     left = [p.name for p in out.parent.iterdir()]
     assert left == [] if number != signal.SIGKILL else all(name.startswith(".o.safetensors.") for name in left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -53,7 +54,7 @@ def apply(
     verify: Annotated[bool, typer.Option("--verify", help="Read the result again and compare tensors of every family with the definitions in float64.")] = False,
     prefer_lycoris: Annotated[bool, typer.Option("--prefer-lycoris", help="Compute changes with the LyCORIS library, too, if it is installed, and tell the difference.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a key of an adapter matches no weight.")] = False,
-    workers: Annotated[Optional[int], typer.Option("--workers", help="Threads. Default: one for each core, at most 8.", show_default=False)] = None,  # noqa: UP045
+    workers: Annotated[Optional[int], typer.Option("--workers", help="Worker processes (threads where the system has no fork). Default: one for each core, at most 8.", show_default=False)] = None,  # noqa: UP045
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Match, and measure change and rounding on some rows; needs no output.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every block.")] = False,
@@ -66,7 +67,7 @@ def apply(
         raise RequestError("nothing says where the result goes", hint="-o OUT, or --dry-run")
     options = ApplyOptions(
         unapply=unapply, rounding=rounding, seed=seed, dora=dora, scales=scales, strict=strict, verify=verify,
-        prefer_lycoris=prefer_lycoris, workers=workers,
+        prefer_lycoris=prefer_lycoris, workers=workers, fork=sys.platform == "linux",
     )  # fmt: skip
     how = Request(
         model, tuple(adapters), out or model.with_name(f"{model.stem}-tuned{model.suffix}"), options, lora_dir=lora_dir,

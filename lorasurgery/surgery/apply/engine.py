@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.apply.tally import Tally
 
 MOST_WORKERS = 8
+"""Processes are one more: one of them waits for its turn to write."""
 OTHER_FORMATS = WEIGHTS - {".safetensors"}
 """Ends of names by which programs take a file for what it would not be."""
 
@@ -62,12 +63,12 @@ def apply(
     if options.strict:
         _refuse_unmatched(plan)
     producer = Producer(model, plan, options)
-    workers = options.workers or min(os.cpu_count() or 1, MOST_WORKERS)
+    workers = options.workers or min(os.cpu_count() or 1, MOST_WORKERS) + options.fork
     if dry_run:
         with producer.tools.running():
             report.tensors = map_threads(lambda own: producer.make(own, None, _nowhere), list(plan.changes.values()), workers)
     else:
-        writing = Writing(model, plan, producer, workers).told(progress)
+        writing = Writing(model, plan, producer, workers, fork=options.fork).told(progress)
         write = _file if model.path.is_file() and not model.path.name.endswith(".json") else _folder
         report.tensors = write(model, sources, out, writing, report, force=force)
         report.written, report.bytes = True, writing.total

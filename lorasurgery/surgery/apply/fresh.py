@@ -9,9 +9,10 @@ import numpy as np
 from lorasurgery.architectures.table import Span
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
+from lorasurgery.io.tensors import numpy_dtype
 from lorasurgery.surgery.apply.match import runs_between
 from lorasurgery.surgery.apply.numbers import work_dtype
-from lorasurgery.surgery.apply.step import Step, chunks
+from lorasurgery.surgery.apply.step import Step, chunks, parts
 from lorasurgery.surgery.apply.steps import is_local, step_of
 
 if TYPE_CHECKING:
@@ -43,41 +44,70 @@ class Fresh:
         placed = in_order(change.placed, undo=options.unapply)
         self._steps: list[tuple[Step, tuple[Run, ...]]] = []
         self._whole: Work | None = None
-        self._held = np.empty((0, self._stored), self.work)
+        self._read, self._held = bytearray(), np.empty(0, self.work)
         if all(is_local(own) for own in placed):
             self._steps = [(self._step(own, options), own.runs) for own in placed]
         else:
             self._whole = self._together(model, plan, options)
+        self.parts = parts(self.columns) if self._in_parts else [slice(0, self.columns)]
+        """The columns that are changed together."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether new values can be stored where :meth:`read` has put the old ones."""
+        return self.weight.scale is None and self._stored == self.columns
+
+    @property
+    def _in_parts(self) -> bool:
+        return self.in_place and bool(self._steps) and all(step.part is not None for step, _ in self._steps)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """(start, stop) of the rows that are read together."""
+        return chunks(self.rows, self.columns, whole=len(self.parts) == 1)
 
     def _step(self, placed: Placed, options: ApplyOptions) -> Step:
         width = self._change.width(placed)
         step = made_step(placed, width, self.work, options, self._tools)
-        return step if width == self.columns else step._replace(change=lambda block, at: step.change(block[:, :width], at))
+        return step if width == self.columns else Step(step.local, lambda block, at: step.change(block[:, :width], at))
 
     def old(self, start: int, stop: int) -> Work:
-        """Rows as they are, (rows, columns); scaled fp8 is dequantised. The array is used again by the next call."""
+        """Rows as they are, (rows, columns). The array is used again by the next call."""
+        return self.values(self.read(start, stop), slice(0, self._stored))
+
+    def read(self, start: int, stop: int) -> Work:
+        """Rows as they are stored; of scaled fp8 what they stand for. The array is used again by the next call."""
+        tensor, shape = self.weight.tensor, (stop - start, self._stored)
         if self.weight.scale is not None:
-            return self._padded(self.weight.rows(start, stop).astype(self.work, copy=False))
-        if len(self._held) < stop - start:
-            self._held = np.empty((stop - start, self._stored), self.work)
-        block = self._held[: stop - start]
-        self._tools.decode(self._bytes(start, stop), self.weight.tensor.dtype, block)
+            return self.weight.rows(start, stop)
+        if len(tensor.regions) != 1:
+            return np.array(tensor.rows([(start, stop)]).array()).reshape(shape)
+        region, row = tensor.regions[0], tensor.nbytes // self.rows
+        size = (stop - start) * row
+        if len(self._read) < size:
+            self._read = bytearray(size)
+        region.source.read_into(region.offset + start * row, memoryview(self._read)[:size])
+        return np.frombuffer(self._read, numpy_dtype(tensor.dtype), shape[0] * shape[1]).reshape(shape)
+
+    def values(self, read: Work, part: slice) -> Work:
+        """Some columns of what :meth:`read` has read, to calculate with. The array is used again by the next call."""
+        own = read[:, part]
+        if self.weight.scale is not None:
+            return self._padded(own.astype(self.work, copy=False))
+        if self._held.size < own.size:
+            self._held = np.empty(own.size, self.work)
+        block = self._held[: own.size].reshape(own.shape)
+        self._tools.decode(own, self.weight.tensor.dtype, block)
         return self._padded(block)
 
     def _padded(self, block: Work) -> Work:
         """Rows with the columns that the weight gets, zeros."""
         return block if self._stored == self.columns else np.pad(block, ((0, 0), (0, self.columns - self._stored)))
 
-    def _bytes(self, start: int, stop: int) -> bytes:
-        """Rows as they are stored."""
-        tensor = self.weight.tensor
-        if len(tensor.regions) != 1:
-            return tensor.rows([(start, stop)]).tobytes()
-        region, row = tensor.regions[0], tensor.nbytes // self.rows
-        return region.source.read(region.offset + start * row, (stop - start) * row)
+    def new(self, start: int, stop: int, block: Work | None = None, column: int | None = None) -> Work:
+        """Rows as they become; ``block``, their old values, is changed in place where it is given.
 
-    def new(self, start: int, stop: int, block: Work | None = None) -> Work:
-        """Rows as they become; ``block``, their old values, is changed in place where it is given."""
+        With ``column``, ``block`` is a part of them from that column on; see :attr:`parts`.
+        """
         if self._whole is not None:
             return self._whole[start:stop]
         if block is None:
@@ -86,7 +116,11 @@ class Fresh:
             for run in runs:
                 low, high = max(start, run.at), min(stop, run.at + run.length)
                 if low < high:
-                    step.change(block[low - start : high - start], run.first + low - run.at)
+                    own, row = block[low - start : high - start], run.first + low - run.at
+                    if column is not None and step.part is not None:
+                        step.part(own, row, column)
+                    else:
+                        step.change(own, row)
         return block
 
     def _together(self, model: Model, plan: Plan, options: ApplyOptions) -> Work:

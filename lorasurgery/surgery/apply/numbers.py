@@ -50,10 +50,12 @@ def nearest(values: Work, dtype: str, out: Work | None = None) -> Work:
 
 
 def surely_finite(values: Work, dtype: str) -> bool:
-    """Whether the norm of the values alone shows that none of them is NaN, infinite or out of range."""
+    """Whether the norm of the values alone shows that none of them is NaN, infinite or out of range.
+
+    numpy warns of those, unless it is told not to.
+    """
     flat = values.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.dot(flat, flat)) < min(FORMATS[dtype].largest, 1e18) ** 2
+    return float(np.dot(flat, flat)) < min(FORMATS[dtype].largest, 1e18) ** 2
 
 
 def stochastic(values: Work, dtype: str, random: np.random.Generator) -> Work:

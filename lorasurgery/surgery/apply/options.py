@@ -33,7 +33,12 @@ class ApplyOptions:
     prefer_lycoris: bool = False
     """Compute some changes by the LyCORIS library, too, and report the difference."""
     workers: int | None = None
-    """Threads; None: one for each core, at most 8."""
+    """Threads or processes; None: one for each core, at most 8."""
+    fork: bool = False
+    """Let processes forked from this one change large models: they are faster than threads, which wait for the interpreter.
+
+    For a program that has no other threads, where the system can fork.
+    """
 
     def check(self) -> None:
         """Raises RequestError for values that mean nothing."""

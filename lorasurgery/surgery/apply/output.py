@@ -7,6 +7,7 @@ kernel. Nothing has its name before it is complete.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 from threading import Lock
@@ -21,6 +22,7 @@ from lorasurgery.io.writer import copy_region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Shape, Tensor
@@ -74,10 +76,14 @@ def _moved(entries: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Shape]
 
 
 class Output:
-    """A file that several threads write at once, each at its own places."""
+    """A file that several threads or processes write at once, each at its own places.
 
-    def __init__(self, fd: int) -> None:
-        self._fd, self._lock = fd, Lock()
+    ``turn``: what each write waits for. The system lets one process at a time write a file, and the next one does not sleep
+    until it may: it takes a core that a third one could calculate on.
+    """
+
+    def __init__(self, fd: int, turn: AbstractContextManager[None] | None = None) -> None:
+        self._fd, self._lock, self._turn = fd, Lock(), turn or nullcontext()
         self._parallel = hasattr(os, "pwrite")
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
@@ -89,7 +95,8 @@ class Output:
 
     def _some(self, view: memoryview, offset: int) -> int:
         if self._parallel:
-            return os.pwrite(self._fd, view, offset)
+            with self._turn:
+                return os.pwrite(self._fd, view, offset)
         with self._lock:  # Windows has no pwrite
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, view)

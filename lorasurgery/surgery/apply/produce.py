@@ -10,9 +10,9 @@ import numpy as np
 
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.finite import all_finite
+from lorasurgery.io.tensors import numpy_dtype
 from lorasurgery.surgery.apply.fresh import Fresh
 from lorasurgery.surgery.apply.numbers import FORMATS, spacing, surely_finite
-from lorasurgery.surgery.apply.step import chunks
 from lorasurgery.surgery.apply.steps import is_added, is_local
 from lorasurgery.surgery.apply.stored import Stored
 from lorasurgery.surgery.apply.tally import Tally, sampled
@@ -53,14 +53,14 @@ class Producer:
 
         Raises NotRepresentableError where a module cannot be applied, BrokenModuleError for NaN and infinity.
         """
-        big = change.weight.tensor.size > BIG and not all(is_local(own) for own in change.placed)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"), self._whole if big else nullcontext():
+        held = self._whole if needs_much(change) else nullcontext()
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"), held:
             return self._make(change, put, put_scale)
 
     def _make(self, change: Change, put: Put | None, put_scale: Callable[[bytes], None]) -> Tally:
         fresh = Fresh(self._model, self._plan, change, self._options, self.tools)
         stored, tally = Stored(change.weight, self._options, self.tools), tally_of(change)
-        blocks = chunks(fresh.rows, fresh.columns)
+        blocks = fresh.chunks()
         if put is None:
             blocks = [(int(row), int(row) + 1) for row in sampled(fresh.rows, 0, fresh.rows)]
         stored.fit((low, self._next(fresh, low, high)) for low, high in blocks)
@@ -82,22 +82,33 @@ class Producer:
         if self.stop.is_set():
             raise Stopped
         low, high = rows
-        block = fresh.old(low, high)
-        looked = sampled(fresh.rows, low, high)
-        before = block[looked - low] if looked.size else None
-        new = fresh.new(low, high, block)
-        data = stored.encode(new, low)
-        sure = stored.scales is None and surely_finite(new, stored.dtype)
-        if not sure and not all_finite(stored.dtype, data.view(np.uint8).data):
-            raise blamed(change, fresh, data, low)
-        if before is not None:
+        read, looked = fresh.read(low, high), sampled(fresh.rows, low, high)
+        data = read if fresh.in_place else np.empty((high - low, fresh.columns), numpy_dtype(stored.dtype))
+        before, after = np.empty((2, looked.size, fresh.columns), fresh.work)
+        for part in fresh.parts:
+            block, out = fresh.values(read, part), data[:, part]
+            if looked.size:
+                before[:, part] = block[looked - low]
+            new = fresh.new(low, high, block, part.start if len(fresh.parts) > 1 else None)
+            if looked.size:
+                after[:, part] = new[looked - low]
+            stored.encode(new, low, part.start, out)
+            sure = stored.scales is None and surely_finite(new, stored.dtype)
+            if not sure and not all_finite(stored.dtype, np.ascontiguousarray(out).view(np.uint8).data):
+                raise blamed(change, fresh, out, (low, part.start))
+        if looked.size:
             kept = stored.decode(data[looked - low], looked, fresh.work)
-            tally.add(before, new[looked - low], kept)
+            tally.add(before, after, kept)
             if self._options.unapply:
                 spaces = [stored.steps(spacing(_unscaled(stored, v, looked), stored.dtype), looked) for v in (before, kept)]
                 tally.expect(*spaces, added=all(is_added(own) for own in change.placed))
         if put is not None:
             put(low, data)
+
+
+def needs_much(change: Change) -> bool:
+    """Whether a tensor of more than :data:`BIG` elements has to be in memory whole."""
+    return change.weight.tensor.size > BIG and not all(is_local(own) for own in change.placed)
 
 
 def _unscaled(stored: Stored, values: Work, rows: NDArray[np.intp]) -> Work:
@@ -115,12 +126,12 @@ def tally_of(change: Change) -> Tally:
     return Tally(change.name, block, place.component, change.weight.shape[0], modules)
 
 
-def blamed(change: Change, fresh: Fresh, data: Work, low: int) -> BrokenModuleError:
-    """Why a row holds NaN or infinity: the model's own values, the adapter's, or a result out of range."""
-    row, column = (int(i[0]) for i in np.nonzero(~np.isfinite(data.astype(np.float64))))
+def blamed(change: Change, fresh: Fresh, data: Work, first: tuple[int, int]) -> BrokenModuleError:
+    """Why stored values, from row and column ``first`` on, hold NaN or infinity: the model's, the adapter's, or too large."""
+    at, column = (int(i[0]) + own for i, own in zip(np.nonzero(~np.isfinite(data.astype(np.float64))), first, strict=True))
     key, path = change.weight.key, change.weight.file.path
     modules = ", ".join(dict.fromkeys(f"{own.module.name} of {own.source.path}" for own in change.placed))
-    where, at = f"{key} [{low + row}, {column}]", low + row
+    where = f"{key} [{at}, {column}]"
     if not np.isfinite(fresh.old(at, at + 1)[0, column]):
         return BrokenModuleError(
             f"{where} is NaN or infinite in the model", key=key, path=path, hint="download the model again"

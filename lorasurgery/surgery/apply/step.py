@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     Work = NDArray[Any]
 
 CHUNK = 1 << 19
-"""Elements changed at a time: enough that threads rarely wait for each other, few enough to stay near the processor."""
+"""Elements changed at a time, whole rows: enough that threads rarely wait for each other."""
+HEIGHT, WIDTH = 128, 512
+"""Rows and columns changed at a time where parts of rows can be: they stay in the processor's cache from the reading to the
+rounding, and are so near to a square that BLAS spends little on rearranging the factors (both measured)."""
 
 
 GONE = "some of its factors are 0: what they multiplied is gone"
@@ -28,6 +31,8 @@ class Step(NamedTuple):
     """Whether rows change without regard to other rows."""
     change: Callable[[Work, int], None]
     """Change rows in place, given the module's row that the first of them is; all rows at once when not local."""
+    part: Callable[[Work, int, int], None] | None = None
+    """Change parts of rows, given the column that their first one is, too; None where rows are needed whole."""
 
 
 class Wanted(NamedTuple):
@@ -53,10 +58,16 @@ class Wanted(NamedTuple):
         return -1.0 if self.undo else 1.0
 
 
-def chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of rows of about :data:`CHUNK` elements."""
-    step = max(CHUNK // max(columns, 1), 1)
+def chunks(rows: int, columns: int, *, whole: bool = True) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of about :data:`CHUNK` elements, or of :data:`HEIGHT` rows that need not be ``whole``."""
+    step = max(CHUNK // max(columns, 1), 1) if whole else max(HEIGHT * WIDTH // max(columns, 1), HEIGHT)
     return [(at, min(at + step, rows)) for at in range(0, rows, step)]
+
+
+def parts(columns: int) -> list[slice]:
+    """Columns in equal parts of about :data:`WIDTH`."""
+    count = max(round(columns / WIDTH), 1)
+    return [slice(columns * i // count, columns * (i + 1) // count) for i in range(count)]
 
 
 def on_columns(delta: Opaque) -> bool:

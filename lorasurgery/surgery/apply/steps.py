@@ -81,7 +81,8 @@ def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tool
         return _dora(module, wanted)
     factor = wanted.sign * wanted.strength * module.scale.value
     if isinstance(delta, LowRank):
-        return Step(local=True, change=(tools or Tools()).adder(*flat_factors(delta, work, factor)))
+        adder = (tools or Tools()).adder(*flat_factors(delta, work, factor))
+        return Step(local=True, change=adder, part=adder)
     rows = row_function(delta, work, factor)
 
     def add(block: Work, start: int) -> None:

@@ -31,7 +31,6 @@ class Stored:
     def __init__(self, weight: Weight, options: ApplyOptions, tools: Tools) -> None:
         self._tools, self.dtype = tools, weight.tensor.dtype
         self._name, self._options = weight.file.prefix + weight.key, options
-        self._held = np.empty((0, 0), numpy_dtype(self.dtype))
         self.scales = None if weight.scale is None else Scales(weight)
 
     def fit(self, blocks: Iterable[tuple[int, Work]]) -> None:
@@ -42,21 +41,17 @@ class Stored:
             self.scales.see(start, values)
         self.scales.decide(always=self._options.scales == NEW)
 
-    def encode(self, values: Work, start: int) -> Work:
-        """Rows from ``start`` on, rounded, in the stored dtype; out of range is infinite or NaN.
+    def encode(self, values: Work, row: int, column: int, out: Work) -> None:
+        """Rows from ``row`` on, or parts of them from ``column`` on, rounded to the stored dtype into ``out``.
 
-        The array is used again by the next call.
+        What is out of range becomes infinite or NaN.
         """
         if self.scales is not None:
-            values = self.scales.divided(values, start)
+            values = self.scales.divided(values, row)
         if self._options.rounding == STOCHASTIC:
-            seed = (self._options.seed, zlib.crc32(self._name.encode()), start)
+            seed = (self._options.seed, zlib.crc32(self._name.encode()), row, column)
             values = stochastic(values, self.dtype, np.random.Generator(np.random.SFC64(seed)))
-        if len(self._held) < len(values):
-            self._held = np.empty(values.shape, numpy_dtype(self.dtype))
-        out = self._held[: len(values)]
         self._tools.encode(values, self.dtype, out)
-        return out
 
     def decode(self, stored: Work, rows: NDArray[np.intp], work: str) -> Work:
         """The numbers that stored rows stand for; ``rows`` are their numbers in the tensor."""

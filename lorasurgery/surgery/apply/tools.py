@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from lorasurgery.io.tensors import numpy_dtype
 from lorasurgery.surgery.apply.numbers import FORMATS, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import torch
     from numpy.typing import NDArray
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.apply.match import Plan
 
     Work = NDArray[Any]
+
+
+class Adder(Protocol):
+    """Adds to a block, given where in the whole its first row and column are."""
+
+    def __call__(self, block: Work, row: int, column: int = 0) -> None:
+        """In place."""
+
 
 SAVED = MappingProxyType({"BF16": 0.6e-9, "F16": 2.7e-9, "F8_E4M3": 1.2e-9, "F8_E5M2": 1.2e-9})
 """Seconds that torch saves for each value of a dtype, on one core."""
@@ -37,18 +45,18 @@ WORTH = 1.5
 class Tools:
     """numpy."""
 
-    def decode(self, data: bytes, dtype: str, out: Work) -> None:
+    def decode(self, stored: Work, dtype: str, out: Work) -> None:
         """Stored values into ``out``, exactly."""
         if dtype.startswith("F8") and out.dtype == np.float32:
-            np.take(_table(dtype), np.frombuffer(data, np.uint8).reshape(out.shape), out=out, mode="clip")
+            np.take(_table(dtype), stored.view(np.uint8), out=out, mode="clip")
         else:
-            np.copyto(out, np.frombuffer(data, numpy_dtype(dtype)).reshape(out.shape))
+            np.copyto(out, stored)
 
     def encode(self, values: Work, dtype: str, out: Work) -> None:
         """Values rounded to nearest even into ``out``, of ``dtype``; out of range they become infinite or NaN.
 
-        fp8 by a table of the upper 16 bits, the last of which says whether any bit below is set: with three bits to spare
-        (four for E5M2) that decides every rounding.
+        numpy warns of those, unless it is told not to. fp8 by a table of the upper 16 bits, the last of which says whether any
+        bit below is set: with three bits to spare (four for E5M2) that decides every rounding.
         """
         if dtype.startswith("F8") and values.dtype == np.float32:
             bits = values.view(np.uint32)
@@ -56,16 +64,17 @@ class Tools:
             upper |= (bits & np.uint32(0xFFFF)) != 0
             np.take(_rounded(dtype), upper, out=out.view(np.uint8), mode="clip")
         else:
-            nearest(values, dtype, out)
+            np.copyto(out, values, casting="unsafe")
 
-    def adder(self, up: Work, down: Work) -> Callable[[Work, int], None]:
-        """A function that adds rows ``start:`` of ``up @ down`` to a block, in place; for one thread."""
-        held = [np.empty((0, down.shape[1]), down.dtype)]
+    def adder(self, up: Work, down: Work) -> Adder:
+        """A function that adds a part of ``up @ down`` to a block, in place; for one thread."""
+        held = [np.empty(0, down.dtype)]
 
-        def add(block: Work, start: int) -> None:
-            if len(held[0]) < len(block):
-                held[0] = np.empty(block.shape, down.dtype)
-            block += np.matmul(up[start : start + len(block)], down, out=held[0][: len(block)])
+        def add(block: Work, row: int, column: int = 0) -> None:
+            if held[0].size < block.size:
+                held[0] = np.empty(block.size, down.dtype)
+            product = held[0][: block.size].reshape(block.shape)
+            block += np.matmul(up[row : row + len(block)], down[:, column : column + block.shape[1]], out=product)
 
         return add
 
@@ -78,13 +87,12 @@ class Tools:
 class TorchTools(Tools):
     """torch on the CPU, one thread a call."""
 
-    def decode(self, data: bytes, dtype: str, out: Work) -> None:
+    def decode(self, stored: Work, dtype: str, out: Work) -> None:
         """Stored values into ``out``, exactly; only of fp16 is torch the faster one."""
         if dtype == "F16":
-            source = np.frombuffer(bytearray(data), np.int16).reshape(out.shape)
-            _tensor(out).copy_(_tensor(source).view(_dtype(dtype)))
+            _tensor(out).copy_(_tensor(stored))
         else:
-            super().decode(data, dtype, out)
+            super().decode(stored, dtype, out)
 
     def encode(self, values: Work, dtype: str, out: Work) -> None:
         """Values rounded to nearest even into ``out``, of ``dtype``; torch would cut off what is beyond fp8's range."""
@@ -95,12 +103,12 @@ class TorchTools(Tools):
         else:
             super().encode(values, dtype, out)
 
-    def adder(self, up: Work, down: Work) -> Callable[[Work, int], None]:
-        """A function that adds rows ``start:`` of ``up @ down`` to a block, in place."""
+    def adder(self, up: Work, down: Work) -> Adder:
+        """A function that adds a part of ``up @ down`` to a block, in place."""
         left, right = _tensor(up), _tensor(down)
 
-        def add(block: Work, start: int) -> None:
-            _tensor(block).addmm_(left[start : start + len(block)], right)
+        def add(block: Work, row: int, column: int = 0) -> None:
+            _tensor(block).addmm_(left[row : row + len(block)], right[:, column : column + block.shape[1]])
 
         return add
 

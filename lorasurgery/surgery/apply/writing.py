@@ -1,17 +1,18 @@
-"""The files of the new model: changed ones written by several threads, all others copied."""
+"""The files of the new model: changed ones written by several threads or processes, all others copied."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from lorasurgery.io.sources import FileSource, Region
 from lorasurgery.io.writer import copy_region, replacing, write_all
 from lorasurgery.linalg.threads import one_blas_thread
+from lorasurgery.surgery.apply.forks import Forks, Turn
 from lorasurgery.surgery.apply.output import Output, copy_rest, skeleton
-from lorasurgery.surgery.apply.produce import Stopped
+from lorasurgery.surgery.apply.produce import Stopped, needs_much
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,12 +27,17 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.apply.produce import Producer
     from lorasurgery.surgery.apply.tally import Tally
 
+    Tell = Callable[[int], None]
+
+WORTH = 64 << 20
+"""Bytes that change from which on processes are forked: that takes some milliseconds."""
+
 
 class Writing:
     """Writes every file of a model; ``progress`` is told (bytes done, bytes in all), from any thread."""
 
-    def __init__(self, model: Model, plan: Plan, producer: Producer, workers: int) -> None:
-        self.model, self.producer, self.workers = model, producer, workers
+    def __init__(self, model: Model, plan: Plan, producer: Producer, workers: int, *, fork: bool = False) -> None:
+        self.model, self.producer, self.workers, self.fork = model, producer, workers, fork
         self.changes: dict[Path, dict[str, Change]] = {}
         for change in plan.changes.values():
             self.changes.setdefault(change.weight.file.path, {})[change.weight.key] = change
@@ -70,12 +76,13 @@ class Writing:
             wider = {key: own.shape for key, own in changes.items() if own.shape != own.weight.shape}
             head, offsets = skeleton(file.raw, metadata, wider)
             write_all(fd, head)
-            output = Output(fd)
-            with one_blas_thread(), self.producer.tools.running(), ThreadPoolExecutor(self.workers) as pool:
+            with one_blas_thread(), self.producer.tools.running(), ExitStack() as ends:
+                work = self._work(list(changes.values()), fd, offsets, ends)
+                pool = ends.enter_context(ThreadPoolExecutor(self.workers))
                 try:
-                    futures = [pool.submit(self._change, own, output, offsets) for own in changes.values()]
+                    futures = [pool.submit(work, number) for number in range(len(changes))]
                     with suppress(Stopped):
-                        copy_rest(file.raw, output, offsets, _owned(changes.values()), self._count)
+                        copy_rest(file.raw, Output(fd), offsets, _owned(changes.values()), self._count)
                     return _results(futures)
                 except BaseException as error:
                     self.producer.stop.set()
@@ -84,22 +91,39 @@ class Writing:
                         error.filename = str(out)
                     raise
 
-    def _change(self, change: Change, output: Output, offsets: Mapping[str, int]) -> Tally:
+    def _work(self, changes: Sequence[Change], fd: int, offsets: Mapping[str, int], ends: ExitStack) -> Callable[[int], Tally]:
+        """A thread's work: to make the change of a number, or to have a forked process make it."""
+        here, forks = Output(fd), None
+        if self.fork and self.workers > 1 and sum(own.nbytes for own in changes) >= WORTH:
+            with closing(Turn()) as turn:
+                there = Output(fd, turn)
+                forks = Forks(lambda number, tell: self._change(changes[number], there, offsets, tell), self.workers)
+            ends.enter_context(forks)
+
+        def work(number: int) -> Tally:
+            self._count(0)
+            try:
+                if forks is None or needs_much(changes[number]):
+                    return self._change(changes[number], here, offsets, self._count)
+                return forks.call(number, self._count)
+            except BaseException:
+                self.producer.stop.set()
+                raise
+
+        return work
+
+    def _change(self, change: Change, output: Output, offsets: Mapping[str, int], tell: Tell) -> Tally:
         row = change.nbytes // max(change.shape[0], 1)
         start = offsets[change.weight.key]
 
         def put(first: int, data: NDArray[np.generic]) -> None:
             output.write(data.view("u1").data, start + first * row)
-            self._count(data.nbytes)
+            tell(data.nbytes)
 
         def put_scale(data: bytes) -> None:
             output.write(data, offsets[scale_key(change)])
 
-        try:
-            return self.producer.make(change, put, put_scale)
-        except BaseException:
-            self.producer.stop.set()
-            raise
+        return self.producer.make(change, put, put_scale)
 
 
 def _results(futures: Sequence[Future[Tally]]) -> list[Tally]:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 LAYOUTS = ("original", "comfyui", "all-in-one", "diffusers")
 
 
-@pytest.fixture(params=[(), (5, 7), (128, 3)], ids=["as it is", "small parts", "narrow parts"])
+@pytest.fixture(params=[(), ((5, 5), 120, 35, 7), ((128, 512), 1, 1, 1)], ids=["as it is", "small parts", "columns"])
 def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the small models are changed in one part otherwise."""
-    for name, size in zip(("HEIGHT", "WIDTH"), request.param, strict=False):
+    for name, size in zip(("HEIGHT", "READ", "PART", "GRAIN"), request.param, strict=False):
         monkeypatch.setattr(f"lorasurgery.surgery.apply.step.{name}", size)
 
 

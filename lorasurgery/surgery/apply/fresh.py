@@ -49,21 +49,15 @@ class Fresh:
             self._steps = [(self._step(own, options), own.runs) for own in placed]
         else:
             self._whole = self._together(model, plan, options)
-        self.parts = parts(self.columns) if self._in_parts else [slice(0, self.columns)]
-        """The columns that are changed together."""
+        self.chunks, self.parts = chunks(self.rows, self.columns), [slice(0, self.columns)]
+        """(start, stop) of the rows that are read together, and the columns of them that are changed together."""
+        if self.in_place and self._steps and all(step.part is not None for step, _ in self._steps):
+            self.chunks, self.parts = parts(self.rows, self.columns)
 
     @property
     def in_place(self) -> bool:
         """Whether new values can be stored where :meth:`read` has put the old ones."""
         return self.weight.scale is None and self._stored == self.columns
-
-    @property
-    def _in_parts(self) -> bool:
-        return self.in_place and bool(self._steps) and all(step.part is not None for step, _ in self._steps)
-
-    def chunks(self) -> list[tuple[int, int]]:
-        """(start, stop) of the rows that are read together."""
-        return chunks(self.rows, self.columns, whole=len(self.parts) == 1)
 
     def _step(self, placed: Placed, options: ApplyOptions) -> Step:
         width = self._change.width(placed)

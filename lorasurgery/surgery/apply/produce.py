@@ -60,7 +60,7 @@ class Producer:
     def _make(self, change: Change, put: Put | None, put_scale: Callable[[bytes], None]) -> Tally:
         fresh = Fresh(self._model, self._plan, change, self._options, self.tools)
         stored, tally = Stored(change.weight, self._options, self.tools), tally_of(change)
-        blocks = fresh.chunks()
+        blocks = fresh.chunks
         if put is None:
             blocks = [(int(row), int(row) + 1) for row in sampled(fresh.rows, 0, fresh.rows)]
         stored.fit((low, self._next(fresh, low, high)) for low, high in blocks)

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     Work = NDArray[Any]
 
 CHUNK = 1 << 19
-"""Elements changed at a time, whole rows: enough that threads rarely wait for each other."""
-HEIGHT, WIDTH = 128, 512
-"""Rows and columns changed at a time where parts of rows can be: they stay in the processor's cache from the reading to the
-rounding, and are so near to a square that BLAS spends little on rearranging the factors (both measured)."""
+"""Elements of whole rows changed at a time: enough that threads rarely wait for each other."""
+READ, PART = 3 << 17, 1 << 16
+"""Elements read at a time where parts of rows can be changed, and elements of a part: from the reading to the rounding they
+stay in the processor's cache."""
+HEIGHT = (128, 512)
+"""Fewest and most rows of those: parts are so near to a square that BLAS spends little on rearranging the factors."""
+
+GRAIN = 64
+"""Columns of which parts have a multiple."""
 
 
 GONE = "some of its factors are 0: what they multiplied is gone"
@@ -58,16 +63,20 @@ class Wanted(NamedTuple):
         return -1.0 if self.undo else 1.0
 
 
-def chunks(rows: int, columns: int, *, whole: bool = True) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of about :data:`CHUNK` elements, or of :data:`HEIGHT` rows that need not be ``whole``."""
-    step = max(CHUNK // max(columns, 1), 1) if whole else max(HEIGHT * WIDTH // max(columns, 1), HEIGHT)
+def chunks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of whole rows of about :data:`CHUNK` elements."""
+    return _blocks(rows, max(CHUNK // max(columns, 1), 1))
+
+
+def parts(rows: int, columns: int) -> tuple[list[tuple[int, int]], list[slice]]:
+    """(start, stop) of blocks of about :data:`READ` elements, and parts of their columns of about :data:`PART`."""
+    height = min(max(READ // max(columns, 1), HEIGHT[0]), HEIGHT[1], max(rows, 1))
+    width = max(round(PART / height / GRAIN), 1) * GRAIN
+    return _blocks(rows, height), [slice(at, min(at + width, columns)) for at in range(0, max(columns, 1), width)]
+
+
+def _blocks(rows: int, step: int) -> list[tuple[int, int]]:
     return [(at, min(at + step, rows)) for at in range(0, rows, step)]
-
-
-def parts(columns: int) -> list[slice]:
-    """Columns in equal parts of about :data:`WIDTH`."""
-    count = max(round(columns / WIDTH), 1)
-    return [slice(columns * i // count, columns * (i + 1) // count) for i in range(count)]
 
 
 def on_columns(delta: Opaque) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from lorasurgery.errors import BrokenModuleError, FileFormatError, OutputExistsError, RequestError
 from lorasurgery.surgery.extract import ExtractOptions, Running, extract
+from lorasurgery.surgery.extract.dry import plan
 from lorasurgery.surgery.resize import ResizeOptions
 from tests.edges import run
 from tests.extracting import GRID, changed, differences, grid, optimum, relative, said, whole_low_rank
@@ -290,9 +291,11 @@ def test_recipes_look_at_the_base(recipe, tmp_path):
 def test_names_that_fit_nothing_are_told(tmp_path):
     paths, _ = unknown(tmp_path, falling, {"a": (40, 30), "b": (40, 20)})
     named = (("_a$", 2), ("_b$", 0), ("_c$", 4))
-    report = taken(paths, tmp_path / "out.safetensors", options(4, ranks=named, include=("[ab]$", "q$")))
+    report = taken(paths, tmp_path / "out.safetensors", options(4, ranks=named, include=("[ab]$", "q$"), exclude=("x",)))
     assert [m.rank for m in report.modules] == [2]
-    assert report.warnings == ["'q$' fits no module of this file", "'_c$' fits no module of this file"]
+    notes = [f"{name!r} fits no module" for name in ("q$", "x", "_c$")]
+    assert report.warnings == notes
+    assert list(plan(paths[0], paths[1], options(4, ranks=named, include=("[ab]$", "q$"), exclude=("x",))).warnings) == notes
 
 
 def test_a_size_is_met_and_spent_where_it_counts(tmp_path):
@@ -471,6 +474,10 @@ def test_models_that_do_not_belong_together(tmp_path):
     )
     report = taken(pair(tmp_path, flux, wider), tmp_path / "ok.safetensors", options(4, exclude=("img_in",)))
     assert "lora_unet_img_in" not in {m.name for m in report.modules}
+    assert (
+        "1 modules have other shapes in the two models and are left out, as asked (first: lora_unet_img_in)" in report.warnings
+    )
+    assert not [text for text in report.warnings if "fits no" in text]
     taller = {**flux, "proj_out.weight": np.zeros((8, 16)), "proj_out.bias": np.zeros(8)}
     refused(RequestError, tmp_path, pair(tmp_path, flux, taller), "proj_out.weight has [8, 16]", "[4, 16]")
     refused(RequestError, tmp_path, pair(tmp_path, taller, flux), "proj_out.weight has [4, 16]", "[8, 16]")

@@ -316,6 +316,21 @@ def test_biases(source: str, target: str, tmp_path: Path) -> None:
     assert_same(made.meaning(), output.meaning(), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("target", ["sd-scripts", "comfyui", "diffusers"])
+def test_a_bias_of_16_bits_times_its_scale_is_not_rounded_to_16_bits(dtype: str, target: str, tmp_path: Path) -> None:
+    of = model(FLUX)
+    builder = Builder.start(of, "peft", dtype, 31)
+    stem = builder.add(modules_of(of, "peft", "double_blocks.2.img_attn.proj")[0], "lora", rank=7, alpha=3.0)
+    builder.made.tensors[f"{stem}.lora_B.bias"] = builder.random(3072)
+    builder.made.configs[""] = {"peft_type": "LORA", "r": 7, "lora_alpha": 3, "lora_bias": True}
+    assert builder.made.tensors[f"{stem}.lora_B.bias"].dtype == dtype
+    output = convert(builder.made, target, tmp_path)
+    assert_same(builder.made.meaning(), output.meaning(), {"BF16": 3e-3, "F16": 4e-4}[dtype])
+    (ours,), (theirs,) = (list(own.meaning().biases.values()) for own in (output, builder.made))
+    assert np.linalg.norm(ours - theirs) < 1e-7 * np.linalg.norm(theirs)
+
+
 def test_biases_are_cut_and_stacked(tmp_path: Path) -> None:
     builder = Builder.start(model(FLUX), "onetrainer", "F32", 28)
     q, k, v = modules_of(model(FLUX), "onetrainer", "double_blocks.2.img_attn.qkv")

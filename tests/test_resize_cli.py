@@ -119,7 +119,7 @@ def test_ranks_by_kind_and_name(source: Path) -> None:
 def test_names_that_fit_nothing_are_told(source: Path) -> None:
     named = ("--rank", "atn1=4", "--rank", "attn1=4", "--conv-rank", "time=2", "--rank", "blocks=" + ",".join(["4"] * 25))
     report = resized(source, "--rank", 8, *named, "--exclude", "nowhere", "--include", "te", "--include", "unet")[1]
-    said = [f"{name!r} fits no module of this file" for name in ("atn1", "conv time", "nowhere")]
+    said = [f"{name!r} fits no module" for name in ("atn1", "conv time", "nowhere")]
     assert sorted(report["resize"]["warnings"]) == sorted(said)
 
 

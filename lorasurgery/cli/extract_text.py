@@ -97,6 +97,7 @@ def dry_lines(planned: Planned, *, verbose: bool) -> list[str]:
     for names, where in ((planned.only_base, "base"), (planned.only_tuned, "tuned")):
         if names:
             lines.append(f"  note: {len(names)} weights are in the {where} model only (first: {names[0]})")
+    lines += [f"  note: {text}" for text in planned.warnings]
     if verbose:
         lines += [f"    {kind:<9}  {name}" for name, kind in planned.kinds.items()]
     return lines

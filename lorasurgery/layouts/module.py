@@ -9,7 +9,7 @@ from lorasurgery.adapter import Magnitude, Module, Scale
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import multiplied
+from lorasurgery.deltas.rounding import multiplied, rounded, wide
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.layouts.detect import fits
 from lorasurgery.layouts.scales import ScaleRules
@@ -108,8 +108,14 @@ def _scale(own: Group, delta: Delta | None, rules: ScaleRules, path: Path) -> Sc
 
 
 def _bias(entry: Entry, scale: Scale) -> Tensor:
-    """What is added to the base bias. ``lora_B`` and ``lora_up`` are layers: theirs is scaled like their weight."""
-    return multiplied(entry.tensor, scale.value) if entry.key.endswith(".bias") else entry.tensor
+    """What is added to the base bias. ``lora_B`` and ``lora_up`` are layers: theirs is scaled like their weight.
+
+    In float32: in 16 bits the product may be a number that rounding changes, and there is no report here to tell of it.
+    """
+    if not entry.key.endswith(".bias") or scale.value == 1.0:
+        return entry.tensor
+    exact = entry.tensor if wide(entry.tensor.dtype) == "float64" else rounded(entry.tensor, "F32")
+    return multiplied(exact, scale.value)
 
 
 def _magnitude(own: Group, delta: Delta | None, out: int, path: Path) -> Magnitude | None:

@@ -49,6 +49,7 @@ class Planned:
     only_tuned: tuple[str, ...]
     size: int | None
     """Bytes of the result if every tensor changed; None where the change decides the ranks."""
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A plain object for ``--json``."""
@@ -65,6 +66,7 @@ class Planned:
             "only_in_base": list(self.only_base),
             "only_in_tuned": list(self.only_tuned),
             "size": self.size,
+            "warnings": list(self.warnings),
         }
 
 
@@ -92,7 +94,7 @@ def plan(
         str(models[0].path), str(models[1].path), models[0].architecture.key,
         (models[0].layout, models[1].layout, options.layout.id), operation(options),
         {p.id: p.kind for p in taken}, {p.id: p.reason for p in pairs.pairs if p.reason},
-        tuple(pairs.only_base), tuple(pairs.only_tuned), size,
+        tuple(pairs.only_base), tuple(pairs.only_tuned), size, tuple(pairs.notes(options.cut)),
     )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def _written(
     report = _reported(models, pairs, store, made, options)
     report.output, report.written, report.size = str(output), True, file_bytes(output)
     report.dropped, report.losses = writing.dropped, writing.losses
-    report.warnings += [*made.resizing.warnings, *writing.warnings]
+    report.warnings += [*pairs.notes(options.cut), *made.resizing.warnings, *writing.warnings]
     report.warn()
     return report
 

@@ -15,16 +15,19 @@ from lorasurgery.layouts.targets import PEFT, Speller
 from lorasurgery.surgery.extract.coverage import covers, held_rows, total_rows
 from lorasurgery.surgery.extract.parameters import bare_module, excluded, parameters
 from lorasurgery.surgery.extract.sd_scripts import left_to
+from lorasurgery.surgery.resize.pick import unfitting
 from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
 from lorasurgery.surgery.resize.survey import rank_asked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.io.tensors import Shape
     from lorasurgery.models import Model, Reader, Weight
     from lorasurgery.surgery.extract.options import ExtractOptions
+    from lorasurgery.surgery.resize.options import ResizeOptions
 
     LeftOut = Callable[[str, Site, str], str]
     """kind, site and the target's name of a tensor -> why it is not extracted; empty if it is."""
@@ -79,6 +82,19 @@ class Pairs:
     only_tuned: list[str] = field(default_factory=list)
     alone: list[int] = field(default_factory=lambda: [0, 0])
     """How many of these two are modules of the denoiser."""
+    unlike: list[str] = field(default_factory=list)
+    """Modules of other shapes in the two, left out as asked."""
+    modules: list[Module] = field(default_factory=list)
+    """All that either model has."""
+
+    def notes(self, cut: ResizeOptions) -> list[str]:
+        """Of ``unlike``, and of names that fit nothing: most likely mistyped."""
+        asked = (*cut.include, *cut.exclude, *(pattern for pattern, _ in cut.ranks))
+        notes = unfitting(asked, self.modules)
+        if self.unlike:
+            what = "modules have other shapes in the two models and are left out, as asked"
+            notes.insert(0, f"{len(self.unlike)} {what} (first: {self.unlike[0]})")
+        return notes
 
 
 def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
@@ -93,23 +109,30 @@ def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
     found, left_out = Pairs(), _reasons(base.architecture, options)
     for site in _sites(base, tuned, speller):
         there = [covers(own, site) for own in held]
-        stem = speller.stem(site) or ""
         rows = [total_rows(own, site) for own in held]
-        if None not in rows and rows[0] != rows[1]:
-            if not excluded(site, stem, options):
-                raise _other_shape(site, _first_weight(base, site), _first_weight(tuned, site))
+        taller = None not in rows and rows[0] != rows[1]
+        if not any(there) and not taller:
             continue
-        if all(there):
-            both = _pairs_of(base, tuned, site, stem, left_out)
-            found.pairs += _of_one_shape(both, others=excluded(site, stem, options))
-        elif any(there):
-            (found.only_base if there[0] else found.only_tuned).append(stem or _unnamed(site))
+        stem = speller.stem(site) or ""
+        module = bare_module(site, stem or _unnamed(site))
+        found.modules.append(module)
+        if all(there) or taller:
+            both = [] if taller else list(_pairs_of(base, tuned, site, stem, left_out))
+            alike = [pair for pair in both if pair.base.shape == pair.tuned.shape]
+            found.pairs += alike
+            if taller or len(alike) < len(both):
+                if not excluded(site, stem, options):
+                    raise _other_shape(base, tuned, site, both)
+                found.unlike.append(module.name)
+        else:
+            (found.only_base if there[0] else found.only_tuned).append(module.name)
             if site.component == DENOISER:
                 found.alone[0 if there[0] else 1] += 1
     _check_coverage(found, base, tuned)
     if options.layout.words == PEFT:
         found.pairs = _biases_for_all_or_none(found.pairs, options)
     own = parameters(base, tuned, options)
+    found.modules += [bare_module(site, name) for site, name, *_ in own.shared]
     found.pairs += [Pair(site, name, PARAMETER, one, two, reason) for site, name, one, two, reason in own.shared]
     found.only_base += own.only_base
     found.only_tuned += own.only_tuned
@@ -161,15 +184,6 @@ def _unnamed(site: Site) -> str:
     return f"{site} [{', '.join(f'{span.start}:{span.stop}' for span in site.spans)}]"
 
 
-def _of_one_shape(pairs: Iterator[Pair], *, others: bool) -> Iterator[Pair]:
-    """Those of equal shapes; raises RequestError for one that is not, unless there may be ``others``."""
-    for pair in pairs:
-        if pair.base.shape == pair.tuned.shape:
-            yield pair
-        elif not others:
-            raise _other_shape(pair.site, pair.base.parts[0].weight, pair.tuned.parts[0].weight)
-
-
 def _pairs_of(base: Model, tuned: Model, site: Site, stem: str, left_out: LeftOut) -> Iterator[Pair]:
     """The weight of a module, and its bias."""
     readers = base.reader(*site), tuned.reader(*site)
@@ -214,12 +228,15 @@ def _first_weight(model: Model, site: Site) -> Weight:
     )  # fmt: skip
 
 
-def _other_shape(site: Site, one: Weight, two: Weight) -> RequestError:
+def _other_shape(base: Model, tuned: Model, site: Site, pairs: Sequence[Pair]) -> RequestError:
+    """For the first of the pairs that are not of one shape; for the weights where there are no pairs."""
+    differ = ((own.base.parts[0].weight, own.tuned.parts[0].weight) for own in pairs if own.base.shape != own.tuned.shape)
+    one, two = next(differ, None) or (_first_weight(base, site), _first_weight(tuned, site))
     return RequestError(
         f"{two.key} has {list(two.shape)}, the base model's {one.key} {list(one.shape)}",
         path=two.file.path,
         hint=f'the base model it was tuned from, or --exclude "{site.spans[0].weight}" to leave it out',
-    )  # fmt: skip
+    )
 
 
 def _check_coverage(found: Pairs, base: Model, tuned: Model) -> None:

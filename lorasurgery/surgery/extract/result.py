@@ -19,12 +19,11 @@ from lorasurgery.layouts.targets import PEFT
 from lorasurgery.surgery.extract.bases import base_of
 from lorasurgery.surgery.extract.change import change_of, stored
 from lorasurgery.surgery.extract.pairs import BIAS, NORM, PARAMETER
-from lorasurgery.surgery.extract.parameters import bare_module
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.block_args import with_block_args
 from lorasurgery.surgery.resize.engine import resized_from
 from lorasurgery.surgery.resize.options import KEEP_RATIO
-from lorasurgery.surgery.resize.pick import has_list, unfitting
+from lorasurgery.surgery.resize.pick import has_list
 from lorasurgery.surgery.resize.report import ResizeReport
 from lorasurgery.surgery.resize.subject import Cut, Subject, low_rank_factors
 from lorasurgery.surgery.resize.survey import Survey
@@ -96,8 +95,6 @@ def assembled(
         return Assembled(adapter, made.losses, made.chosen, made.left_out)
     survey = Survey(adapter, made.subjects, [])
     adapter, report = resized_from(survey, options.resizing, base_of(pairs))
-    asked = (*options.cut.include, *(pattern for pattern, _ in options.cut.ranks))
-    report.warnings += unfitting(asked, [bare_module(p.site, p.name) for p in pairs])
     metadata = with_block_args(adapter, {}, adapter.layout, asked=has_list(options.cut.ranks))
     adapter = replace(adapter, metadata=metadata)
     made.losses = report  # the other modules' rounding is told when they are written

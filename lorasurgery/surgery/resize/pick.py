@@ -115,7 +115,7 @@ def named(module: Module, pattern: Pattern) -> bool:
 def unfitting(patterns: Iterable[Pattern], modules: Collection[Module]) -> list[str]:
     """What to say of those that hold none of the modules: most likely mistyped. Places in a list may be without any."""
     lone = [pattern for pattern in patterns if _place(pattern) is None and not any(named(m, pattern) for m in modules)]
-    return [f"{str(pattern)!r} fits no module of this file" for pattern in dict.fromkeys(lone)]
+    return [f"{str(pattern)!r} fits no module" for pattern in dict.fromkeys(lone)]
 
 
 def has_list(ranks: Sequence[tuple[Pattern, int]]) -> bool:

@@ -429,6 +429,14 @@ def test_refusals(source: Path) -> None:
     assert "one input and one output" in run("resize", source, "--rank", 2).err
 
 
+@pytest.mark.parametrize("name", ["lycoris_oft", "lycoris_ia3_input"])
+def test_what_has_no_rank_is_sent_to_extract(name: str, tmp_path: Path) -> None:
+    outcome = run("resize", FIXTURES.parent / "multiplied" / f"{name}.safetensors", tmp_path / "out.safetensors", "--rank", 2)
+    assert outcome.code == 2
+    assert "has no rank. Try: lorasurgery apply MODEL FILE -o TUNED, then lorasurgery extract MODEL TUNED" in outcome.err
+    assert "--te" not in outcome.err
+
+
 def test_every_option_is_tested_here_and_documented() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     page = (Path(__file__).parents[1] / "docs" / "resize.md").read_text(encoding="utf-8")

@@ -21,6 +21,9 @@ HINTS = MappingProxyType(
         "as LoRA": "--as lora",
         "as LoRA, or a fixed rank": "--as lora, or --rank alone",
         "no device: the CPU's threads do without torch": "no --device: the CPU's threads do without torch",
+        "extracting a LoRA from the model with it applied": (
+            "lorasurgery apply MODEL FILE -o TUNED, then lorasurgery extract MODEL TUNED OUT --rank N: what it does as a LoRA"
+        ),
         "pip install torch, or no device": "pip install torch, or no --device",
         "the base model with dora recompute or fold, or exclude these modules": (
             "--base MODEL with --dora recompute or --dora fold, or --exclude for these modules"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
+from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.io.tensors import computed, of_array, stack, zeros
@@ -97,9 +98,11 @@ def _resized(
 ) -> tuple[Adapter, ResizeReport]:
     if not found.subjects:
         reasons = sorted({reason for _, reason in found.kept})
+        rankless = bool(found.kept) and all(isinstance(module.delta, Opaque) for module, _ in found.kept)
+        others = "text encoders, full differences, or other patterns"
         raise RequestError(
             f"nothing to resize: {'; '.join(reasons) or 'the file has no modules'}", path=found.adapter.path,
-            hint="text encoders, full differences, or other patterns",
+            hint="extracting a LoRA from the model with it applied" if rankless else others,
         )  # fmt: skip
     report.kept = [(module.name, reason) for module, reason in found.kept]
 

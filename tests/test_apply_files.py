@@ -336,14 +336,21 @@ def test_a_kill_in_the_middle_leaves_no_output_and_no_process(tmp_path: Path, nu
         f"sys.argv = ['lorasurgery', 'apply', {str(path)!r}, {str(source)!r}, '-o', {str(out)!r}]\n"
         "main()\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     with child:
         assert child.stdout is not None
         begun, pid = child.stdout.readline().split()
         assert begun == b"begun"
         assert (int(pid) != child.pid) == (least == 0 and sys.platform == "linux")
-        child.send_signal(number)
+        if number == signal.SIGINT:
+            os.killpg(child.pid, number)  # as the terminal does
+        else:
+            child.send_signal(number)
         assert child.wait(timeout=20) != 0
+        assert child.stderr is not None
+        assert b"Process" not in child.stderr.read()
     until = time.monotonic() + 20
     while alive(int(pid)):
         assert time.monotonic() < until

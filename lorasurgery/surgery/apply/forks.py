@@ -103,7 +103,7 @@ def _serve(function: Callable[[int, Callable[[int], None]], Any], pipe: Connecti
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:  # this one would never see the end of its own otherwise
         other.close()
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, ConnectionError):  # the parent has closed its end, or is gone
         while True:
             pipe.send(_answer(function, pipe.recv(), _Counter(pipe)))
 
@@ -111,7 +111,7 @@ def _serve(function: Callable[[int, Callable[[int], None]], Any], pipe: Connecti
 def _answer(function: Callable[[int, Callable[[int], None]], Any], number: int, tell: _Counter) -> object:
     try:
         result = function(number, tell)
-    except BrokenPipeError:
+    except ConnectionError:
         raise
     except BaseException as error:  # noqa: BLE001  raised again by the parent
         return error

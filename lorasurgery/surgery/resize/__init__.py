@@ -6,7 +6,7 @@
 """
 
 from lorasurgery.surgery.resize.base import BaseModel, NormCache, open_base
-from lorasurgery.surgery.resize.by_block import resize
+from lorasurgery.surgery.resize.engine import resize
 from lorasurgery.surgery.resize.options import ResizeOptions
 from lorasurgery.surgery.resize.pick import block_ranks
 from lorasurgery.surgery.resize.plan import Plan, PlanRow, plan

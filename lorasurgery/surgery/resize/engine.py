@@ -22,11 +22,12 @@ from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.io.tensors import computed, of_array, stack, zeros
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.resize.block_args import with_block_args
 from lorasurgery.surgery.resize.choose import Choice, choose, cost_of, fixed_choice
 from lorasurgery.surgery.resize.families import dtype_of
 from lorasurgery.surgery.resize.network_args import with_network_args
 from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
-from lorasurgery.surgery.resize.pick import unfitting
+from lorasurgery.surgery.resize.pick import has_list, unfitting
 from lorasurgery.surgery.resize.report import ModuleReport, ResizeReport
 from lorasurgery.surgery.resize.size import file_size
 from lorasurgery.surgery.resize.sources import ComputedSource, FactoredSource
@@ -47,8 +48,10 @@ def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
     """The adapter with other ranks, in its own layout and families, and what that did to each module.
 
     The result is the best approximation of its rank (Eckart-Young) except where the report's ``note`` says otherwise.
-    The singular values are computed now, most of the new factors when the result is saved.
-    Raises RequestError for options, NotRepresentableError for modules that cannot be cut, BrokenModuleError for NaN.
+    The singular values are computed now, most of the new factors when the result is saved. Modules of rank 0 are not in the
+    result, as a 0 in sd-scripts' ``block_dims`` means, and count in the error. Where a list gave the ranks by block, or those
+    of the file, sd-scripts' fields for it are in ``ss_network_args``. Raises RequestError for options and where nothing is
+    left, NotRepresentableError for modules that cannot be cut, BrokenModuleError for NaN.
     """
     started = time.perf_counter()
     options.check()
@@ -58,7 +61,12 @@ def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
     if options.is_fixed and not options.uniform:
         held = Held(options, report, ALL_HELD if result_bytes(adapter, options) <= ALL_HELD else HELD)
     found = survey(adapter, options, base, None if held is None else held.make)
-    return _resized(found, options, base, report, started)
+    result, report = _resized(found, options, base, report, started)
+    layout, asked = options.layout or adapter.layout, has_list(options.ranks)
+    result = replace(result, metadata=with_block_args(result, adapter.metadata, layout, asked=asked))
+    if options.has_size:
+        report.size = file_size(result, options.layout)
+    return result, report
 
 
 def resized_from(found: Survey, options: ResizeOptions, base: BaseModel | None = None) -> tuple[Adapter, ResizeReport]:
@@ -77,7 +85,7 @@ class Held:
         """Compute the result of a subject, unless it stays as it is or needs more than its factors."""
         choice = fixed_choice(subject, self._options)
         source = subject.source
-        if choice.untouched or subject.magnitude is not None:
+        if not choice.rank or choice.untouched or subject.magnitude is not None:
             return
         if not isinstance(source, (FactoredSource, ComputedSource)) or not source.at_hand:
             return
@@ -115,9 +123,9 @@ def _resized(
     for subject, choice in zip(found.subjects, choices, strict=True):
         report.modules.append(_reported(subject, choice, _cut(subject, choice, options, report)))
     if len(result) == 0:
-        raise RequestError("no module would be left", path=found.adapter.path, hint="a lower threshold, or min rank 1")
-    if options.has_size:
-        report.size = file_size(result, options.layout)
+        raise RequestError(
+            "no module would be left", path=found.adapter.path, hint="a lower threshold, min rank 1, or a rank above 0"
+        )
     report.seconds = time.perf_counter() - started
     return result, report
 

@@ -117,9 +117,9 @@ def _together(
 
 
 def _needed(adapter: Adapter, module: Module, options: ResizeOptions) -> int | None:
-    """How many singular values decide; None: all."""
-    kind = kind_of(expected_shape(adapter.architecture, module.site))
-    return rank_asked(module, kind, options) if options.is_fixed else None
+    """How many singular values decide, at least one; None: all."""
+    asked = rank_asked(module, kind_of(expected_shape(adapter.architecture, module.site)), options)
+    return max(asked, 1) if options.is_fixed and asked is not None else None
 
 
 def _subject(

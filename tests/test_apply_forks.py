@@ -137,6 +137,13 @@ def test_a_full_disk_in_a_process_names_the_output(tmp_path: Path, monkeypatch: 
     assert sorted(own.name for own in tmp_path.iterdir()) == ["m.safetensors", "mixed.safetensors"]
 
 
+def test_a_system_without_fork_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, adapter = Base.make().save(tmp_path / "m.safetensors"), mixed(tmp_path)
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(errors.RequestError, match="cannot fork"):
+        run(path, adapter, tmp_path / "o.safetensors", fork=True)
+
+
 def test_every_error_survives_the_way_from_a_process() -> None:
     made = [
         errors.BrokenModuleError("m", key="k", path="p", hint="h"),

@@ -72,11 +72,11 @@ class Forks(Generic[Result]):
         ``tell`` is told, here, of bytes done; what it raises ends the call. Raises RequestError when the child is gone.
         """
         child = self._idle.get()
-        child.pipe.send(number)
         try:
+            child.pipe.send(number)
             while isinstance(message := child.pipe.recv(), int):
                 tell(message)
-        except EOFError:
+        except (EOFError, ConnectionError):
             child.process.join()
             code = child.process.exitcode or 0
             how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"

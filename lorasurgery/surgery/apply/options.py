@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from lorasurgery.deltas.dora import INTERPOLATE, MODES
@@ -51,5 +52,7 @@ class ApplyOptions:
                 raise RequestError(f"--{name} is {', '.join(known[:-1])} or {known[-1]}, not {value}")
         if self.workers is not None and self.workers < 1:
             raise RequestError(f"--workers must be at least 1, not {self.workers}")
+        if self.fork and not hasattr(os, "fork"):
+            raise RequestError("this system cannot fork processes", hint="threads: fork=False")
         if self.seed < 0:
             raise RequestError(f"--seed is a number from 0 up, not {self.seed}")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 PIECE = 64 << 20
 """Bytes copied between two looks at whether to go on."""
+WRITTEN = 1 << 18
+"""Bytes handed to the system at a time. It takes memory for a file in pieces as large as what it is given: of 1 MiB there are
+fewer at hand, and on a virtual machine they may have to come from the host first, which took longer than all the rest."""
 
 
 class Skeleton(NamedTuple):
@@ -96,10 +99,10 @@ class Output:
     def _some(self, view: memoryview, offset: int) -> int:
         if self._parallel:
             with self._turn:
-                return os.pwrite(self._fd, view, offset)
+                return os.pwrite(self._fd, view[:WRITTEN], offset)
         with self._lock:  # Windows has no pwrite
             os.lseek(self._fd, offset, os.SEEK_SET)
-            return os.write(self._fd, view)
+            return os.write(self._fd, view[:WRITTEN])
 
     def copy(self, region: Region, offset: int) -> None:
         """A region's bytes at ``offset``, inside the kernel where it can; for one thread at a time."""

@@ -1,8 +1,8 @@
 """The inner loops: numpy's, or torch's where there is so much to do that importing torch pays.
 
 Measured on one core of a Sapphire Rapids (2026-11), nanoseconds a value, numpy with ml_dtypes / torch 2.13: rounding to bf16
-0.42 / 0.15, fp16 1.8 / 0.07, fp8 1.6 / 0.5; reading fp16 0.85 / 0.12; adding rank 32 0.75 / 0.42. The import takes 1 s. Both
-round to nearest even; their matrix products differ in the last bit of float32, so the choice depends on the model and the
+0.42 / 0.15, fp16 1.8 / 0.07, fp8 1.6 / 0.5; reading fp16 0.85 / 0.12; adding rank 32 0.75 / 0.42; of which torch's longer way
+to each call takes some again. The import takes 1.2 s. Both round to nearest even; their matrix products differ in the last bit of float32, so the choice depends on the model and the
 adapters only, and the same input gives the same bytes.
 """
 
@@ -36,10 +36,10 @@ class Adder(Protocol):
         """In place."""
 
 
-SAVED = MappingProxyType({"BF16": 0.6e-9, "F16": 2.7e-9, "F8_E4M3": 1.2e-9, "F8_E5M2": 1.2e-9})
+SAVED = MappingProxyType({"BF16": 0.45e-9, "F16": 2.4e-9, "F8_E4M3": 1.2e-9, "F8_E5M2": 1.2e-9})
 """Seconds that torch saves for each value of a dtype, on one core."""
-WORTH = 1.5
-"""Seconds of one core that must be saved before torch is imported."""
+WORTH = 2.4
+"""Seconds of one core that must be saved before torch is imported, which two cores wait for."""
 
 
 class Tools:

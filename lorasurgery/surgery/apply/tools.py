@@ -2,8 +2,8 @@
 
 Measured on one core of a Sapphire Rapids (2026-11), nanoseconds a value, numpy with ml_dtypes / torch 2.13: rounding to bf16
 0.42 / 0.15, fp16 1.8 / 0.07, fp8 1.6 / 0.5; reading fp16 0.85 / 0.12; adding rank 32 0.75 / 0.42; of which torch's longer way
-to each call takes some again. The import takes 1.2 s. Both round to nearest even; their matrix products differ in the last bit of float32, so the choice depends on the model and the
-adapters only, and the same input gives the same bytes.
+to each call takes some again. The import takes 1.2 s. Both round to nearest even; their matrix products differ in the last bit
+of float32, so the choice depends on the model and the adapters only, and the same input gives the same bytes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
-from lorasurgery.io.tensors import numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
 from lorasurgery.surgery.apply.numbers import FORMATS, nearest, spacing, stochastic, surely_finite
 from lorasurgery.surgery.apply.tools import Tools, TorchTools
 from tests import applied as small

@@ -16,9 +16,9 @@ import pytest
 
 import lorasurgery
 from lorasurgery.errors import BrokenModuleError, SurgeryError
+from lorasurgery.io.dtypes import numpy_dtype
 from lorasurgery.io.finite import BLOCK, all_finite
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.io.tensors import numpy_dtype
 from tests.edges import DIM, TO_Q, dotted, loha, lokr, lora, refused, run, save, to_bytes, with_header
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from safetensors.torch import save as library_save
 
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
 from lorasurgery.io.blame import blamed_on
+from lorasurgery.io.dtypes import BITS, cast_array
 from lorasurgery.io.header import MAX_HEADER, RawFile, header_bytes, read_safetensors
 from lorasurgery.io.peft_folder import read_peft_folder, write_peft_folder
-from lorasurgery.io.tensors import BITS, Tensor, cast_array, computed, of_array, of_bytes, scalar, stack, zeros
+from lorasurgery.io.tensors import Tensor, computed, of_array, of_bytes, scalar, stack, zeros
 from lorasurgery.io.torchfile import read_torch
 from lorasurgery.io.writer import write_safetensors
 from lorasurgery.surgery.apply.folder import replacing_folder

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from lorasurgery.cli.app import app
 from lorasurgery.errors import FileFormatError, SurgeryError
 from lorasurgery.inspection import describe
+from lorasurgery.io.dtypes import BITS, CARRIED
 from lorasurgery.io.header import header_bytes, read_safetensors
-from lorasurgery.io.tensors import BITS, CARRIED, of_bytes
+from lorasurgery.io.tensors import of_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

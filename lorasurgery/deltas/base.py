@@ -7,7 +7,8 @@ from math import frexp, sqrt
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lorasurgery.errors import SurgeryError
-from lorasurgery.io.tensors import computed, numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
+from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:
     from lorasurgery.deltas.low_rank import LowRank

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.rounding import multiplied, rounded
-from lorasurgery.io.tensors import Tensor, computed, stack, widest, zeros
+from lorasurgery.io.dtypes import widest
+from lorasurgery.io.tensors import Tensor, computed, stack, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

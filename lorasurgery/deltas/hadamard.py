@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from lorasurgery.deltas.base import CannotError, block_columns
 from lorasurgery.deltas.low_rank import LowRank, used_columns
 from lorasurgery.deltas.rounding import factor_records, multiplied, rounded
-from lorasurgery.io.tensors import Tensor, computed, same_values, stack, widest, zeros
+from lorasurgery.io.dtypes import widest
+from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns, power_of_two, split_factor
 from lorasurgery.deltas.rounding import factor_records, multiplied, once, rounded, signs, sketch_of, wide
-from lorasurgery.io.tensors import Tensor, computed, numpy_dtype, same_values, stack, widest, zeros
+from lorasurgery.io.dtypes import numpy_dtype, widest
+from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

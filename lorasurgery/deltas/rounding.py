@@ -6,7 +6,8 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from lorasurgery.io.tensors import computed, numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
+from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

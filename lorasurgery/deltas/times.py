@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.deltas.rounding import wide
-from lorasurgery.io.tensors import BITS, numpy_dtype
+from lorasurgery.io.dtypes import BITS, numpy_dtype
 
 if TYPE_CHECKING:
     from lorasurgery.io.tensors import Array

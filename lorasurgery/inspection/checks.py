@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import architectures
 from lorasurgery.inspection.description import Finding
-from lorasurgery.io.tensors import FLOATS
+from lorasurgery.io.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.inspection.description import ModuleInfo
-from lorasurgery.io.tensors import BITS
+from lorasurgery.io.dtypes import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.names import PREFIXES, REMEMBERED
 from lorasurgery.layouts.words import ALPHA, EXTRA, MAGNITUDE

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import FileFormatError
+from lorasurgery.io.dtypes import BITS
 from lorasurgery.io.sniff import a_folder, explain
 from lorasurgery.io.sources import FileSource, Region
-from lorasurgery.io.tensors import BITS, Tensor
+from lorasurgery.io.tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

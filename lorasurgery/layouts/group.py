@@ -12,7 +12,7 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.tensors import CARRIED, FLOATS
+from lorasurgery.io.dtypes import CARRIED, FLOATS
 from lorasurgery.layouts.words import (
     ALPHA,
     BIAS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.io.tensors import numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

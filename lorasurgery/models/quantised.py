@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import FileFormatError
-from lorasurgery.io.tensors import FLOATS
+from lorasurgery.io.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorasurgery.io.tensors import widest
+from lorasurgery.io.dtypes import widest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -17,7 +17,8 @@ from math import isclose, sqrt
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import BrokenModuleError, RequestError
-from lorasurgery.io.tensors import FLOATS, computed, numpy_dtype, same_values
+from lorasurgery.io.dtypes import FLOATS, numpy_dtype
+from lorasurgery.io.tensors import computed, same_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

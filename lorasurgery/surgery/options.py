@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import RequestError
-from lorasurgery.io.tensors import widest
+from lorasurgery.io.dtypes import widest
 from lorasurgery.surgery.reduce import Budget
 
 if TYPE_CHECKING:

@@ -65,8 +65,9 @@ def make_model(path: Path, arch: str, double: int, single: int, dtype: str) -> N
     """The checkpoint. In a process of its own: memory is not given back."""
     import numpy as np
 
+    from lorasurgery.io.dtypes import BITS, numpy_dtype
     from lorasurgery.io.sources import MemorySource, Region
-    from lorasurgery.io.tensors import BITS, Tensor, numpy_dtype
+    from lorasurgery.io.tensors import Tensor
     from lorasurgery.io.writer import write_safetensors
 
     pool = (np.random.default_rng(0).standard_normal(POOL, np.float32) * 0.02).astype(numpy_dtype(dtype))

@@ -9,7 +9,7 @@ import numpy as np
 from lorasurgery.architectures.table import Span
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
-from lorasurgery.io.tensors import numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
 from lorasurgery.surgery.apply.match import runs_between
 from lorasurgery.surgery.apply.numbers import work_dtype
 from lorasurgery.surgery.apply.step import Step, chunks, parts

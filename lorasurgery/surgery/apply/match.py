@@ -12,7 +12,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.gated import ia3_on_input
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
-from lorasurgery.io.tensors import BITS, FLOATS
+from lorasurgery.io.dtypes import BITS, FLOATS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.models.names import BIAS, OTHER
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lorasurgery.io.tensors import numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

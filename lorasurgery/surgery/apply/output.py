@@ -13,11 +13,12 @@ from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorasurgery.io.dtypes import BITS
 from lorasurgery.io.header import header_bytes, serialiser_order
 from lorasurgery.io.in_place import header_of, header_text
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.sources import Region
-from lorasurgery.io.tensors import BITS, zeros
+from lorasurgery.io.tensors import zeros
 from lorasurgery.io.writer import copy_region
 
 if TYPE_CHECKING:

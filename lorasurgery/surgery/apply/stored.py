@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.tensors import numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
 from lorasurgery.surgery.apply.numbers import FORMATS, stochastic
 from lorasurgery.surgery.apply.options import NEW, STOCHASTIC
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lorasurgery.io.tensors import numpy_dtype
+from lorasurgery.io.dtypes import numpy_dtype
 from lorasurgery.surgery.apply.numbers import FORMATS, nearest
 
 if TYPE_CHECKING:

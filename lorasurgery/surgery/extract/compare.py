@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorasurgery.errors import RequestError
-from lorasurgery.io.tensors import BITS
+from lorasurgery.io.dtypes import BITS
 from lorasurgery.surgery.extract.change import change_of
 from lorasurgery.surgery.extract.decompose import Wanted, decomposed
 from lorasurgery.surgery.extract.engine import Running, Step

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.adapter import Module, Scale, Site
 from lorasurgery.architectures.table import Span
-from lorasurgery.io.tensors import FLOATS
+from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.reading import Part, Reader
 from lorasurgery.models.scales import MARKER
 from lorasurgery.surgery.resize.pick import named

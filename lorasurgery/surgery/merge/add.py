@@ -27,7 +27,8 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.rounding import factor_records, rounded
-from lorasurgery.io.tensors import computed, same_values, widest
+from lorasurgery.io.dtypes import widest
+from lorasurgery.io.tensors import computed, same_values
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
 from lorasurgery.surgery.reduce import Budget, to_lora
 

@@ -9,7 +9,8 @@ import numpy as np
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.rounding import CHUNK, once, wide
 from lorasurgery.deltas.times import times
-from lorasurgery.io.tensors import computed, numpy_dtype, stack
+from lorasurgery.io.dtypes import numpy_dtype
+from lorasurgery.io.tensors import computed, stack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.rounding import rounded
 from lorasurgery.errors import NotRepresentableError
-from lorasurgery.io.tensors import widest
+from lorasurgery.io.dtypes import widest
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.targets import layout
 from lorasurgery.surgery.merge.add import Adding, Sum, added, nonlinear, refuse_nonlinear

@@ -12,7 +12,8 @@ from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.io.tensors import computed, widest
+from lorasurgery.io.dtypes import widest
+from lorasurgery.io.tensors import computed
 from lorasurgery.surgery.resize.hadamard import loha_subject
 from lorasurgery.surgery.resize.sources import NARROW, FactoredSource, Slot, dense_source, kronecker_source
 from lorasurgery.surgery.resize.subject import Cut, Subject, low_rank_factors

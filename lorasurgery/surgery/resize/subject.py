@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.io.tensors import BITS, cast_array, computed
+from lorasurgery.io.dtypes import BITS, cast_array
+from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

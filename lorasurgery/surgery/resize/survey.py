@@ -12,7 +12,7 @@ import numpy as np
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.errors import BrokenModuleError, NoRoomError, NotRepresentableError
-from lorasurgery.io.tensors import BITS
+from lorasurgery.io.dtypes import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.options import DTYPES

@@ -310,6 +310,24 @@ def test_a_failed_write_names_the_output_and_leaves_nothing(tmp_path: Path, monk
     assert sorted(own.name for own in tmp_path.iterdir()) == ["lora.safetensors", "m.safetensors"]
 
 
+def test_threads_that_have_to_seek_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which has no pwrite: the copies and every thread move one position in the file."""
+    path = Base.make("BF16").save(tmp_path / "m.safetensors")
+    source, _ = lora(tmp_path, PROJ, LINEAR1, QKV)
+    run(path, source, tmp_path / "usual.safetensors")
+    seek = os.lseek
+
+    def slow(*own: int) -> int:
+        found = seek(*own)
+        time.sleep(0.002)
+        return found
+
+    monkeypatch.delattr(os, "pwrite")
+    monkeypatch.setattr(os, "lseek", slow)
+    run(path, source, tmp_path / "seeking.safetensors", workers=3)
+    assert (tmp_path / "seeking.safetensors").read_bytes() == (tmp_path / "usual.safetensors").read_bytes()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signals")
 @pytest.mark.parametrize("least", [0, 1 << 40], ids=["processes", "threads"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -124,6 +124,24 @@ def test_a_process_that_is_killed_ends_the_run(tmp_path: Path, monkeypatch: pyte
     assert sorted(own.name for own in tmp_path.iterdir()) == ["m.safetensors", "mixed.safetensors"]
 
 
+def test_a_system_that_starts_no_more_processes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, adapter = Base.make().save(tmp_path / "m.safetensors"), mixed(tmp_path)
+    fork, begun = os.fork, list[int]()
+
+    def second() -> int:
+        if begun:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        begun.append(fork())
+        return begun[0]
+
+    monkeypatch.setattr(os, "fork", second)
+    with pytest.raises(BlockingIOError):
+        run(path, adapter, tmp_path / "o.safetensors", fork=True, workers=3)
+    with pytest.raises(ProcessLookupError):
+        os.kill(begun[0], 0)
+    assert sorted(own.name for own in tmp_path.iterdir()) == ["m.safetensors", "mixed.safetensors"]
+
+
 def test_a_full_disk_in_a_process_names_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, adapter = Base.make().save(tmp_path / "m.safetensors"), mixed(tmp_path)
 

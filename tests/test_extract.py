@@ -298,6 +298,15 @@ def test_names_that_fit_nothing_are_told(tmp_path):
     assert list(plan(paths[0], paths[1], options(4, ranks=named, include=("[ab]$", "q$"), exclude=("x",))).warnings) == notes
 
 
+def test_names_of_what_only_one_model_has_fit(tmp_path):
+    flux = grid("flux1-dev")
+    tuned = {**changed(flux, whole_low_rank(1)), "registers": np.ones((4, 8)), "pos": np.ones(3)}
+    report = taken(
+        pair(tmp_path, flux, tuned), tmp_path / "out.safetensors", options(4, exclude=("registers", "pos", "nowhere"))
+    )
+    assert [text for text in report.warnings if "fits no" in text] == ["'nowhere' fits no module"]
+
+
 def test_a_size_is_met_and_spent_where_it_counts(tmp_path):
     def change(name, shape, rng):
         return falling(name, shape, rng) * (10.0 if name == "a.weight" else 0.1)
@@ -474,9 +483,7 @@ def test_models_that_do_not_belong_together(tmp_path):
     )
     report = taken(pair(tmp_path, flux, wider), tmp_path / "ok.safetensors", options(4, exclude=("img_in",)))
     assert "lora_unet_img_in" not in {m.name for m in report.modules}
-    assert (
-        "1 modules have other shapes in the two models and are left out, as asked (first: lora_unet_img_in)" in report.warnings
-    )
+    assert "lora_unet_img_in: of another shape in each model, left out as asked" in report.warnings
     assert not [text for text in report.warnings if "fits no" in text]
     taller = {**flux, "proj_out.weight": np.zeros((8, 16)), "proj_out.bias": np.zeros(8)}
     refused(RequestError, tmp_path, pair(tmp_path, flux, taller), "proj_out.weight has [8, 16]", "[4, 16]")

@@ -54,7 +54,7 @@ def apply(
     verify: Annotated[bool, typer.Option("--verify", help="Read the result again and compare tensors of every family with the definitions in float64.")] = False,
     prefer_lycoris: Annotated[bool, typer.Option("--prefer-lycoris", help="Compute changes with the LyCORIS library, too, if it is installed, and tell the difference.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a key of an adapter matches no weight.")] = False,
-    workers: Annotated[Optional[int], typer.Option("--workers", help="Worker processes (threads where the system has no fork). Default: one for each core, at most 8.", show_default=False)] = None,  # noqa: UP045
+    workers: Annotated[Optional[int], typer.Option("--workers", help="Processes. Default: one for each core, at most 8, and one more. On macOS and Windows threads.", show_default=False)] = None,  # noqa: UP045
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Match, and measure change and rounding on some rows; needs no output.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every block.")] = False,

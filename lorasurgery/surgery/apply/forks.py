@@ -50,21 +50,31 @@ class Child(NamedTuple):
 class Forks(Generic[Result]):
     """``count`` children that answer calls of ``function(number, tell)``, as it is when they are made.
 
-    What a child changes in memory stays its own; it has no other threads of this process, so nothing that it needs may be
-    held by one. A child ends with the block, and when this process is gone.
+    ``tell`` takes how many bytes were done since the last time. What a child changes in memory stays its own; it has no
+    other threads of this process, so nothing that it needs may be held by one. A child ends with the block, and when this
+    process is gone. Raises OSError when the system starts no more processes; none of them is left then.
     """
 
     def __init__(self, function: Callable[[int, Callable[[int], None]], Result], count: int) -> None:
-        context, self._idle = get_context("fork"), SimpleQueue[Child]()
+        self._idle = SimpleQueue[Child]()
         self._children: list[Child] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            others = [ours, *(child.pipe for child in self._children)]
-            process = context.Process(target=_serve, args=(function, theirs, others), daemon=True)
-            process.start()
-            theirs.close()
-            self._children.append(Child(process, ours))
-            self._idle.put(self._children[-1])
+        try:
+            for _ in range(count):
+                self._begin(function)
+        except BaseException:  # too many processes, say
+            self.__exit__()
+            raise
+
+    def _begin(self, function: Callable[[int, Callable[[int], None]], Result]) -> None:
+        """One more child."""
+        context = get_context("fork")
+        ours, theirs = context.Pipe()
+        others = [ours, *(child.pipe for child in self._children)]
+        process = context.Process(target=_serve, args=(function, theirs, others), daemon=True)
+        process.start()
+        theirs.close()
+        self._children.append(Child(process, ours))
+        self._idle.put(self._children[-1])
 
     def call(self, number: int, tell: Callable[[int], None]) -> Result:
         """What the function returns for ``number`` in an idle child, or raises; for as many threads as there are children.

@@ -34,7 +34,7 @@ class ApplyOptions:
     prefer_lycoris: bool = False
     """Compute some changes by the LyCORIS library, too, and report the difference."""
     workers: int | None = None
-    """Threads or processes; None: one for each core, at most 8."""
+    """Threads, None: one for each core, at most 8; or processes, None: one more than that."""
     fork: bool = False
     """Let processes forked from this one change large models: they are faster than threads, which wait for the interpreter.
 

@@ -77,12 +77,13 @@ class Writing:
             head, offsets = skeleton(file.raw, metadata, wider)
             write_all(fd, head)
             with one_blas_thread(), self.producer.tools.running(), ExitStack() as ends:
-                work = self._work(list(changes.values()), fd, offsets, ends)
+                output = Output(fd)
+                work = self._work(list(changes.values()), output, fd, offsets, ends)
                 pool = ends.enter_context(ThreadPoolExecutor(self.workers))
                 try:
                     futures = [pool.submit(work, number) for number in range(len(changes))]
                     with suppress(Stopped):
-                        copy_rest(file.raw, Output(fd), offsets, _owned(changes.values()), self._count)
+                        copy_rest(file.raw, output, offsets, _owned(changes.values()), self._count)
                     return _results(futures)
                 except BaseException as error:
                     self.producer.stop.set()
@@ -91,14 +92,16 @@ class Writing:
                         error.filename = str(out)
                     raise
 
-    def _work(self, changes: Sequence[Change], fd: int, offsets: Mapping[str, int], ends: ExitStack) -> Callable[[int], Tally]:
+    def _work(
+        self, changes: Sequence[Change], here: Output, fd: int, offsets: Mapping[str, int], ends: ExitStack
+    ) -> Callable[[int], Tally]:
         """A thread's work: to make the change of a number, or to have a forked process make it."""
-        here, forks = Output(fd), None
+        forks = None
         if self.fork and self.workers > 1 and sum(own.nbytes for own in changes) >= WORTH:
             with closing(Turn()) as turn:
                 there = Output(fd, turn)
                 forks = Forks(lambda number, tell: self._change(changes[number], there, offsets, tell), self.workers)
-            ends.enter_context(forks)
+                ends.enter_context(forks)
 
         def work(number: int) -> Tally:
             self._count(0)

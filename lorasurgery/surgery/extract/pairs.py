@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
+from lorasurgery.architectures.table import Span
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.layouts.targets import PEFT, Speller
 from lorasurgery.surgery.extract.coverage import covers, held_rows, total_rows
-from lorasurgery.surgery.extract.parameters import bare_module, excluded, parameters
+from lorasurgery.surgery.extract.parameters import OTHER, bare_module, excluded, parameters
 from lorasurgery.surgery.extract.sd_scripts import left_to
 from lorasurgery.surgery.resize.pick import unfitting
 from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
@@ -92,8 +93,8 @@ class Pairs:
         asked = (*cut.include, *cut.exclude, *(pattern for pattern, _ in cut.ranks))
         notes = unfitting(asked, self.modules)
         if self.unlike:
-            what = "modules have other shapes in the two models and are left out, as asked"
-            notes.insert(0, f"{len(self.unlike)} {what} (first: {self.unlike[0]})")
+            more = f" and {len(self.unlike) - 1} more" if len(self.unlike) > 1 else ""
+            notes.insert(0, f"{self.unlike[0]}{more}: of another shape in each model, left out as asked")
         return notes
 
 
@@ -133,6 +134,7 @@ def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
         found.pairs = _biases_for_all_or_none(found.pairs, options)
     own = parameters(base, tuned, options)
     found.modules += [bare_module(site, name) for site, name, *_ in own.shared]
+    found.modules += [bare_module(Site(OTHER, (Span(key, 0, 1),)), key) for key in (*own.only_base, *own.only_tuned)]
     found.pairs += [Pair(site, name, PARAMETER, one, two, reason) for site, name, one, two, reason in own.shared]
     found.only_base += own.only_base
     found.only_tuned += own.only_tuned

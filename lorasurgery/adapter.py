@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorasurgery.architectures.table import DENOISERS
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Spans
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.tensors import Float64, Ranges, Tensor
+    from lorasurgery.layouts.targets import Layout
 
-DENOISER, SECOND_DENOISER = "denoiser", "denoiser_2"
+DENOISER, SECOND_DENOISER = DENOISERS
 """Component names of the UNet or transformer, and of Wan 2.2's low-noise expert; text encoders are named by their table."""
 
 
@@ -38,6 +41,8 @@ class Scale:
     """``alpha tensor``, ``adapter_config.json``, ``lora_adapter_metadata``, ``rsLoRA``, or ``none (1.0)``."""
     alpha: Tensor | None = None
     """The file's own alpha tensor, kept so that a rename returns it bit for bit."""
+    stored: Tensor | None = None
+    """The same where only the file's own rules read it so (an rsLoRA flag): kept for the file's own spelling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,14 @@ class Magnitude:
         return self
 
 
+class LayerBias(NamedTuple):
+    """A bias that readers multiply by the module's scale, as ``lora_B.bias``: what is stored, and what it was read as."""
+
+    stored: Tensor
+    read: Tensor
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class Module:
     """Everything a file says about one module."""
@@ -72,6 +85,9 @@ class Module:
     """Added to the base bias, (out,)."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Further tensors of the module by suffix (``.reshape_weight``), carried where the rows stay whole."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Slot (the delta's, ``alpha``, ``magnitude``, ``bias``, or an extra's suffix) -> key as the file spells it."""
+    layer_bias: LayerBias | None = None
 
     @property
     def out(self) -> int:
@@ -98,16 +114,20 @@ class Module:
         """The same module with another delta; the alpha tensor is forgotten where the rank or the scale changed."""
         value = self.scale.value if scale is None else scale
         kept = self.delta is not None and delta.rank == self.delta.rank and value == self.scale.value
-        return replace(self, delta=delta, scale=replace(self.scale, value=value, alpha=self.scale.alpha if kept else None))
+        scale = self.scale if kept else Scale(value, self.scale.source)
+        return replace(self, delta=delta, scale=scale)
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A key no table explains: carried where the target can take it, listed either way."""
+    """A key that belongs to no module."""
 
     key: str
     tensor: Tensor
     reason: str
+    """Why it is harmless, what it is, or what is not understood about it."""
+    state: str = "unknown"
+    """``harmless`` (changes nothing), ``kept`` (understood, and copied where its reader is written for), ``unknown``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +148,24 @@ class Adapter:
     path: Path | None = None
     operation: str | None = None
     """What was done, for ``lorasurgery.operation`` in the metadata; None: a conversion."""
+    spelling: Layout | None = None
+    """How the file it was read from spells its modules; None where it is written in :attr:`layout`."""
 
     def __iter__(self) -> Iterator[tuple[Site, Module]]:
         return iter(self.modules.items())
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What became of each key of the file: part of a module, harmless, or not understood."""
+        used = {key: module.name for module in self.modules.values() for key in module.keys.values()}
+        used |= {left.key: left.reason for left in self.leftovers if left.state == "kept"}
+        harmless, lost = (
+            {left.key: left.reason for left in self.leftovers if left.state == state} for state in ("harmless", "unknown")
+        )
+        return Ledger(used, harmless, lost)
 
     @property
     def lokr_factor(self) -> int | None:

@@ -12,10 +12,11 @@ this target module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
+from typing import NamedTuple
 
 from lorasurgery.architectures.rows import (
     DIFFUSERS,
@@ -40,6 +41,10 @@ from lorasurgery.architectures.rows import (
 )
 
 
+DENOISERS = ("denoiser", "denoiser_2")
+"""The components that :attr:`Architecture.rows` are about: the UNet or transformer, and Wan 2.2's low-noise expert."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """Where one text encoder's modules stand in each layout. Module names are Hugging Face's own."""
@@ -54,6 +59,21 @@ class Encoder:
     """Prefix without the trailing dot: ``text_encoders.clip_l.transformer``."""
     onetrainer: str | None = None
     """Prefix when it differs from ``sd_scripts``: OneTrainer numbers FLUX's T5 ``lora_te2``."""
+
+
+class Own(NamedTuple):
+    """A weight that a file or a base model names and the table does not: a newer variant's, an add-on's, a bare parameter."""
+
+    component: str
+    """``denoiser`` or a text encoder, as in a site."""
+    name: str
+    """The name without its prefix; a weight's ends before ``.weight``, any other parameter's is whole."""
+    shape: Shape
+    """(out, in[, k...]) as far as it is known."""
+    naming: str
+    """Whose name it is: no other layout has one for it."""
+    flat: bool = False
+    """With underscores for dots, so that it is no name where there are dots."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +115,8 @@ class Architecture:
     """Weights with more input columns than the plain base model's, which a reader must pad first (control LoRAs)."""
     only_prefix: str | None = None
     """For a model known by its adapters alone: what stands before their names, which are no other program's."""
+    own: tuple[Own, ...] = ()
+    """Weights beyond the rows, named by the files at hand or by a base model."""
     metadata_names: tuple[str, ...] = ()
     """Values of ``ss_base_model_version`` and ``modelspec.architecture`` (before the slash) that mean this model."""
 
@@ -105,8 +127,25 @@ class Architecture:
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
-        """Every original weight's module name and its shape (out, in[, k...])."""
-        return MappingProxyType({base.name: base.shape for base in self.expanded})
+        """Every original weight's module name and its shape (out, in[, k...]); own weights of the denoiser among them."""
+        own = {weight.name: weight.shape for weight in self.own if weight.component in DENOISERS}
+        return MappingProxyType({base.name: base.shape for base in self.expanded} | own)
+
+    @cached_property
+    def own_shapes(self) -> Mapping[tuple[str, str], Shape]:
+        """(component, name) of every weight of :attr:`own`, and its shape."""
+        return MappingProxyType({(weight.component, weight.name): weight.shape for weight in self.own})
+
+    @cached_property
+    def flat_names(self) -> Mapping[str, Spans]:
+        """The own weights of the denoiser that are known with underscores only."""
+        own = (weight for weight in self.own if weight.flat and weight.component in DENOISERS)
+        return MappingProxyType({weight.name: (Span(weight.name, 0, weight.shape[0]),) for weight in own})
+
+    def with_own(self, own: Iterable[Own]) -> Architecture:
+        """The same model with further weights of its own; those it has are not added again."""
+        new = tuple(weight for weight in own if (weight.component, weight.name) not in self.own_shapes)
+        return replace(self, own=(*self.own, *new)) if new else self
 
     @cached_property
     def namings(self) -> Mapping[str, Mapping[str, Spans]]:
@@ -187,11 +226,9 @@ class _Namings(Mapping[str, Mapping[str, Spans]]):
 
 def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
     """Every module name of a naming and its rows. A loop over tens of thousands of names at start-up: kept tight."""
-    if naming == DIFFUSERS and not arch.has_diffusers:
-        return {}
     found: dict[str, Spans] = {}
     which = NAMINGS.index(naming)
-    for row_, prefixes in arch.expanded:
+    for row_, prefixes in () if naming == DIFFUSERS and not arch.has_diffusers else arch.expanded:
         weight, rows = join(prefixes[0], row_.name), row_.shape[0]
         parts, swap_halves = row_.in_naming(naming)
         start = 0
@@ -206,10 +243,13 @@ def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
             found[full], start = spans, stop
         if start != rows:
             raise ValueError(f"{arch.key}: the {naming} parts of {weight} do not sum to {rows} rows")
+    for own in arch.own:
+        if own.naming == naming and not own.flat and own.component in DENOISERS:
+            found.setdefault(own.name, (Span(own.name, 0, own.shape[0]),))
     return found
 
 
 __all__ = [
-    "DIFFUSERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Architecture", "Base", "Block", "Encoder", "EncoderTable", "Names",
-    "Part", "Row", "Shape", "Span", "Spans", "block", "flat", "name_pattern", "row",
+    "DIFFUSERS", "DENOISERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Architecture", "Base", "Block", "Encoder", "EncoderTable", "Names",
+    "Own", "Part", "Row", "Shape", "Span", "Spans", "block", "flat", "name_pattern", "row",
 ]  # fmt: skip

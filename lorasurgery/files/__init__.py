@@ -1,0 +1,1 @@
+"""Files in and out: the one road from keys to an adapter."""

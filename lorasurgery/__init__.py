@@ -19,8 +19,9 @@ from lorasurgery.version import __version__
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter, Magnitude, Module, Scale, Site
-    from lorasurgery.api import SaveOptions, load, save
+    from lorasurgery.api import SaveOptions, save
     from lorasurgery.errors import SurgeryError
+    from lorasurgery.files.opened import load
     from lorasurgery.models import open_model
     from lorasurgery.report import Report
     from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "adapter", "Magnitude": "adapter", "Module": "adapter", "Options": "surgery.convert",
     "Report": "report", "SaveOptions": "api", "Scale": "adapter", "Site": "adapter", "SurgeryError": "errors",
-    "convert": "surgery.convert", "load": "api", "save": "api",
+    "convert": "surgery.convert", "load": "files.opened", "save": "api",
     "MergeOptions": "surgery.merge", "merge": "surgery.merge",
     "CompareOptions": "surgery.compare", "Comparison": "surgery.compare", "compare": "surgery.compare",
     "EmaOptions": "surgery.ema", "ema": "surgery.ema", "split": "surgery.parts", "PruneOptions": "surgery.prune",

@@ -114,8 +114,7 @@ class Module:
         """The same module with another delta; the alpha tensor is forgotten where the rank or the scale changed."""
         value = self.scale.value if scale is None else scale
         kept = self.delta is not None and delta.rank == self.delta.rank and value == self.scale.value
-        scale = self.scale if kept else Scale(value, self.scale.source)
-        return replace(self, delta=delta, scale=scale)
+        return replace(self, delta=delta, scale=self.scale if kept else Scale(value, self.scale.source))
 
 
 @dataclass(frozen=True, slots=True)

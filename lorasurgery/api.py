@@ -7,67 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.architectures import named
 from lorasurgery.errors import BrokenModuleError, DroppedKeysError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
-from lorasurgery.io.header import read_safetensors
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder, write_peft_folder
-from lorasurgery.io.sniff import TORCH_SUFFIXES
+from lorasurgery.io.peft_folder import write_peft_folder
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
-from lorasurgery.layouts.parse import FLAGS, parse
-from lorasurgery.layouts.scales import HEADER_KEY, PeftConfig
-from lorasurgery.layouts.targets import Layout
-from lorasurgery.layouts.targets import layout as layout_named
+from lorasurgery.layouts.module import FLAGS
+from lorasurgery.layouts.scales import HEADER_KEY
+from lorasurgery.layouts.targets import Layout, written_in
 from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
 from lorasurgery.surgery.convert import Options, convert
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from lorasurgery.adapter import Adapter
-    from lorasurgery.architectures.table import Architecture
-    from lorasurgery.io.header import RawFile
+    from lorasurgery.io.tensors import Tensor
     from lorasurgery.report import Report
 
 KNOWN_TOP_LEVEL = (FACTOR, *FLAGS)
-
-
-def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None) -> Adapter:
-    """Read an adapter: safetensors, a PyTorch file (weights only), or a PEFT folder.
-
-    ``arch`` overrides detection (``flux1`` or a variant such as ``flux1-schnell``); ``base`` is a checkpoint whose
-    header supplies names and shapes. Tensors stay on disk. Raises SurgeryError for anything that is no adapter.
-    """
-    path = Path(path)
-    among: tuple[Architecture, ...] | None = None if arch is None else named(arch)
-    if base is not None:
-        from lorasurgery.models import open_model
-
-        among = (open_model(base).architecture,)
-    raw, configs = read_unparsed(path)
-    return parse(raw, among=among, configs=configs)
-
-
-def read_unparsed(path: Path) -> tuple[RawFile, dict[str, PeftConfig] | None]:
-    """The tensors of a file or a PEFT folder, and the folder's configurations by component (None for a file).
-
-    The weights in a PEFT folder stand for the folder.
-    """
-    path = whole_folder(path)
-    if path.is_dir() and is_peft_folder(path):
-        raw, configs = read_peft_folder(path)
-        return raw, {name: PeftConfig.from_dict(fields, "adapter_config.json") for name, fields in configs.items()}
-    return read_any(path), None
-
-
-def read_any(path: Path) -> RawFile:
-    """A file's tensors, still on disk for safetensors, in memory for PyTorch's formats."""
-    if path.suffix.lower() in TORCH_SUFFIXES:
-        from lorasurgery.io.torchfile import read_torch
-
-        return read_torch(path)
-    return read_safetensors(path)
+ASKED = ("--drop", "--keep", "not in --keep", "--prune-for")
+"""How the reasons begin of what somebody asked to leave out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +56,7 @@ def save(
     options: SaveOptions | None = None,
     report: Report | None = None,
 ) -> Report:
-    """Write an adapter, converting it first when ``layout`` is not the one it is in.
+    """Write an adapter: in ``layout``, or (None) as the file that it was read from spells it.
 
     Nothing appears at ``path`` until the file is complete. Returns the report, rounding errors included.
     Raises what :func:`lorasurgery.convert` raises, OutputExistsError, BrokenModuleError for NaN and infinity among the
@@ -105,8 +65,8 @@ def save(
     path, options = Path(path), options or SaveOptions()
     started = time.perf_counter()
     if report is None:
-        adapter, report = convert(adapter, layout or adapter.layout, Options(prefix=options.prefix))
-    target = layout_named(adapter.layout)
+        adapter, report = convert(adapter, layout, Options(prefix=options.prefix))
+    target = written_in(adapter)
     report.output = str(path)
     if not options.dry_run:
         check_output(path, [Path(report.input)] if report.input else [], force=options.force)
@@ -119,12 +79,13 @@ def save(
             hint="a target that holds these modules, such as comfyui",
         )
     _leftovers(adapter, target, emitted, report)
+    report.settle()
     if options.strict:
-        _refuse_dropped(report)
+        refuse_lost(report)
     try:
         _check_values(emitted, options)
         metadata = _metadata(adapter, target, emitted, report, options)
-        write = _write_peft if target.id == "peft" else _write_file
+        write = _write_peft if target.folder else _write_file
         if not options.dry_run:
             write(path, adapter, emitted, metadata)
     except BrokenModuleError as error:
@@ -134,13 +95,16 @@ def save(
     return report
 
 
-def _refuse_dropped(report: Report) -> None:
-    """``--strict``: what ``--drop`` names may go, nothing else."""
-    dropped = [(key, reason) for key, reason in report.dropped if not reason.startswith("--drop")]
-    if dropped:
+def refuse_lost(report: Report, kept: Collection[str] = ()) -> None:
+    """``--strict``: raises DroppedKeysError where an input's key is lost; what somebody asked to leave out may go."""
+    ledger = report.ledger
+    lost = {} if ledger is None else {key: why for key, why in ledger.lost.items() if key not in kept}
+    lost |= {key: why for key, why in report.dropped if ledger is None or key not in ledger.used}
+    gone = [(key, why) for key, why in lost.items() if not why.startswith(ASKED)]
+    if gone:
         raise DroppedKeysError(
-            f"--strict: {len(dropped)} keys would be left out, first {dropped[0][0]} ({dropped[0][1]})",
-            keys=[key for key, _ in dropped],
+            f"--strict: {len(gone)} keys would be left out, first {gone[0][0]} ({gone[0][1]})",
+            keys=[key for key, _ in gone],
             path=report.input or None,
             hint="without --strict, or --drop REGEX for what you mean to leave out",
         )
@@ -159,30 +123,35 @@ def _check_values(emitted: Emitted, options: SaveOptions) -> None:
 
 
 def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Report) -> None:
-    """Keys no module holds: copied where the reader ignores what it does not know, listed either way."""
+    """Keys no module holds: copied where the file keeps its spelling or its reader ignores them, named either way."""
     for left in adapter.leftovers:
-        if left.key in KNOWN_TOP_LEVEL:
-            continue
-        if target.carries_unknown and left.key not in emitted.tensors:
+        top = left.key in KNOWN_TOP_LEVEL
+        if (target.own or (target.carries_unknown and not top)) and left.key not in emitted.tensors:
             emitted.tensors[left.key] = left.tensor
             report.carried.append((left.key, left.reason))
-        else:
+        elif not top and left.state != "harmless":
             report.dropped.append((left.key, f"{left.reason}, and {target.reader} refuses unknown keys"))
 
 
 def _metadata(adapter: Adapter, target: Layout, emitted: Emitted, report: Report, options: SaveOptions) -> dict[str, str]:
     """The result's metadata; the LoKr factor's buffer joins the tensors, and ComfyUI's ``reshape_weight``."""
-    if target.id == "comfyui":
+    if target.id == "comfyui" and not target.own:
         _widen(adapter, emitted)
     metadata = converted(adapter, adapter.metadata, emitted.written, source_layout=report.source_layout, target=target.id)
     report.warnings += with_lokr_factor(
-        adapter, metadata, emitted.tensors, explicit=options.lokr_factor, buffer=target.carries_unknown
-    )
-    if report.scale_written == "header" and target.id != "peft":
+        adapter, metadata, emitted.tensors, explicit=options.lokr_factor,
+        buffer=takes_factor(target, emitted.tensors),
+    )  # fmt: skip
+    if report.scale_written == "header" and not target.folder:
         from lorasurgery.layouts.peft_config import header_metadata
 
         metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
     return metadata
+
+
+def takes_factor(target: Layout, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the LoKr factor's buffer is written: where readers pass over it, and to a file's own spelling if it was there."""
+    return FACTOR in tensors if target.own else target.carries_unknown
 
 
 def _write_file(path: Path, adapter: Adapter, emitted: Emitted, metadata: Mapping[str, str]) -> None:

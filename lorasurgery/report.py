@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasurgery.adapter import Adapter
+    from lorasurgery.ledger import Ledger
 
 SCHEMA = 1
 """Version of the JSON form."""
@@ -74,11 +78,33 @@ class Report:
     scale_sources: Counter[str] = field(default_factory=Counter)
     scale_written: str = ""
     seconds: float = 0.0
+    ledger: Ledger | None = None
+    """Where every key of the input ended; None where there is no one input."""
+
+    @classmethod
+    def of(cls, adapter: Adapter, target_layout: str) -> Report:
+        """The report of what is about to be done to ``adapter``."""
+        return cls(
+            input=str(adapter.path or ""),
+            architecture=adapter.architecture.key,
+            candidates=adapter.candidates,
+            source_layout=adapter.layout,
+            target_layout=target_layout,
+            modules=len(adapter),
+            warnings=list(adapter.warnings),
+            scale_sources=Counter(module.scale.source for module in adapter.modules.values()),
+            ledger=adapter.ledger,
+        )
+
+    def settle(self) -> None:
+        """Enter what was left out into the ledger."""
+        if self.ledger is not None:
+            self.ledger = self.ledger.without(self.dropped)
 
     @property
     def exact(self) -> bool:
-        """Whether every module that was kept has exactly the delta it had, and nothing was dropped."""
-        return not self.losses.entries and not self.dropped
+        """Whether the result has the whole effect of the input: nothing was rounded, left out or not understood."""
+        return not self.losses.entries and not self.dropped and (self.ledger is None or not self.ledger.lost)
 
     def families(self) -> Counter[str]:
         """Families of the result's modules."""
@@ -117,6 +143,7 @@ class Report:
             "scale": {"sources": dict(self.scale_sources), "written": self.scale_written},
             "dropped": [{"key": key, "reason": reason} for key, reason in self.dropped],
             "carried": [{"key": key, "reason": reason} for key, reason in self.carried],
+            "ledger": None if self.ledger is None else self.ledger.to_json(),
             "warnings": list(self.warnings),
             "changes": [
                 {

@@ -26,7 +26,7 @@ from lorasurgery.errors import BrokenModuleError, NotRepresentableError, Request
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.tensors import of_array
 from lorasurgery.io.writer import write_safetensors
-from lorasurgery.layouts.parse import parse
+from lorasurgery.files.read import parse
 from lorasurgery.surgery.resize import NormCache, ResizeOptions, open_base, parse_rank, plan, resize
 from lorasurgery.surgery.resize.batches import batches
 

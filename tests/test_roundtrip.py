@@ -17,7 +17,7 @@ from lorasurgery.architectures.table import ORIGINAL, Architecture
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.tensors import scalar, zeros
 from lorasurgery.layouts.emit import emit
-from lorasurgery.layouts.parse import parse
+from lorasurgery.files.read import parse
 from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, header_metadata, model_names
 from lorasurgery.layouts.scales import HEADER_KEY, PeftConfig
 from lorasurgery.layouts.targets import LAYOUTS, Speller, layout, namings

@@ -40,7 +40,6 @@ from lorasurgery.architectures.rows import (
     row,
 )
 
-
 DENOISERS = ("denoiser", "denoiser_2")
 """The components that :attr:`Architecture.rows` are about: the UNet or transformer, and Wan 2.2's low-noise expert."""
 
@@ -243,13 +242,32 @@ def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
             found[full], start = spans, stop
         if start != rows:
             raise ValueError(f"{arch.key}: the {naming} parts of {weight} do not sum to {rows} rows")
-    for own in arch.own:
-        if own.naming == naming and not own.flat and own.component in DENOISERS:
-            found.setdefault(own.name, (Span(own.name, 0, own.shape[0]),))
+    for extra in arch.own:
+        if extra.naming == naming and not extra.flat and extra.component in DENOISERS:
+            found.setdefault(extra.name, (Span(extra.name, 0, extra.shape[0]),))
     return found
 
 
 __all__ = [
-    "DIFFUSERS", "DENOISERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Architecture", "Base", "Block", "Encoder", "EncoderTable", "Names",
-    "Own", "Part", "Row", "Shape", "Span", "Spans", "block", "flat", "name_pattern", "row",
+    "DENOISERS",
+    "DIFFUSERS",
+    "NAMINGS",
+    "ORIGINAL",
+    "SD_SCRIPTS",
+    "Architecture",
+    "Base",
+    "Block",
+    "Encoder",
+    "EncoderTable",
+    "Names",
+    "Own",
+    "Part",
+    "Row",
+    "Shape",
+    "Span",
+    "Spans",
+    "block",
+    "flat",
+    "name_pattern",
+    "row",
 ]  # fmt: skip

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.kronecker import Kronecker
-from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.files.opened import read_unparsed
+from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.layouts.detect import detect, fits
-from lorasurgery.layouts.foreign import named_modules, refuse_other_models
-from lorasurgery.layouts.group import build, group
-from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.scales import PeftConfig, header_configs
 from lorasurgery.layouts.words import ALPHA
 
 if TYPE_CHECKING:
@@ -25,10 +21,11 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.deltas.base import Delta
+    from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
-    from lorasurgery.layouts.scales import ScaleRules
+    from lorasurgery.layouts.scales import PeftConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,48 +90,32 @@ def read_subject(path: str | Path, *, arch: str | None = None, base: Architectur
 
     Raises what reading an adapter raises: FileFormatError, NotAnAdapterError, UnknownArchitectureError.
     """
-    from lorasurgery.api import read_any
-
-    path = whole_folder(Path(path))
     among = (base,) if base is not None else None if arch is None else named(arch)
-    if path.is_dir() and is_peft_folder(path):
-        raw, fields = read_peft_folder(path)
-        configs = {component: PeftConfig.from_dict(own, "adapter_config.json") for component, own in fields.items()}
-        return subject_of(raw, among=among, configs=configs)
-    return subject_of(read_any(path), among=among)
+    file = read_unparsed(Path(path))
+    return subject_of(file.raw, among=among, configs=file.configs)
 
 
 def subject_of(
     raw: RawFile, *, among: Iterable[Architecture] | None = None, configs: Mapping[str, PeftConfig] | None = None
 ) -> Subject:
     """Take a file apart; a module that is broken is kept with its problem."""
-    named_raw = named_modules(raw)
-    groups, others = group(named_raw)
-    refuse_other_models(named_raw, groups)
-    built = {stem: _built(own, raw.path) for stem, own in groups.items()}
-    shapes = {stem: None if delta is None else delta.shape for stem, (delta, _) in built.items()}
-    best, ties = detect(shapes, raw.metadata, among=among, path=raw.path)
-    rules = scale_rules(raw, header_configs(raw.metadata) if configs is None else configs)
-    items = tuple(_item(own, *built[stem], best.architecture, rules) for stem, own in groups.items())
+    taken = taken_apart(Unparsed(raw, configs), tolerant=True)
+    best, ties = detect(taken.shapes, taken.raw.metadata, among=among, path=taken.raw.path)
+    items = tuple(_item(stem, taken, best.architecture) for stem in taken.groups)
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
-        raw.path, best.architecture, tuple(kin), configs is not None, named_raw is not raw, items, tuple(others), raw.metadata
-    )
+        raw.path, best.architecture, tuple(kin), configs is not None, taken.raw is not raw, items,
+        tuple(taken.others), taken.raw.metadata,
+    )  # fmt: skip
 
 
-def _built(own: Group, path: Path) -> tuple[Delta | None, str]:
-    try:
-        return build(own, path), ""
-    except BrokenModuleError as error:
-        return None, error.message
-
-
-def _item(own: Group, delta: Delta | None, problem: str, arch: Architecture, rules: ScaleRules) -> Item:
-    found = index(arch).find(own.stem)
+def _item(stem: str, taken: Taken, arch: Architecture) -> Item:
+    own, delta, problem = taken.groups[stem], taken.deltas.get(stem), taken.problems.get(stem, "")
+    found = index(arch).find(stem)
     alpha = own.modifier(ALPHA)
     tensor = None if alpha is None or alpha.tensor.size != 1 else alpha.tensor
-    scale = Scale(1.0, "") if delta is None else rules.resolve(own.stem, delta, tensor)
+    scale = Scale(1.0, "") if delta is None else taken.rules.resolve(stem, delta, tensor)
     misfit = ""
     if found is not None and delta is not None and not fits(delta.shape, found.shape):
         misfit = f"its shape is {list(delta.shape)}, {arch.name} has {list(found.shape)}"
-    return Item(own.stem, own, delta, problem, None if found is None else found.site, scale.value, misfit)
+    return Item(stem, own, delta, problem, None if found is None else found.site, scale.value, misfit)

@@ -107,7 +107,8 @@ def _check(target: Layout, how: Options, writing: SaveOptions, arch: str | None)
 
 
 def _one(job: Job, target: str, how: Options, writing: SaveOptions, arch: str | None, base: Path | None) -> Report:
-    from lorasurgery.api import load, save
+    from lorasurgery.api import save
+    from lorasurgery.files.opened import load
     from lorasurgery.surgery.convert import convert as convert_adapter
 
     started = time.perf_counter()

@@ -7,16 +7,17 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.api import SaveOptions, read_any, save
+from lorasurgery.api import SaveOptions, save
 from lorasurgery.cli.files import expanded
 from lorasurgery.errors import RequestError, SurgeryError
+from lorasurgery.files.opened import open_together, read_any, together
+from lorasurgery.files.taken import Unparsed
 from lorasurgery.io.finite import computed_bytes
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH, check_output, write_safetensors
 from lorasurgery.surgery.convert import Options, convert
 from lorasurgery.surgery.ema import ema
 from lorasurgery.surgery.ema_order import Ordered, in_order
-from lorasurgery.surgery.together import open_together, understood
 from lorasurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -111,10 +112,9 @@ def _tensors(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
 
         done.distance = distance_from_changes(ordered.files, done.weights, averaged)
     if request.target is not None or request.dtype != "keep":
-        source = understood(RawFile(last.path, averaged, kept), request.base)
+        source = together([Unparsed(RawFile(last.path, averaged, kept))], base=request.base)[0]
         marked = replace(source, operation=_operation(request, done))
-        target = request.target or source.layout
-        result, report = convert(marked, target, Options(dtype=request.dtype))
+        result, report = convert(marked, request.target, Options(dtype=request.dtype))
         save(result, out or last.path, options=_saving(request), report=report)
         done.written, done.rounding = report.written, report.losses.total()
         done.dropped, done.warnings = report.dropped, report.warnings
@@ -150,11 +150,10 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     last = {key: value for key, value in adapters[-1].metadata.items() if key not in (MODEL_HASH, LEGACY_HASH)}
     last[PROVENANCE] = _provenance(ordered.files, request, done)
     result = replace(result, metadata={**last, **_sizes(result.metadata)}, operation=_operation(request, done))
-    target = request.target or result.layout
-    report = Report(architecture=result.architecture.key, source_layout=result.layout, target_layout=target)
-    if target != result.layout:
+    report = Report.of(result, result.layout)
+    if request.target is not None:
         try:
-            result, report = convert(result, target)
+            result, report = convert(result, request.target)
         except SurgeryError as error:
             error.path = error.path or str(used[-1][0])
             raise

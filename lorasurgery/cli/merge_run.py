@@ -95,28 +95,29 @@ def merged(how: Request) -> Outcome:
 
 
 def _merged(how: Request) -> Outcome:
+    from lorasurgery.layouts.targets import written_in
     from lorasurgery.surgery.merge.inputs import leading
 
     wanted = _wanted(how)
     how.options.check(len(wanted))
     sources = _sources(wanted, how)
-    target = _target(leading([source.adapter for source in sources]), how)
-    _check_output(how, [*(w.path for w in wanted), *([] if how.base is None else [how.base])], target)
+    target = written_in(leading([source.adapter for source in sources]), how.target)
+    _check_output(how, [*(w.path for w in wanted), *([] if how.base is None else [how.base])], folder=target.folder)
     try:
-        return _written(how, sources, target)
+        return _written(how, sources)
     except BrokenModuleError as error:
         raise _blamed(error, sources) from error
 
 
-def _written(how: Request, sources: Sequence[Source], target: str) -> Outcome:
+def _written(how: Request, sources: Sequence[Source]) -> Outcome:
     from lorasurgery.api import SaveOptions, save
     from lorasurgery.surgery.convert import Options, convert
     from lorasurgery.surgery.merge import merge
 
     try:
-        result, report = merge(sources, how.options, target)
+        result, report = merge(sources, how.options, how.target)
         family = "full" if how.options.as_full else None
-        result, writing = convert(result, target, Options(dtype=how.options.dtype, as_lora=how.as_lora, family=family))
+        result, writing = convert(result, how.target, Options(dtype=how.options.dtype, as_lora=how.as_lora, family=family))
     except NotRepresentableError as error:
         error.path = error.path or _home(error.module, sources)
         raise
@@ -170,33 +171,19 @@ def _wanted(how: Request) -> list[Wanted]:
 
 def _sources(wanted: Sequence[Wanted], how: Request) -> list[Source]:
     """The files, all under one architecture."""
+    from lorasurgery.files.opened import open_together
     from lorasurgery.surgery.merge import Source
-    from lorasurgery.surgery.together import open_together
 
     adapters = open_together([one.path for one in wanted], arch=how.arch, base=how.base)
     return [Source(adapter, one.weight, one.path.name) for adapter, one in zip(adapters, wanted, strict=True)]
 
 
-def _target(first: Adapter, how: Request) -> str:
-    """The layout to write; raises RequestError where the first file's own is only read."""
-    from lorasurgery.layouts.targets import is_written, layout
-
-    if how.target is not None:
-        return layout(how.target).id
-    name = "peft" if first.path is not None and first.path.is_dir() else first.layout
-    if not is_written(name):
-        raise RequestError(
-            f"its layout, {name}, is only read, not written", path=first.path, hint="--target comfyui, or another"
-        )
-    return name
-
-
-def _check_output(how: Request, inputs: Sequence[Path], target: str) -> None:
+def _check_output(how: Request, inputs: Sequence[Path], *, folder: bool) -> None:
     from lorasurgery.io.writer import check_output
 
-    if target == "peft" and how.out.suffix == SUFFIX and not how.dry_run:
+    if folder and how.out.suffix == SUFFIX and not how.dry_run:
         raise RequestError("PEFT's layout is a folder", hint=f"-o {how.out.with_suffix('')}, or --target diffusers")
-    if target != "peft" and how.out.is_dir():
+    if not folder and how.out.is_dir():
         raise OutputExistsError("the output is a folder", path=how.out, hint=f"-o {how.out / 'merged.safetensors'}")
     for path in (path for path in inputs if path.exists()):
         if how.out.exists() and how.out.samefile(path):

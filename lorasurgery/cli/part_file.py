@@ -9,19 +9,17 @@ from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
-from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.errors import NotRepresentableError
+from lorasurgery.files.opened import load
 from lorasurgery.io.writer import check_output
-from lorasurgery.layouts.targets import is_written, layout
+from lorasurgery.layouts.targets import layout, written_in
 from lorasurgery.report import Report
 from lorasurgery.surgery.convert import Options, convert
-from lorasurgery.surgery.together import open_one
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.adapter import Adapter
-
-PEFT = "peft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +37,8 @@ class Writing:
     """Where the names come from of a model no table knows."""
 
     def read(self, source: Path) -> Adapter:
-        """The input; raises what :func:`open_one` raises."""
-        return open_one(source, arch=self.arch, base=self.base)
+        """The input; raises what :func:`lorasurgery.load` raises."""
+        return load(source, arch=self.arch, base=self.base)
 
     def check(self) -> None:
         """Raises RequestError for a layout or dtype that is none."""
@@ -48,36 +46,23 @@ class Writing:
             layout(self.target)
         Options(dtype=self.dtype).check()
 
-    def layout_for(self, adapter: Adapter) -> str:
-        """The layout of the result; raises RequestError where the input's own is only read."""
-        if self.target is not None:
-            return layout(self.target).id
-        own = PEFT if adapter.path is not None and adapter.path.is_dir() else adapter.layout
-        if not is_written(own):
-            raise RequestError(
-                f"its layout, {own}, is only read, not written", path=adapter.path, hint="--target comfyui, or another"
-            )
-        return own
-
     def suffix(self, adapter: Adapter) -> str:
         """What a result's name ends with: PEFT's are folders."""
-        return "" if self.layout_for(adapter) == PEFT else SUFFIX
+        return "" if written_in(adapter, self.target).folder else SUFFIX
 
 
 def write_part(adapter: Adapter, source: Path, out: Path, how: Writing) -> Report:
     """Save ``adapter``, made of ``source``'s modules, to ``out``; raises what convert and save raise."""
-    target = how.layout_for(adapter)
     if how.base is not None and not how.dry_run:
         check_output(out, [how.base], force=how.force)
-    second = SECOND_DENOISER in {site.component for site in adapter.modules}
-    if second:
+    if how.target is not None and SECOND_DENOISER in {site.component for site in adapter.modules}:
         _refuse_both(adapter, source)
     options = SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run)
     with advised({}):
-        if target != adapter.layout or how.dtype != "keep" or second:  # convert writes the second expert as the first
-            adapter, report = convert(adapter, target, Options(dtype=how.dtype))
+        if how.target is not None or how.dtype != "keep":  # convert writes the second expert as the first
+            adapter, report = convert(adapter, how.target, Options(dtype=how.dtype))
         else:
-            report = Report(architecture=adapter.architecture.key, source_layout=target, target_layout=target)
+            report = Report.of(adapter, adapter.layout)
         report.input = str(source)
         save(adapter, out, options=options, report=report)
     return report

@@ -65,7 +65,7 @@ def prune(
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:  # fmt: skip
     """Leave modules out of adapters."""
-    from lorasurgery.cli.part_file import PEFT, Writing
+    from lorasurgery.cli.part_file import Writing
     from lorasurgery.surgery.prune import PruneOptions
 
     options = PruneOptions(tuple(keep or ()), tuple(drop or ()), prune_for, scale, negate)
@@ -73,7 +73,7 @@ def prune(
     how = Writing(target, dtype, force, strict, dry_run, arch, base)
     how.check()
     inputs = [*([given] if given else []), *(paths or [])]
-    folders = target == PEFT or (target is None and bool(inputs) and all(p.is_dir() and is_adapter(p) for p in inputs))
+    folders = target == "peft" or (target is None and bool(inputs) and all(p.is_dir() and is_adapter(p) for p in inputs))
     if dry_run and out is None and out_dir is None and len(inputs) == 1:
         jobs, several = dry_jobs(inputs[0], "pruned", folder_output=folders)
     else:

@@ -85,7 +85,7 @@ def _jobs(
 
 
 def _one(source: Path, target: Path, how: Request, *, force: bool, dry_run: bool) -> Shown:
-    from lorasurgery.api import read_any
+    from lorasurgery.files.opened import read_any
     from lorasurgery.io.finite import computed_bytes
     from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
     from lorasurgery.surgery.rerank import open_nested, rerank

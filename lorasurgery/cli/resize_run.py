@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.cli.batch import SUFFIX, Job
@@ -12,6 +11,8 @@ from lorasurgery.cli.resize_advice import Advice
 from lorasurgery.cli.resize_request import Request, cache_file
 from lorasurgery.cli.resize_text import dropped_lines, plan_lines, report_lines
 from lorasurgery.errors import OutputExistsError, RequestError
+from lorasurgery.files.opened import load
+from lorasurgery.layouts.targets import written_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +28,7 @@ SCHEMA = 1
 def resized(job: Job, how: Request) -> Shown:
     """Resize one file; raises SurgeryError with advice in the words of the command line."""
     with Advice():
-        adapter = _load(job.source, how)
-        how = replace(how, options=replace(how.options, layout=_writable(adapter, how)))
+        adapter = load(job.source, arch=how.arch, base=how.base)
         target = _output(job, adapter, how)
         model, cache = _base(adapter, how)
         try:
@@ -39,34 +39,14 @@ def resized(job: Job, how: Request) -> Shown:
                     cache.save()
 
 
-def _load(source: Path, how: Request) -> Adapter:
-    """The adapter; names that no table knows come from the base model."""
-    from lorasurgery.surgery.together import open_one
-
-    return open_one(source, arch=how.arch, base=how.base)
-
-
-def _writable(adapter: Adapter, how: Request) -> str:
-    """The layout to write; raises RequestError for an input whose own is only read."""
-    from lorasurgery.layouts.targets import is_written
-
-    folder = adapter.path is not None and adapter.path.is_dir()
-    name = how.options.layout or ("peft" if folder else adapter.layout)
-    if not is_written(name):
-        raise RequestError(
-            f"its layout, {name}, is only read, not written", path=adapter.path, hint="--target comfyui, or another"
-        )
-    return name
-
-
 def _output(job: Job, adapter: Adapter, how: Request) -> Path:
     """Where the result goes, checked before anything is computed."""
     from lorasurgery.io.writer import check_output
 
-    target = job.target
-    if how.options.layout == "peft" and not how.named:
+    target, folder = job.target, written_in(adapter, how.options.layout).folder
+    if folder and not how.named:
         target = target.with_suffix("")
-    if how.options.layout == "peft" and target.suffix == SUFFIX:
+    if folder and target.suffix == SUFFIX:
         raise RequestError(
             "PEFT's layout is a folder",
             path=adapter.path,
@@ -110,14 +90,16 @@ def _resized(source: Path, target: Path, adapter: Adapter, how: Request, model: 
 
 
 def _converted(result: Adapter, adapter: Adapter, how: Request) -> tuple[Adapter, Report]:
-    """The result in its target layout; in the input's own it needs no conversion."""
+    """The result in its target layout; in the input's own spelling it needs no conversion."""
     from lorasurgery.report import Report
     from lorasurgery.surgery.convert import convert
 
-    target = how.options.layout or adapter.layout
-    if target != adapter.layout:
-        return convert(result, target)
-    return result, Report(architecture=adapter.architecture.key, source_layout=target, target_layout=target)
+    if how.options.layout is not None:
+        result, report = convert(result, how.options.layout)
+    else:
+        report = Report.of(result, adapter.layout)
+    report.ledger = adapter.ledger
+    return result, report
 
 
 def _bytes(path: Path) -> int:
@@ -140,7 +122,7 @@ def _shown(
         "output": str(target),
         "written": written,
         "architecture": adapter.architecture.key,
-        "layout": {"from": adapter.layout, "to": how.options.layout},
+        "layout": {"from": adapter.layout, "to": how.options.layout or adapter.layout},
         "way": how.way,
         "base": None if how.base is None else str(how.base),
         "bytes": {"input": before, "output": None if report is None else report.size},
@@ -150,7 +132,7 @@ def _shown(
         "warnings": warnings,
     }
     lines = [f"{source.name} -> {target if written else f'{target} (not written)'}"]
-    layout = adapter.layout if adapter.layout == how.options.layout else f"{adapter.layout} -> {how.options.layout}"
+    layout = adapter.layout if how.options.layout in (None, adapter.layout) else f"{adapter.layout} -> {how.options.layout}"
     lines += [f"  {'model':<13}{adapter.architecture.key}", f"  {'layout':<13}{layout}"]
     if report is not None and writing is not None:
         lines.append(f"  {'asked':<13}{how.way}")

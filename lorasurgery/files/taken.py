@@ -18,6 +18,7 @@ from lorasurgery.layouts.words import split_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from lorasurgery.architectures.table import Shape
     from lorasurgery.deltas.base import Delta
@@ -71,13 +72,20 @@ def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:
     deltas: dict[str, Delta | None] = {}
     problems: dict[str, str] = {}
     for stem, own in groups.items():
-        try:
-            deltas[stem] = build(own, raw.path)
-        except BrokenModuleError as error:
-            if not tolerant:
-                raise
-            problems[stem] = error.message
+        made = _built(own, raw.path) if tolerant else build(own, raw.path)
+        if isinstance(made, str):
+            problems[stem] = made
+        else:
+            deltas[stem] = made
     return Taken(raw, file.configs, groups, others, deltas, problems, scale_rules(raw, configs), tuple(findings))
+
+
+def _built(own: Group, path: Path) -> Delta | str | None:
+    """The change of a module, or what is wrong with its tensors."""
+    try:
+        return build(own, path)
+    except BrokenModuleError as error:
+        return error.message
 
 
 def _grouped(raw: RawFile, findings: list[tuple[str, str]]) -> tuple[dict[str, Group], dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """What a file's keys say: modules, architecture and layout, as far as each can be understood.
 
-:func:`lorasurgery.layouts.parse.parse` understands a whole file or refuses it. Here a broken module is described as one,
+:func:`lorasurgery.load` understands a whole file or refuses it. Here a broken module is described as one,
 and a file for an unknown model still has modules, families and ranks.
 """
 
@@ -9,29 +9,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.errors import UnknownArchitectureError
+from lorasurgery.files.read import layout_of, leftovers, own_named, place, warnings_of
+from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.inspection.description import Finding, ModuleInfo
 from lorasurgery.inspection.modules import unknown_layout, unknown_module
-from lorasurgery.inspection.tolerant import TOP_LEVEL, Parts, built, grouped, header_rules, parsed
+from lorasurgery.inspection.tolerant import parsed
 from lorasurgery.layouts.detect import detect, same_results
-from lorasurgery.layouts.foreign import named_modules, refuse_other_models
-from lorasurgery.layouts.module import scale_rules
-from lorasurgery.layouts.names import index
-from lorasurgery.layouts.parse import layout_of, warnings_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.files.read import Placed
+    from lorasurgery.files.taken import Taken
     from lorasurgery.inspection.trainers import Signature
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.names import Found
     from lorasurgery.layouts.scales import PeftConfig
-
-EMBEDDINGS = ("bundle_emb.", "emb_params", "<")
-"""Beginnings of keys of learned tokens: OneTrainer, ai-toolkit, cloneofsimo/lora."""
 
 
 class Structure(NamedTuple):
@@ -54,23 +51,22 @@ class Structure(NamedTuple):
 
 def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None, *, keep: bool = False) -> Structure:
     """Understand the keys of ``raw``; ``configs`` are a PEFT folder's, ``keep`` fills ``sources``. Raises NotAnAdapterError."""
-    raw = named_modules(raw)
-    findings: list[Finding] = []
-    groups, others = grouped(raw, findings)
-    refuse_other_models(raw, groups)
-    rules = scale_rules(raw, header_rules(raw, findings) if configs is None else configs)
-    parts = Parts(raw, groups, *built(groups, raw), rules)
-    shapes = {stem: None if (delta := parts.deltas.get(stem)) is None else delta.shape for stem in groups}
-    embeddings = tuple(key for key in others if key.startswith(EMBEDDINGS))
-    lost = [(k, "not part of any module") for k in others if k not in TOP_LEVEL and k not in embeddings]
+    taken = taken_apart(Unparsed(raw, configs), tolerant=True)
+    findings = [Finding(code, text) for code, text in taken.findings]
+    others = leftovers(taken)
+    embeddings = tuple(left.key for left in others if left.state == "kept")
+    lost = [(left.key, left.reason) for left in others if left.state == "unknown"]
     try:
-        best, ties = detect(shapes, raw.metadata, path=raw.path)
+        best, ties = detect(taken.shapes, raw.metadata, path=raw.path)
     except UnknownArchitectureError as error:
-        findings += [*_broken(parts.broken), Finding("unknown-architecture", error.message)]
-        modules = [unknown_module(own, parts.deltas.get(stem), rules, parts.broken.get(stem)) for stem, own in groups.items()]
-        layout = unknown_layout(groups.values())
+        findings += [*_broken(taken.problems), Finding("unknown-architecture", error.message)]
+        modules = [
+            unknown_module(own, taken.deltas.get(stem), taken.rules, taken.problems.get(stem))
+            for stem, own in taken.groups.items()
+        ]
+        layout = unknown_layout(taken.groups.values())
         return Structure(None, error.candidates, (), 0.0, layout, tuple(modules), embeddings, tuple(lost), tuple(findings))
-    return _explained(parts, (best, ties), _Rest(embeddings, lost, findings), keep=keep)
+    return _explained(taken, (best, ties), _Rest(embeddings, lost, findings), keep=keep)
 
 
 class _Rest(NamedTuple):
@@ -81,43 +77,43 @@ class _Rest(NamedTuple):
     findings: list[Finding]
 
 
-def _explained(parts: Parts, matches: tuple[Match, list[Match]], rest: _Rest, *, keep: bool) -> Structure:
+def _explained(taken: Taken, matches: tuple[Match, list[Match]], rest: _Rest, *, keep: bool) -> Structure:
     """The structure of a file whose architecture is known."""
     best, ties = matches
-    arch, groups = best.architecture, parts.groups
-    names = index(arch)
-    found = {stem: names.find(stem) for stem in groups}
-    rows, modules = parsed(parts, arch, found, keep=keep)
-    broken = {**parts.broken, **{stem: row for stem, row in rows.items() if isinstance(row, str)}}
+    known, groups = best.architecture, taken.groups
+    placed = place(taken, known)
+    rows, modules = parsed(taken, placed, keep=keep)
+    broken = {**taken.problems, **{stem: row for stem, row in rows.items() if isinstance(row, str)}}
     findings = [*rest.findings]
-    findings += [Finding("parse", warning) for warning in warnings_of(parts.raw, parts.rules, modules)]
-    findings += [*_broken(broken), *_two_spellings({stem: found[stem] for stem, own in groups.items() if own.families()})]
-    nowhere = f"{arch.name} has no such module"
-    infos = [row if isinstance(row := rows.get(stem), ModuleInfo) else _odd(parts, own, found[stem], broken.get(stem, nowhere))
+    findings += [Finding("parse", warning) for warning in warnings_of(taken.raw, taken.rules, modules)]
+    findings += [Finding("own-names", text) for text in own_named(placed)]
+    findings += [
+        *_broken(broken),
+        *_two_spellings({stem: placed.found[stem] for stem, own in groups.items() if own.families()}),
+    ]
+    infos = [row if isinstance(row := rows.get(stem), ModuleInfo) else _odd(taken, own, placed, broken.get(stem))
              for stem, own in groups.items()]  # fmt: skip
-    lost = [(e.key, nowhere) for stem, place in found.items() if place is None for e in groups[stem].entries.values()]
-    kin = {other.architecture.id: other.architecture for other in ties if other.architecture.id != arch.id}
-    whole = {stem: place for stem, place in found.items() if stem in rows and stem not in broken}
+    kin = {other.architecture.id: other.architecture for other in ties if other.architecture.id != known.id}
+    whole = {s: own for s, own in placed.found.items() if s in rows and s not in broken and s not in placed.own}
     return Structure(
-        arch,
+        known,
         tuple((match.architecture.key, match.share) for match in (best, *ties)),
-        tuple(other.key for other in kin.values() if not same_results(arch, other, groups)),
+        tuple(other.key for other in kin.values() if not same_results(known, other, groups)),
         best.share,
-        layout_of(groups, whole, arch),
+        layout_of(taken, whole, known),
         tuple(infos),
         rest.embeddings,
-        (*rest.unexplained, *lost),
+        tuple(rest.unexplained),
         tuple(findings),
         sources=tuple(modules) if keep else (),
     )
 
 
-def _odd(parts: Parts, own: Group, place: Found | None, problem: str) -> ModuleInfo:
-    """The row of a module that is broken, or that the architecture does not have."""
-    info = unknown_module(own, parts.deltas.get(own.stem), parts.rules, problem)
-    if place is None:
-        return info
-    return info._replace(component=place.site.component, weight=place.site.spans[0].weight)
+def _odd(taken: Taken, own: Group, placed: Placed, problem: str | None) -> ModuleInfo:
+    """The row of a module that is broken."""
+    info = unknown_module(own, taken.deltas.get(own.stem), taken.rules, problem)
+    site = placed.found[own.stem].site
+    return info._replace(component=site.component, weight=site.spans[0].weight)
 
 
 def _broken(problems: Mapping[str, str]) -> list[Finding]:
@@ -127,13 +123,13 @@ def _broken(problems: Mapping[str, str]) -> list[Finding]:
     return [Finding("broken-module", f"{count} broken, first: {next(iter(problems.values()))}")]
 
 
-def _two_spellings(found: Mapping[str, Found | None]) -> list[Finding]:
+def _two_spellings(found: Mapping[str, Found]) -> list[Finding]:
     """Two names for one weight: programs disagree on which one counts."""
     first: dict[object, str] = {}
     pairs = []
-    for stem, place in found.items():
-        if place is not None and first.setdefault(place.site, stem) != stem:
-            pairs.append((first[place.site], stem))
+    for stem, own in found.items():
+        if first.setdefault(own.site, stem) != stem:
+            pairs.append((first[own.site], stem))
     if not pairs:
         return []
     return [Finding("two-spellings", f"{len(pairs)} weights are spelled twice, first as {pairs[0][0]} and {pairs[0][1]}")]

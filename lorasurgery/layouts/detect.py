@@ -43,6 +43,9 @@ class Match:
 
 def expected_shape(architecture: Architecture, site: Site) -> Shape:
     """(out, in[, k...]) of the weight rows a site stands for."""
+    own = architecture.own_shapes.get((site.component, site.spans[0].weight)) if len(site.spans) == 1 else None
+    if own is not None:
+        return own
     if site.component in TEXT_ENCODERS:
         rows = sum(span.stop - span.start for span in site.spans)
         return TEXT_ENCODERS[site.component].shapes.get(site.spans[0].weight, (rows,))  # norms are not in the tables

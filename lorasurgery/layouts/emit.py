@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import prod, sqrt
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
@@ -17,8 +17,8 @@ from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
-from lorasurgery.layouts.module import LARGEST_SCALE
-from lorasurgery.layouts.scales import LARGEST_ALPHA
+from lorasurgery.layouts.module import LARGEST_SCALE, is_layer
+from lorasurgery.layouts.scales import HEADER_KEY, LARGEST_ALPHA
 from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def emit(
     speller = Speller(target, adapter.architecture, prefix)
     result = Emitted()
     for module in adapter.modules.values():
-        stem = speller.stem(module.site)
+        stem = module.name if target.own and module.keys else speller.stem(module.site)
         if stem is None:
             raise NotRepresentableError(
                 f"{module.name}: {target.reader} has no name for it",
@@ -82,14 +82,16 @@ def emit(
                 hint="--drop te to leave the text encoders out, or --drop REGEX",
             )
         shape = expected_shape(adapter.architecture, module.site)
-        _module(module, stem, shape, target, policy, report, result)
-    if target.words == PEFT and any(m.bias is not None for m in adapter.modules.values()):
+        way = _own_way(module, policy) if target.own and alpha is None else policy
+        _module(module, stem, shape, target, way, report, result)
+    if target.words == PEFT and not target.own and any(m.bias is not None for m in adapter.modules.values()):
         _complete_biases(result, target)
     return result
 
 
 def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str, report: Report, result: Emitted) -> None:
     words = SUFFIXES[target.words]
+    keys: Mapping[str, str] = module.keys if target.own else {}
     tensors: dict[str, Tensor] = {}
     scale, rank = module.scale.value, 1
     record = _recorder(report, module.name)
@@ -98,24 +100,39 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
         for slot, tensor in delta.tensors.items():
             if isinstance(delta, LowRank) and not target.any_shape:
                 tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
-            tensors[stem + _suffix(delta, slot, words)] = tensor
+            tensors[keys.get(slot) or keys.get(slot.lstrip(".")) or stem + _suffix(delta, slot, words)] = tensor
         if alpha is not None:
-            tensors[f"{stem}.alpha"] = alpha
+            tensors[keys.get("alpha", f"{stem}.alpha")] = alpha
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)
     if module.magnitude is not None:
         # transformers 5 loads text encoders' adapters itself and, unlike PEFT, wants the parameter's whole name.
         whole = ".weight" if target.id == "diffusers" and module.site.component in TEXT_ENCODERS else ""
-        tensors[stem + words["magnitude"] + whole] = _magnitude(module, module.magnitude, target)
+        tensor = module.magnitude.tensor if "magnitude" in keys else _magnitude(module, module.magnitude, target)
+        tensors[keys.get("magnitude", stem + words["magnitude"] + whole)] = tensor
     if module.bias is not None:
         family = "norm bias" if module.family == "norm" else "bias"
-        bias = module.bias
-        if target.words == PEFT and scale != 1.0:  # PEFT multiplies lora_B's bias by the scale too
-            bias = multiplied(bias, 1.0 / scale, record)
-        tensors[stem + words[family]] = bias
-    if target.words != PEFT:
-        tensors.update({stem + suffix: tensor for suffix, tensor in module.extras.items()})
+        key = keys.get("bias", stem + words[family])
+        tensors[key] = _bias(module, key, scale, record)
+    if target.words != PEFT or target.own:
+        tensors.update({keys.get(suffix, stem + suffix): tensor for suffix, tensor in module.extras.items()})
     result.tensors.update(tensors)
     result.written.append(Written(stem, module, rank, scale * rank, shape, tuple(tensors)))
+
+
+def _bias(module: Module, key: str, scale: float, record: Callable[[float, float], None]) -> Tensor:
+    """The bias as its reader takes it: that of a layer (``lora_B.bias``) is multiplied by the module's scale there."""
+    assert module.bias is not None  # noqa: S101  the caller has looked
+    layer = module.layer_bias
+    if layer is not None and is_layer(key) and layer.read is module.bias and layer.scale == scale:
+        return layer.stored
+    return multiplied(module.bias, 1.0 / scale, record) if is_layer(key) and scale not in (0.0, 1.0) else module.bias
+
+
+def _own_way(module: Module, policy: str) -> str:
+    """How a module's scale is written beside its own keys: as the file had it, else as the file's other modules have it."""
+    if "alpha" in module.keys:
+        return "keep"
+    return policy if policy != "header" or module.scale.source in ("adapter_config.json", HEADER_KEY) else "fold"
 
 
 def _fitted(delta: LowRank, slot: str, tensor: Tensor, shape: Shape) -> Tensor:
@@ -145,22 +162,32 @@ def _scaled(
     module: Module, delta: Delta, policy: str, target: Layout, record: Callable[[float, float], None]
 ) -> tuple[Delta, Tensor | None, float]:
     """(delta as written, alpha tensor or None, scale that remains for the reader)."""
-    value, stored = module.scale.value, module.scale.alpha
+    value, stored = module.scale.value, module.scale.alpha or (module.scale.stored if target.own else None)
+    if target.own and stored is not None and policy == "keep":
+        return delta, stored, value
     if stored is None and value and not SMALLEST_SCALE <= abs(value) < LARGEST_SCALE:
         raise ValueRangeError(f"{module.name} would have the scale {value:g}, which no reader takes", hint="another weight")
     if isinstance(delta, (Full, Miss, Opaque)):
         return delta.scaled(value, record) if value != 1.0 else delta, None if value != 1.0 else stored, 1.0
     if isinstance(delta, Kronecker) and delta.rank is None:
         return _whole_kronecker(delta, module, target, record)
-    rank = delta.rank or 1
     if policy == "header":
         return delta, None, value
+    return _factored(module, delta, policy, target, record)
+
+
+def _factored(
+    module: Module, delta: Delta, policy: str, target: Layout, record: Callable[[float, float], None]
+) -> tuple[Delta, Tensor | None, float]:
+    """The same for factors, whose scale is alpha / rank."""
+    value, stored, rank = module.scale.value, module.scale.alpha, delta.rank or 1
     keeps = policy == "keep" or (target.id == "other" and isinstance(delta, (Hadamard, Kronecker)))
     if not keeps:
         return delta.scaled(value, record), scalar(rank) if target.always_alpha else None, 1.0
     if stored is not None:
         return delta, stored, value
-    return delta, scalar(value * rank) if target.always_alpha or value != 1.0 else None, value
+    known = target.always_alpha or (target.own and "alpha" in module.keys)
+    return delta, scalar(value * (sqrt(rank) if target.rslora else rank)) if known or value != 1.0 else None, value
 
 
 def _whole_kronecker(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import Magnitude, Module, Scale
+from lorasurgery.adapter import LayerBias, Magnitude, Module, Scale
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.miss import Miss
@@ -13,7 +13,7 @@ from lorasurgery.deltas.rounding import multiplied, rounded, wide
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.layouts.detect import fits
 from lorasurgery.layouts.scales import ScaleRules
-from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE, OPAQUE_FAMILIES, SET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,14 +57,17 @@ def module_of(own: Group, delta: Delta | None, place: Found, arch: Architecture,
             raise _misfit(f"{own.stem}: {reason.message}", own, path) from reason
     scale = _scale(own, delta, rules, path)
     bias, extra = own.modifier(BIAS), own.modifier(EXTRA)
+    read = None if bias is None else _bias(bias, scale)
     module = Module(
         place.site,
         own.stem,
         delta,
         scale,
         _magnitude(own, delta, place.shape[0], path),
-        None if bias is None else _bias(bias, scale),
+        read,
         {} if extra is None else {extra.key[len(own.stem) :]: extra.tensor},
+        keys_of(own),
+        LayerBias(bias.tensor, read, scale.value) if bias is not None and read is not None and is_layer(bias.key) else None,
     )
     expected = place.shape
     if delta is not None and not fits(delta.shape, expected):
@@ -73,6 +76,25 @@ def module_of(own: Group, delta: Delta | None, place: Found, arch: Architecture,
         text = f"the bias of {own.stem} has {bias.tensor.size} elements, {arch.name} expects {expected[0]}"
         raise _misfit(text, own, path)
     return module
+
+
+def keys_of(own: Group) -> dict[str, str]:
+    """Slot of the module -> key as the file spells it; see :attr:`Module.keys`."""
+    found = {}
+    for (family, slot), entry in own.entries.items():
+        suffix = entry.key[len(own.stem) :]
+        if family in (ALPHA, MAGNITUDE, BIAS):
+            found[family] = entry.key
+        elif family in (SET, EXTRA):
+            found[suffix] = entry.key
+        else:
+            found[f".{slot}" if family in OPAQUE_FAMILIES else slot] = entry.key
+    return found
+
+
+def is_layer(key: str) -> bool:
+    """Whether a bias is that of a layer, which readers scale like its weight: ``lora_B.bias``, ``lora_up.bias``."""
+    return key.endswith(".bias")
 
 
 def _misfit(message: str, own: Group, path: Path) -> BrokenModuleError:
@@ -112,7 +134,7 @@ def _bias(entry: Entry, scale: Scale) -> Tensor:
 
     In float32: in 16 bits the product may be a number that rounding changes, and there is no report here to tell of it.
     """
-    if not entry.key.endswith(".bias") or scale.value == 1.0:
+    if not is_layer(entry.key) or scale.value == 1.0:
         return entry.tensor
     exact = entry.tensor if wide(entry.tensor.dtype) == "float64" else rounded(entry.tensor, "F32")
     return multiplied(exact, scale.value)

@@ -6,6 +6,7 @@ underscores, and which naming to try first; the name itself is looked up in the 
 
 from __future__ import annotations
 
+import re
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,6 +67,10 @@ class Found(NamedTuple):
     layout: str
     shape: Shape
     """(out, in[, k...]) of the weight rows the site stands for."""
+    prefix: str = ""
+    """What stands before the name."""
+    flat: bool = False
+    """Whether the name has underscores for dots."""
 
 
 REMEMBERED = 1 << 15
@@ -123,18 +128,51 @@ class NameIndex:
             return None
         for text, component, is_flat, layout in self._encoder_prefixes:
             if stem.startswith(text):
-                weight = _encoder_names(component)[is_flat].get(stem[len(text) :])
+                body = stem[len(text) :]
+                weight = _encoder_names(component)[is_flat].get(body) or self._own_in_encoders.get((component, is_flat, body))
                 if weight is not None:
-                    shape = TEXT_ENCODERS[component].shapes[weight]
-                    return Found(Site(component, (Span(weight, 0, shape[0]),)), ORIGINAL, layout, shape)
+                    shape = TEXT_ENCODERS[component].shapes.get(weight) or self.architecture.own_shapes[component, weight]
+                    return Found(Site(component, (Span(weight, 0, shape[0]),)), ORIGINAL, layout, shape, text, is_flat)
         return None
+
+    @cached_property
+    def _own_in_encoders(self) -> Mapping[tuple[str, bool, str], str]:
+        """(component, flat?, name as spelled) -> name of the weights of encoders that only files name."""
+        found = {}
+        for own in self.architecture.own:
+            found[own.component, True, flat(own.name)] = own.name
+            if not own.flat:
+                found[own.component, False, own.name] = own.name
+        return found
+
+    def own_place(self, stem: str, shape: Shape, namings: Mapping[str, str]) -> Found:
+        """The place of a name that is in no table: the weight is called what the file calls it.
+
+        ``shape`` is that of the module's change, ``namings`` the naming that the file uses under each prefix.
+        """
+        text, component, is_flat, layout = next(
+            (own for own in self._encoder_prefixes if stem.startswith(own[0]) and len(stem) > len(own[0])), ("", "", False, "")
+        )
+        encoder = None if text else _ENCODER.match(stem)
+        if encoder is not None:  # of an encoder that the table has not, which is called by its prefix
+            text, component = encoder[0], encoder[0].rstrip("._")
+            is_flat, layout = text.endswith("_"), "sd-scripts" if text.endswith("_") else "diffusers"
+        if text:
+            return Found(_whole(component, stem[len(text) :], shape), ORIGINAL, layout, shape, text, is_flat)
+        prefix, body = next(((p, b) for p, b in prefixed(stem) if b and not (p.flat and "." in b)), (PREFIXES[-1], stem))
+        naming = namings.get(prefix.text, prefix.order[0])
+        if naming == SD_SCRIPTS:
+            naming = self.architecture.sd_scripts
+        return Found(_whole(prefix.component, body, shape), naming, prefix.layout, shape, prefix.text, prefix.flat)
 
     def _in_denoiser(self, stem: str) -> Found | None:
         for prefix, body in prefixed(stem):
             for naming in (*prefix.order, ALIAS):
                 spans = self._names(naming, is_flat=prefix.flat).get(body)
                 if spans is not None:
-                    return self._of(Site(prefix.component, spans), naming, prefix.layout)
+                    return self._of(Site(prefix.component, spans), naming, prefix.layout)._replace(
+                        prefix=prefix.text, flat=prefix.flat
+                    )
         return None
 
     def _in_root(self, stem: str) -> Found | None:
@@ -143,7 +181,7 @@ class NameIndex:
             if stem.startswith(component + "."):
                 spans = self._names(DIFFUSERS, is_flat=False).get(root + stem[len(component) + 1 :])
                 if spans is not None:
-                    return self._of(Site(DENOISER, spans), DIFFUSERS, "diffusers")
+                    return self._of(Site(DENOISER, spans), DIFFUSERS, "diffusers")._replace(prefix=component + ".")
         return None
 
     def _of(self, site: Site, naming: str, layout: str) -> Found:
@@ -156,6 +194,12 @@ class NameIndex:
                 yield from self._names(naming, is_flat=is_flat)
 
 
+def _whole(component: str, name: str, shape: Shape) -> Site:
+    return Site(component, (Span(name, 0, shape[0]),))
+
+
+_ENCODER = re.compile(r"(lora_te\d?_|text_encoders\.[^.]+\.(transformer\.)?|text_encoder(_\d)?\.|te\d?\.)(?=.)")
+"""What the names of a text encoder's modules begin with, whichever encoder it is."""
 _STARTS = tuple(prefix.text for prefix in PREFIXES if prefix.text)
 
 

@@ -152,7 +152,7 @@ class ScaleRules:
         if rank is None:
             return Scale(1.0, "none (1.0)", alpha)
         if self.rslora_flag and delta.family == "lora":
-            return Scale(value / sqrt(rank), "rsLoRA")
+            return Scale(value / sqrt(rank), "rsLoRA", stored=alpha)
         return Scale(value / rank, "alpha tensor", alpha)
 
     def _config(self, stem: str) -> tuple[PeftConfig | None, str]:

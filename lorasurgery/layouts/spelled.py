@@ -1,83 +1,91 @@
-"""Layouts that are a file's own spelling: its prefix, its words for the factors, its way to carry the scale.
+"""How a file spells its modules, as a layout to write: prefixes, words for the factors, the way to carry the scale.
 
-For adapters of models that no table knows: which program reads them is not known, so the result has the input's keys. A
-layout is called by what its keys look like, ``lora_unet_*.lora_down.weight + alpha``.
+A command without a target writes every key as it was. What has no key in the file (a module of another file, a factor of a
+new family) is spelled as the file's other modules are.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.architectures.table import ORIGINAL
-from lorasurgery.layouts.names import PREFIXES
-from lorasurgery.layouts.targets import DOTTED, EVERYTHING, KOHYA, PEFT, SUFFIXES, Layout, Naming
-from lorasurgery.layouts.words import ALPHA, BIAS, LORA, MAGNITUDE
+from lorasurgery.layouts.scales import HEADER_KEY
+from lorasurgery.layouts.targets import DOTTED, EVERYTHING, KOHYA, LAYOUTS, PEFT, SUFFIXES, Layout, Naming
+from lorasurgery.layouts.words import BIAS, LORA, MAGNITUDE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
+    from lorasurgery.adapter import Module
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.files.taken import Taken
     from lorasurgery.layouts.group import Group
-    from lorasurgery.layouts.names import Prefix
+    from lorasurgery.layouts.names import Found
 
-PREFIXED = tuple(prefix for prefix in PREFIXES if prefix.component == DENOISER)
-"""Wan's second expert is a matter of its table."""
 KEEP, FOLD, HEADER = "keep", "fold", "header"
 _TAILS = MappingProxyType({KEEP: " + alpha", FOLD: "", HEADER: " + header"})
 _DIFF = " + diff"
 """What tells PEFT's words with ComfyUI's for the rest (``diff``, ``dora_scale``) from PEFT's alone."""
-_COMPONENTS = ("transformer.", "unet.")
-"""Prefixes under which ``lora_adapter_metadata`` has a configuration. Source: Diffusers 0.42 ``loaders/peft.py``."""
-PLAIN = frozenset({"lora", "dora"})
-"""What that configuration can describe."""
 _NOT_PEFT = frozenset({"full", "norm", "set", "bias"})
 """Families that PEFT has no words for; a file that has them has ComfyUI's."""
 _HELD = EVERYTHING | {"miss", "bat"}
 
 
-@cache
-def spelled_layouts() -> Mapping[str, Layout]:
-    """Every such layout by its id."""
-    found = (
-        _layout(prefix, words, alpha)
-        for prefix in PREFIXED
-        for words in SUFFIXES
-        for alpha in _TAILS
-        if alpha != HEADER or (words == PEFT and prefix.text in _COMPONENTS)
-    )
-    return MappingProxyType({own.id: own for own in found})
-
-
-def _layout(prefix: Prefix, words: str, alpha: str) -> Layout:
-    return Layout(
-        _id(prefix, words, alpha), "the input's own spelling", Naming(prefix.text, prefix.flat, ORIGINAL), words,
-        {KEEP: (KEEP, FOLD), FOLD: (FOLD, KEEP), HEADER: (HEADER, FOLD)}[alpha],
-        holds=PLAIN if alpha == HEADER else _HELD - _NOT_PEFT if words == PEFT else _HELD, any_shape=True,
-        always_alpha=alpha == KEEP,
-    )  # fmt: skip
-
-
-def _id(prefix: Prefix, words: str, alpha: str) -> str:
-    return f"{prefix.text}*{SUFFIXES[words]['down']}{_TAILS[alpha]}{_DIFF if words == DOTTED else ''}"
-
-
-def spelling(prefix: Prefix, groups: Mapping[str, Group], families: Collection[str], *, header: bool) -> str:
-    """The id of the layout that these modules, of these families, are spelled in.
-
-    ``header``: whether the file's header has their scales. Without alpha tensors the scale is folded into the factors, as
-    whoever reads the file may not know them.
-    """
-    entries = [entry for own in groups.values() for entry in own.entries.values()]
-    words = _words(groups)
+def spelling(taken: Taken, found: Mapping[str, Found], modules: Iterable[Module], arch: Architecture, name: str) -> Layout:
+    """The layout that a file is spelled in. ``name`` is what its layout is called; of an unknown model it says how it looks."""
+    modules = list(modules)
+    families = {module.family for module in modules}
+    words = _words(taken.groups)
     if words == PEFT and not _NOT_PEFT.isdisjoint(families):
         words = DOTTED
-    if any(entry.word.family == ALPHA for entry in entries):
-        return _id(prefix, words, KEEP)
-    kept = header and words == PEFT and prefix.text in _COMPONENTS and PLAIN.issuperset(families)
-    return _id(prefix, words, HEADER if kept else FOLD)
+    alpha = _alpha(modules, folder=taken.configs is not None)
+    denoiser = _usual(found.values(), (DENOISER, SECOND_DENOISER)) or Naming("", flat=False, naming=ORIGINAL)
+    encoders = {place.site.component for place in found.values()} - {DENOISER, SECOND_DENOISER}
+    base = LAYOUTS.get(name)
+    own = Layout(
+        _name(denoiser.prefix, words, alpha) if arch.id == CUSTOM and taken.configs is None else name,
+        "the input's own spelling", denoiser, words, {KEEP: (KEEP, FOLD), FOLD: (FOLD, KEEP), HEADER: (HEADER, FOLD)}[alpha],
+        holds=_held(base, arch, words, alpha) | families, any_shape=True,
+        always_alpha=alpha == KEEP and all("alpha" in m.keys for m in modules if m.delta is not None and m.delta.rank),
+        own=True, folder=taken.configs is not None, rslora=taken.rules.rslora_flag,
+        prefixes=MappingProxyType({c: usual for c in sorted(encoders) if (usual := _usual(found.values(), (c,)))}),
+    )  # fmt: skip
+    return own if base is None else replace(own, encoders=base.encoders, in_axis_dora=base.in_axis_dora)
+
+
+def _name(prefix: str, words: str, alpha: str) -> str:
+    """What the keys of an unknown model look like: ``lora_unet_*.lora_down.weight + alpha``."""
+    return f"{prefix}*{SUFFIXES[words]['down']}{_TAILS[alpha]}{_DIFF if words == DOTTED else ''}"
+
+
+def _held(base: Layout | None, arch: Architecture, words: str, alpha: str) -> frozenset[str]:
+    """Families that whoever reads the file takes beside those it has."""
+    if base is not None and arch.id != CUSTOM:
+        return base.holds
+    if alpha == HEADER:
+        return frozenset({"lora", "dora"})
+    return _HELD - _NOT_PEFT if words == PEFT else _HELD
+
+
+def _usual(found: Iterable[Found], components: Collection[str]) -> Naming | None:
+    """The prefix and naming that most modules of these components have."""
+    votes = Counter(Naming(p.prefix, p.flat, p.naming) for p in found if p.site.component in components)
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _alpha(modules: Iterable[Module], *, folder: bool) -> str:
+    """How the file says scales. Where it says none, a new one goes into the factors: its readers may not know alphas."""
+    if folder:
+        return HEADER
+    modules = list(modules)
+    if any("alpha" in module.keys for module in modules):
+        return KEEP
+    return HEADER if any(module.scale.source == HEADER_KEY for module in modules) else FOLD
 
 
 def _words(groups: Mapping[str, Group]) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, flat
 from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.adapter import Site
+    from lorasurgery.adapter import Adapter, Site
     from lorasurgery.architectures.table import Architecture, Encoder, Spans
 
 EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3", "sparse"})
@@ -77,6 +77,14 @@ class Layout:
     in_axis_dora: bool = True
     encoders: str = "comfyui"
     """Which of an encoder's prefixes is written: ``sd_scripts``, ``diffusers``, ``comfyui`` or ``onetrainer``."""
+    folder: bool = False
+    """Whether it is PEFT's folder and no file."""
+    own: bool = False
+    """Whether it is a file's own spelling: modules that have keys keep them."""
+    prefixes: Mapping[str, Naming] = field(default_factory=dict)
+    """For a file's own spelling: text encoder -> what its names begin with."""
+    rslora: bool = False
+    """For a file's own spelling: alpha is divided by the square root of the rank, as a flag in it says."""
 
 
 LAYOUTS = MappingProxyType(
@@ -102,7 +110,7 @@ LAYOUTS = MappingProxyType(
             Layout(
                 "peft", "PEFT", Naming("base_model.model.", False, DIFFUSERS), PEFT, ("header", "fold"),
                 holds=frozenset({"lora", "dora", "loha", "lokr", "miss"}), carries_unknown=False, in_axis_dora=False,
-                encoders="diffusers",
+                encoders="diffusers", folder=True,
             ),
             Layout(
                 "lycoris", "LyCORIS and SimpleTuner", Naming("lycoris_", True, DIFFUSERS), KOHYA, ("keep", "fold"),
@@ -116,28 +124,31 @@ LAYOUTS = MappingProxyType(
     }
 )  # fmt: skip
 
-OWN = "*"
-"""In the id of a file's own spelling, see :mod:`lorasurgery.layouts.spelled`."""
 ALIASES = MappingProxyType({"default": "sd-scripts", "kohya": "sd-scripts"})
 
 
 def layout(name: str) -> Layout:
-    """The layout called ``name`` or one of its aliases, or a file's own; raises RequestError for another name."""
-    found = LAYOUTS.get(ALIASES.get(name, name)) or (_own(name) if OWN in name else None)
+    """The layout called ``name`` or one of its aliases; raises RequestError for another name."""
+    found = LAYOUTS.get(ALIASES.get(name, name))
     if found is None:
         raise RequestError(f"no layout is called {name}", hint="one of " + ", ".join((*LAYOUTS, *ALIASES)))
     return found
 
 
-def _own(name: str) -> Layout | None:
-    from lorasurgery.layouts.spelled import spelled_layouts
+def written_in(adapter: Adapter, target: str | None = None) -> Layout:
+    """The layout that an adapter is written in: ``target``, else its file's own spelling, else the layout it was brought to.
 
-    return spelled_layouts().get(name)
+    Raises RequestError for a name that is no layout.
+    """
+    if target is not None:
+        return layout(target)
+    return layout(adapter.layout) if adapter.spelling is None else adapter.spelling
 
 
-def is_written(name: str) -> bool:
-    """Whether a layout that a file is in can be written, too."""
-    return name in LAYOUTS or OWN in name
+def names_in(own: Naming, arch: Architecture) -> Mapping[str, Spans]:
+    """Every name that a naming has for the denoiser, dotted; where they become underscores, those known only so too."""
+    names = arch.namings[own.naming]
+    return {**names, **arch.flat_names} if own.flat and arch.flat_names else names
 
 
 def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model") -> tuple[Naming, ...]:
@@ -146,12 +157,15 @@ def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model")
     Raises RequestError for another program's layout where only one's names are known.
     """
     own = target.denoiser
+    if target.own:
+        split = arch.comfyui_split == own.prefix and not own.flat
+        return (own, *(own._replace(naming=n) for n in (ORIGINAL, DIFFUSERS) if split and n != own.naming))
     if target.id == "onetrainer" and arch.onetrainer == "dotted":
         own = Naming("{denoiser}.", False, DIFFUSERS)
     own = own._replace(prefix=own.prefix.format(denoiser=arch.denoiser, prefix=prefix))
     if arch.only_prefix not in (None, own.prefix):
         raise RequestError(
-            f"no table knows the model, so what {arch.only_prefix}{next(iter(arch.shapes))} is called in the layout "
+            f"no table knows the model, so what {arch.only_prefix}{next(iter(arch.shapes), '')} is called in the layout "
             f"{target.id} is not known",
             hint="--base MODEL, whose header has the names; or no --target, for the input's own",
         )
@@ -168,16 +182,21 @@ class Speller:
         self._arch = arch
         self.namings = namings(target, arch, prefix)
         self._names: list[Mapping[Spans, str]] = [
-            {spans: name for name, spans in arch.namings[own.naming].items()} for own in self.namings
+            {spans: name for name, spans in names_in(own, arch).items()} for own in self.namings
         ]
+        self._flat = {own.name for own in arch.own if own.flat}
         self._encoders: Mapping[str, Encoder] = {encoder.table: encoder for encoder in arch.encoders}
 
     def stem(self, site: Site) -> str | None:
         """The key without its suffix, or None when the layout has no name for the site."""
-        if site.component == DENOISER:
+        if site.component == DENOISER or (self._target.own and site.component == SECOND_DENOISER):
             return self._denoiser(site)
+        weight = site.spans[0].weight
+        own = self._target.prefixes.get(site.component)
+        if own is not None:
+            return None if weight in self._flat and not own.flat else own.prefix + (flat(weight) if own.flat else weight)
         encoder = self._encoders.get(site.component)
-        return None if encoder is None else self._encoder(encoder, site.spans[0].weight)
+        return None if encoder is None else self._encoder(encoder, weight)
 
     def _denoiser(self, site: Site) -> str | None:
         for own, names in zip(self.namings, self._names, strict=True):
@@ -193,6 +212,8 @@ class Speller:
 
     def _encoder(self, encoder: Encoder, weight: str) -> str | None:
         kind = self._target.encoders
+        if weight in self._flat and kind in ("diffusers", "comfyui"):
+            return None
         if kind == "diffusers":
             loaded = self._target.id != "diffusers" or encoder.diffusers in self._arch.diffusers_encoders
             return f"{encoder.diffusers}.{weight}" if loaded and encoder.diffusers is not None else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Magnitude, Module, Site
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.errors import RequestError, UnknownArchitectureError
-from lorasurgery.layouts.targets import layout
+from lorasurgery.layouts.targets import written_in
 from lorasurgery.surgery.families import held, uniform
 from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["Options", "convert"]
 
 
-def convert(adapter: Adapter, target: str, options: Options | None = None) -> tuple[Adapter, Report]:
+def convert(adapter: Adapter, target: str | None = None, options: Options | None = None) -> tuple[Adapter, Report]:
     """The adapter with the modules that layout ``target`` names, and the report of what was done to each.
+
+    Without a target every module keeps its name, and only the family and the dtype change.
 
     Nothing is computed yet but truncated factors: tensors are read when the result is saved, and rounding errors reach
     the report then. Raises NotRepresentableError when the target cannot hold a module exactly and no option allows
@@ -39,14 +41,14 @@ def convert(adapter: Adapter, target: str, options: Options | None = None) -> tu
     started = time.perf_counter()
     options = options or Options()
     options.check()
-    if adapter.ambiguous:
+    if target is not None and adapter.ambiguous:
         raise UnknownArchitectureError(
             f"its keys fit {' and '.join((adapter.architecture.key, *adapter.ambiguous))} equally well, and the results differ",
             path=adapter.path,
             hint=f"--arch {adapter.architecture.id}, or whichever it was trained on",
             candidates=adapter.candidates,
         )
-    job = Job(adapter, layout(target), options)
+    job = Job(adapter, written_in(adapter, target), options)
     check_target(job)
     result = _run(job)
     job.report.seconds = time.perf_counter() - started
@@ -54,7 +56,7 @@ def convert(adapter: Adapter, target: str, options: Options | None = None) -> tu
 
 
 def _run(job: Job) -> Adapter:
-    if job.target.id == "comfyui" and not job.arch.has_comfyui:
+    if job.target.id == "comfyui" and not job.target.own and not job.arch.has_comfyui:
         raise job.refusal(
             next(iter(job.adapter.modules.values())),
             f"ComfyUI has no model with the names of {job.arch.name}",
@@ -71,7 +73,10 @@ def _run(job: Job) -> Adapter:
     groups: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
         groups[module.site.component].append(module)
-    result = [new for component, own in groups.items() for new in regroup(job, component, uniform(job, own))]
+    if job.target.own:
+        result = [job.done(module, "kept", module) for module in modules]
+    else:
+        result = [new for component, own in groups.items() for new in regroup(job, component, uniform(job, own))]
     if job.zero_parts:
         job.report.warnings.append(
             f"{len(job.zero_parts)} parts of fused modules (first: of {job.zero_parts[0]}) are all zeros, the places of "
@@ -88,7 +93,10 @@ def _run(job: Job) -> Adapter:
     if job.options.dtype != "keep":
         result = [_cast(job, module) for module in result]
     made = {module.site: module for module in result}
-    return replace(job.adapter, modules=made, layout=job.target.id, path=None, metadata=refamilied_metadata(job))
+    spelled = job.adapter.spelling if job.target.own else None
+    return replace(
+        job.adapter, modules=made, layout=job.target.id, path=None, metadata=refamilied_metadata(job), spelling=spelled
+    )
 
 
 def _warn_without_effect(job: Job, modules: list[Module]) -> None:
@@ -123,7 +131,7 @@ def _components(job: Job, modules: list[Module]) -> list[Module]:
     Source: Diffusers 0.42 ``WanLoraLoaderMixin`` reads only ``transformer.``, into either expert.
     """
     present = {m.site.component for m in modules}
-    if SECOND_DENOISER not in present:
+    if SECOND_DENOISER not in present or job.target.own:
         return modules
     if DENOISER in present:
         raise job.refusal(

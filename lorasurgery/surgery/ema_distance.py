@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.files.opened import together
+from lorasurgery.files.taken import Unparsed
 from lorasurgery.io.header import RawFile
-from lorasurgery.layouts.own_names import Unread, read_by_names
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.compare.forms import product_of
 from lorasurgery.surgery.compare.products import Product, measure
@@ -30,7 +31,7 @@ def distance_from_changes(files: Sequence[RawFile], weights: Sequence[float], av
     """
     pairs = [(file, weight) for file, weight in zip(files, weights, strict=True) if weight]
     made = RawFile(files[0].path, averaged, files[-1].metadata)
-    result, *sources = read_by_names([Unread(own) for own in (made, *(file for file, _ in pairs))])
+    result, *sources = together([Unparsed(own) for own in (made, *(file for file, _ in pairs))])
     shares = [weight for _, weight in pairs]
     groups = [(module, [source.modules[site] for source in sources]) for site, module in result]
     wanted = [group for group in groups if group[0].delta is not None and not isinstance(group[0].delta, (Full, Opaque))]

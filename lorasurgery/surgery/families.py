@@ -10,7 +10,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
-from lorasurgery.layouts.targets import KOHYA, OWN, PEFT
+from lorasurgery.layouts.targets import KOHYA, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def held(job: Job, module: Module) -> Module | None:
     if module.delta is None and "bias" not in job.target.holds:
         _leave_out(job, module, "a bias without factors")
         return None
+    if job.target.own:
+        return module
     if module.bias is not None and job.target.words == PEFT and not isinstance(module.delta, LowRank):
         _leave_out(job, module, f"a bias beside {_name(module.family)} factors")
         module = replace(module, bias=None)
@@ -72,7 +74,7 @@ def _holds(job: Job, module: Module) -> bool:
 def _is_configured(job: Job, module: Module) -> bool:
     """Whether it is PEFT's OFT, of which only the configuration tells how the rotations are made, on its way elsewhere."""
     slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
-    return bool({".oft_R.weight", ".oft_r"} & set(slots)) and job.adapter.layout == "peft" and OWN not in job.target.id
+    return bool({".oft_R.weight", ".oft_r"} & set(slots)) and job.adapter.layout == "peft" and not job.target.own
 
 
 def _as_lora(job: Job, module: Module) -> Module | None:
@@ -122,7 +124,7 @@ def without_magnitude(job: Job, module: Module, reason: str) -> Module:
     """The module as a plain LoRA under ``--lossy``, or a refusal."""
     if not job.options.lossy:
         raise job.refusal(module, reason, "--lossy to drop the magnitude and keep what is inside")
-    job.report.dropped.append((f"{module.name}.dora_scale", reason))
+    job.report.dropped.append((module.keys.get("magnitude", f"{module.name}.dora_scale"), reason))
     return replace(module, magnitude=None)
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Magnitude, Module, Site
+from lorasurgery.adapter import Magnitude, Module, Scale, Site
 from lorasurgery.deltas.base import CannotError, Delta, is_power_of_two
 from lorasurgery.deltas.full import Full, stack_full
 from lorasurgery.deltas.hadamard import Hadamard, stack_hadamard
@@ -29,7 +29,7 @@ def take_rows(module: Module, ranges: Sequence[tuple[int, int]], rows: int) -> M
     delta = None if module.delta is None else module.delta.rows(ranges)
     magnitude = None if module.magnitude is None else module.magnitude.rows(ranges, rows)
     bias = None if module.bias is None else module.bias.rows(ranges)
-    taken = replace(module, magnitude=magnitude, bias=bias, extras={})
+    taken = replace(module, magnitude=magnitude, bias=bias, extras={}, keys={}, layer_bias=None)
     return taken if delta is None else taken.with_delta(delta)
 
 
@@ -50,7 +50,7 @@ def stack_modules(
     magnitude = _stack_magnitudes(parts)
     bias = stack_bias([Piece(m, ((0, rows),)) for m, rows in parts])
     if not deltas:
-        return replace(head, site=site, bias=bias, magnitude=magnitude)
+        return replace(head, site=site, bias=bias, magnitude=magnitude, extras={}, keys={}, layer_bias=None)
     value, common = _common_scale(present, fold=fold)
     recorded = _shares(present, record)
     members = []
@@ -63,8 +63,8 @@ def stack_modules(
     same = common and stacked.rank == deltas[0].rank
     alpha = head.scale.alpha if same else None
     return replace(
-        head, site=site, delta=stacked, scale=replace(head.scale, value=value, alpha=alpha), magnitude=magnitude,
-        bias=bias, extras={},
+        head, site=site, delta=stacked, scale=Scale(value, head.scale.source, alpha), magnitude=magnitude,
+        bias=bias, extras={}, keys={}, layer_bias=None,
     )  # fmt: skip
 
 

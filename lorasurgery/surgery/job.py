@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import NotRepresentableError
@@ -29,16 +28,7 @@ class Job:
         """(module, reason) of fused weights that keep their split names."""
         self.zero_parts: list[str] = []
         """Fused modules of which a part is all zeros, once for each such part."""
-        self.report = Report(
-            input=str(adapter.path or ""),
-            architecture=self.arch.key,
-            candidates=adapter.candidates,
-            source_layout=adapter.layout,
-            target_layout=target.id,
-            modules=len(adapter),
-            warnings=list(adapter.warnings),
-            scale_sources=Counter(m.scale.source for m in adapter.modules.values()),
-        )
+        self.report = Report.of(adapter, target.id)
 
     def done(self, module: Module, action: str, was: Module) -> Module:
         """Note what became of ``was`` and return the result."""

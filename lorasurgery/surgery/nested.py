@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, NotAnAdapterError
-from lorasurgery.layouts.foreign import refuse_other_models
-from lorasurgery.layouts.group import build, group
-from lorasurgery.layouts.scales import ScaleRules, header_configs
+from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.layouts.words import ALPHA, LORA, MAGNITUDE
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
+    from lorasurgery.layouts.scales import ScaleRules
     from lorasurgery.linalg.prefix import PrefixCurve
 
 SD_SCRIPTS, LYCORIS = "sd-scripts", "LyCORIS"
@@ -81,20 +80,17 @@ def nested_modules(raw: RawFile) -> tuple[list[NestedModule], list[str]]:
 
     Raises BrokenModuleError for factors that do not fit, NotAnAdapterError for other files and for one without LoRA.
     """
-    groups, _ = group(raw)
-    refuse_other_models(raw, groups)
-    rslora = raw.tensors.get("use_rslora_flag")
-    rules = ScaleRules(header_configs(raw.metadata), rslora is not None and bool(rslora.item()))
+    taken = taken_apart(Unparsed(raw))
     found, others = [], []
-    for stem, own in groups.items():
-        delta = build(own, raw.path)
+    for stem, own in taken.groups.items():
+        delta = taken.deltas[stem]
         if isinstance(delta, LowRank):
-            found.append(_module(own, delta, rules, raw))
+            found.append(_module(own, delta, taken.rules, raw))
         else:
             others.append(stem)
     if not found:
         raise NotAnAdapterError(
-            f"none of its {len(groups)} modules is a LoRA, and only a LoRA's first components are one again",
+            f"none of its {len(taken.groups)} modules is a LoRA, and only a LoRA's first components are one again",
             path=raw.path, hint="lorasurgery convert --as lora --rank N",
         )  # fmt: skip
     return found, others

@@ -13,6 +13,7 @@ from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, RequestError
+from lorasurgery.layouts.targets import names_in
 from lorasurgery.surgery.families import reduced, without_magnitude
 from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows, wide
 from lorasurgery.surgery.options import AUTO, FUSE, SPLIT
@@ -30,7 +31,7 @@ def regroup(job: Job, component: str, modules: list[Module]) -> list[Module]:
     """The modules of one component at the target's granularity."""
     if component not in (DENOISER, SECOND_DENOISER):
         return [job.done(module, "renamed", module) for module in modules]
-    names = job.arch.namings[job.namings[0].naming]
+    names = names_in(job.namings[0], job.arch)
     try:
         targets = plan(modules, targets_of(names))
     except ValueError as twice:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from math import isclose
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import Scale
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.low_rank import LowRank, used_columns
 
@@ -44,7 +45,7 @@ def check_split_alpha(modules: list[Module], adapter: Adapter, report: Report, *
             found.append(module.name)
             if fix:
                 value = module.scale.value * len(parts)
-                module = replace(module, scale=replace(module.scale, value=value, alpha=None))  # noqa: PLW2901
+                module = replace(module, scale=Scale(value, module.scale.source))  # noqa: PLW2901
         result.append(module)
     if found:
         what = "put right" if fix else "left as it is; --fix-split-alpha puts it right"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorasurgery.api import read_any
 from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureError
+from lorasurgery.files.opened import read_any
+from lorasurgery.files.read import parse
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
-from lorasurgery.layouts.parse import FLAGS, parse
+from lorasurgery.layouts.module import FLAGS
 from lorasurgery.layouts.scales import PeftConfig
 from lorasurgery.layouts.words import split_key
 from lorasurgery.metadata import FACTOR

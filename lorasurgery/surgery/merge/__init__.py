@@ -7,13 +7,13 @@
 """
 
 from lorasurgery.surgery.merge.engine import merge
-from lorasurgery.surgery.merge.inputs import Source, one_architecture
+from lorasurgery.surgery.merge.inputs import Source
 from lorasurgery.surgery.merge.options import MergeOptions
 from lorasurgery.surgery.merge.report import MergedModule, MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import Wanted, parse_source, parse_weight
 from lorasurgery.surgery.merge.weights import Weight
 
 __all__ = [
-    "MergeOptions", "MergeReport", "MergedModule", "Source", "SourceReport", "Wanted", "Weight", "merge", "one_architecture",
+    "MergeOptions", "MergeReport", "MergedModule", "Source", "SourceReport", "Wanted", "Weight", "merge",
     "parse_source", "parse_weight",
 ]  # fmt: skip

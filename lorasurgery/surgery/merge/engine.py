@@ -12,12 +12,13 @@ from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
+from lorasurgery.files.alike import one_naming
 from lorasurgery.io.tensors import same_values
-from lorasurgery.layouts.targets import layout, namings
+from lorasurgery.layouts.targets import names_in, namings, written_in
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
 from lorasurgery.surgery.merge.align import aligned
-from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, weighted
+from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, spelled_as, weighted
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
 from lorasurgery.surgery.merge.options import DENSE, MergeOptions
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.deltas.base import Record
+    from lorasurgery.layouts.targets import Layout
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Merging:
     sources: list[Source]
     options: MergeOptions
     arch: Architecture
-    target: str
+    target: Layout
     report: MergeReport
 
     @property
@@ -62,7 +64,7 @@ class Merging:
 def merge(
     files: Sequence[Source | tuple[Adapter, float | str]], options: MergeOptions | None = None, target: str | None = None
 ) -> tuple[Adapter, MergeReport]:
-    """The merged adapter, in the granularity of layout ``target`` (None: the first file's), and what was done.
+    """The merged adapter, in the granularity of layout ``target`` (None: spelled as the first file is), and what was done.
 
     ``files``: adapters with their weights, as numbers or as the command line has them (``"0.7:te=0.5"``).
     Sums are exact up to rounding to the dtype, which is reported; tensors are computed when the result is saved, and
@@ -73,10 +75,12 @@ def merge(
     options = options or MergeOptions()
     options.check(len(files))
     sources = [own if isinstance(own, Source) else _source(*own) for own in files]
+    alike = one_naming([source.adapter for source in sources])
+    sources = [replace(source, adapter=adapter) for source, adapter in zip(sources, alike, strict=True)]
     arch = architecture_for(sources)
-    target = layout(target or leading([source.adapter for source in sources]).layout).id
-    report = MergeReport(options.method, arch.key, target)
-    run = Merging(sources, options, arch, target, report)
+    writing = written_in(leading(alike), target)
+    report = MergeReport(options.method, arch.key, writing.id)
+    run = Merging(sources, options, arch, writing, report)
     result = _merged(run)
     report.seconds = time.perf_counter() - started
     return result, report
@@ -91,17 +95,19 @@ def _merged(run: Merging) -> Adapter:
     run.sources = [_checked(run, source) for source in run.sources]
     files = [weighted(source, i, run.arch) for i, source in enumerate(run.sources)]
     _describe(run, files)
-    names = run.arch.namings[namings(layout(run.target), run.arch)[0].naming] or run.arch.namings[DIFFUSERS]
+    names = names_in(namings(run.target, run.arch)[0], run.arch) or run.arch.namings[DIFFUSERS]
     sites = aligned(files, run.sources, run.arch, names, run.recorder)
     made = combine(run, sites, Sums(run))
     if not made:
         raise RequestError("nothing would be left: every weight is 0, the files cancel out, or nothing in them can be added")
     used = [bool(source.used) for source in run.report.sources]
+    first = leading([source.adapter for source in run.sources])
     adapter = Adapter(
         architecture=run.arch,
-        modules={module.site: module for module in made},
+        modules={module.site: spelled_as(module, first) for module in made},
         metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
-        layout=leading([source.adapter for source in run.sources]).layout,
+        layout=first.layout,
+        spelling=first.spelling,
         leftovers=_leftovers(run),
         ambiguous=_ambiguous(run),
         operation=f"merge {run.options.method}",
@@ -153,7 +159,7 @@ def _without_factor(adapter: Adapter) -> Adapter:
 
 def _ambiguous(run: Merging) -> tuple[str, ...]:
     """Models that every file could be for as well, where that would change names."""
-    if all(source.adapter.layout == run.target for source in run.sources):
+    if run.target.own:
         return ()
     others = [set(source.adapter.ambiguous) for source in run.sources]
     return tuple(sorted(set.intersection(*others) - {run.arch.key}))
@@ -169,7 +175,7 @@ def _resized(run: Merging, adapter: Adapter) -> Adapter:
     exclude = (*options.exclude, *([f"^({'|'.join(dora)})$"] if dora else []))
     dtype = run.options.dtype if run.options.dtype != "keep" else {v: k for k, v in DTYPES.items()}.get(run.dtype, "fp32")
     options = replace(
-        options, exclude=exclude, dtype=dtype, layout=run.target, text_encoders=True,
+        options, exclude=exclude, dtype=dtype, layout=None if run.target.own else run.target.id, text_encoders=True,
         full=options.full or run.options.method in DENSE,
     )  # fmt: skip
     result, run.report.resize = resize(adapter, options)

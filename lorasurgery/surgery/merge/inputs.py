@@ -10,13 +10,14 @@ import numpy as np
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
 from lorasurgery.layouts.detect import expected_shape, fits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.linalg.factors import AnyArray
@@ -50,27 +51,6 @@ class Weighted:
         return self.module.magnitude is None and not isinstance(self.module.delta, Opaque)
 
 
-def one_architecture(adapters: Sequence[Adapter], load: Callable[[int, str], Adapter]) -> list[Adapter]:
-    """The adapters under one architecture; those that fit several models are read again as the one that fits all.
-
-    ``load(i, arch)`` reads the i-th file as another architecture. Variants of one model (FLUX.1 dev and schnell) are kept
-    as they are. Raises RequestError for files of different models.
-    """
-    if len({adapter.architecture.id for adapter in adapters}) == 1:
-        return list(adapters)
-    fitting = [[adapter.architecture.key, *(key for key, _ in adapter.candidates)] for adapter in adapters]
-    for key in fitting[0]:
-        if all(key in keys for keys in fitting):
-            return [a if a.architecture.key == key else load(i, key) for i, a in enumerate(adapters)]
-    first = adapters[0]
-    other = next(a for a in adapters if a.architecture.id != first.architecture.id)
-    raise RequestError(
-        f"{first.path} is for {first.architecture.name}, {other.path} for {other.architecture.name}: their weights have "
-        "nothing to do with each other",
-        hint="files for one model; --arch NAME where a file was taken for the wrong one",
-    )
-
-
 def leading(adapters: Sequence[Adapter]) -> Adapter:
     """The adapter whose layout the result gets: the first that changes the diffusion model, else the first.
 
@@ -81,10 +61,28 @@ def leading(adapters: Sequence[Adapter]) -> Adapter:
     )
 
 
+def spelled_as(module: Module, first: Adapter) -> Module:
+    """A module of the result with the keys that the first file has for it, none where it has not.
+
+    Another file's alpha is not kept where the first file's is read by another rule (an rsLoRA flag, a LoKr with both factors
+    whole): it is written anew.
+    """
+    own = first.modules.get(module.site)
+    if own is not None and own.name == module.name and own.keys == module.keys:
+        return module
+    rule = (first.spelling is not None and first.spelling.rslora) or module.scale.stored is not None
+    whole = isinstance(module.delta, Kronecker) and module.delta.rank is None
+    scale = Scale(module.scale.value, module.scale.source) if rule or whole else module.scale
+    return replace(module, keys={} if own is None else own.keys, name=module.name if own is None else own.name,
+                   scale=scale, layer_bias=None)  # fmt: skip
+
+
 def architecture_for(sources: Sequence[Source]) -> Architecture:
     """The variant that has every module of every file with its shape; raises RequestError when none does."""
     own = {source.adapter.architecture.key: source.adapter.architecture for source in sources}
-    every = {**own, **{arch.key: arch for arch in named(next(iter(own.values())).id)}} if len(own) > 1 else own
+    beyond = next(iter(own.values())).own
+    variants = {arch.key: arch.with_own(beyond) for arch in named(next(iter(own.values())).id)} if len(own) > 1 else {}
+    every = {**own, **variants}
     misfit = None
     for arch in every.values():
         found = next(((s, m) for s in sources for m in s.adapter.modules.values() if not _has(arch, m)), None)
@@ -169,5 +167,7 @@ def _first_ranks(module: Module, count: int, source: Source) -> Module:
         )  # fmt: skip
     kept = [(0, count)]
     return replace(
-        module, delta=LowRank(delta.up.columns(kept), delta.down.rows(kept)), scale=replace(module.scale, alpha=None)
+        module,
+        delta=LowRank(delta.up.columns(kept), delta.down.rows(kept)),
+        scale=Scale(module.scale.value, module.scale.source),
     )

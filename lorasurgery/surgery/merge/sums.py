@@ -10,7 +10,6 @@ from lorasurgery.deltas.rounding import rounded
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.io.dtypes import widest
 from lorasurgery.layouts.detect import expected_shape
-from lorasurgery.layouts.targets import layout
 from lorasurgery.surgery.merge.add import Adding, Sum, added, nonlinear, refuse_nonlinear
 from lorasurgery.surgery.merge.inputs import times
 from lorasurgery.surgery.merge.report import MergedModule
@@ -70,7 +69,7 @@ class Sums:
         cut = self.run.options.resize is not None
         dtype = "F32" if cut else self.dtype_of(members)
         name = members[0].original.name
-        full = "full" in layout(self.run.target).holds and not cut
+        full = "full" in self.run.target.holds and not cut
         return Adding(expected_shape(self.run.arch, site), dtype, self.run.recorder(name), full, any_rank=cut)
 
     def dtype_of(self, members: Sequence[Weighted]) -> str:

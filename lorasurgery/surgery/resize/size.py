@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasurgery.api import KNOWN_TOP_LEVEL
+from lorasurgery.api import KNOWN_TOP_LEVEL, takes_factor
 from lorasurgery.io.header import header_bytes
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
 from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.peft_config import header_metadata
 from lorasurgery.layouts.scales import HEADER_KEY
-from lorasurgery.layouts.targets import layout
+from lorasurgery.layouts.targets import written_in
 from lorasurgery.metadata import converted, with_lokr_factor
 from lorasurgery.report import Report
 from lorasurgery.surgery.convert import convert
@@ -25,15 +25,16 @@ def file_size(adapter: Adapter, layout_name: str | None = None) -> int:
     For a PEFT folder, of its safetensors file. Raises RequestError for a layout that cannot be written, and what
     :func:`lorasurgery.convert` raises.
     """
-    if layout_name is not None and layout(layout_name).id != adapter.layout:
+    if layout_name is not None:
         adapter = convert(adapter, layout_name)[0]
-    target, report = layout(adapter.layout), Report()
+    target, report = written_in(adapter), Report()
     emitted = emit(adapter, target, report)
+    kept = (left for left in adapter.leftovers if target.own or left.key not in KNOWN_TOP_LEVEL)
     if target.carries_unknown:
-        emitted.tensors.update({left.key: left.tensor for left in adapter.leftovers if left.key not in KNOWN_TOP_LEVEL})
+        emitted.tensors.update({left.key: left.tensor for left in kept})
     metadata = converted(adapter, adapter.metadata, emitted.written, source_layout=adapter.layout, target=target.id)
-    with_lokr_factor(adapter, metadata, emitted.tensors, explicit=None, buffer=target.carries_unknown)
-    if report.scale_written == "header":
+    with_lokr_factor(adapter, metadata, emitted.tensors, explicit=None, buffer=takes_factor(target, emitted.tensors))
+    if report.scale_written == "header" and not target.folder:
         metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
     if MODEL_HASH in adapter.metadata or target.id == "sd-scripts":
         metadata |= {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorasurgery.adapter import Scale
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.low_rank import LowRank
@@ -72,7 +73,10 @@ def _apart(module: Module, others: Sequence[Module], *, keep_both: bool) -> Modu
     ones = tuple(1 for _ in own.down.shape[2:])
     factors = up.reshape(*up.shape, *ones), down.reshape(len(down), *own.down.shape[1:])
     return replace(
-        module, delta=LowRank(*(of_array(f, "F64") for f in factors)), scale=replace(module.scale, alpha=None), extras={}
+        module,
+        delta=LowRank(*(of_array(f, "F64") for f in factors)),
+        scale=Scale(module.scale.value, module.scale.source),
+        extras={},
     )
 
 

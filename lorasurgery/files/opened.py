@@ -1,0 +1,171 @@
+"""From paths to adapters: the one way in of every command that computes with adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorasurgery.architectures import named
+from lorasurgery.architectures.from_base import CUSTOM
+from lorasurgery.errors import RequestError, UnknownArchitectureError
+from lorasurgery.files.alike import one_architecture, one_naming
+from lorasurgery.files.read import BASE, adapter_of
+from lorasurgery.files.taken import Unparsed, taken_apart
+from lorasurgery.io.header import read_safetensors
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.io.sniff import TORCH_SUFFIXES
+from lorasurgery.layouts.detect import detect
+from lorasurgery.layouts.scales import PeftConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lorasurgery.adapter import Adapter, Site
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.files.taken import Taken
+    from lorasurgery.io.header import RawFile
+    from lorasurgery.layouts.detect import Match
+
+
+def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None) -> Adapter:
+    """Read an adapter: safetensors, a PyTorch file (weights only), or a PEFT folder.
+
+    ``arch`` overrides detection (``flux1`` or a variant such as ``flux1-schnell``); ``base`` is a checkpoint whose header
+    supplies names and shapes. Modules that no table knows are called as the file calls them. Tensors stay on disk. Raises
+    SurgeryError for anything that is no adapter.
+    """
+    return open_together([Path(path)], arch=arch, base=base)[0]
+
+
+def open_together(paths: Sequence[Path], *, arch: str | None = None, base: str | Path | None = None) -> list[Adapter]:
+    """The adapters, for one model; see :func:`together`. Errors say which of several files they are about."""
+    return together([read_unparsed(path) for path in paths], arch=arch, base=base)
+
+
+def together(files: Sequence[Unparsed], *, arch: str | None = None, base: str | Path | None = None) -> list[Adapter]:
+    """The adapters of files that were read, under one table.
+
+    A file of a few modules fits several models: it is read as the one that fits all. A module that no table knows is called
+    what the files call it, and the same in all of them. Raises what taking a file apart raises, RequestError for files of
+    different models, UnknownArchitectureError where the names of two files cannot be told to be the same or another.
+    """
+    table = None if base is None else _table(Path(base))
+    among = (table,) if table is not None else None if arch is None else named(arch)
+    read = [_read(file, among, is_base=table is not None, must_fit=arch is not None) for file in files]
+    if table is None and any(own.best is None for own in read):
+        return _unknown(read)
+    adapters = [adapter_of(own.taken, own.best, own.ties) for own in read]
+    adapters = one_architecture(adapters, lambda i, key: _again(read[i], named(key)))
+    return one_naming([_named_in(adapter, table) for adapter in adapters])
+
+
+class _Read(NamedTuple):
+    """A file and the models that fit it; none where no table explains it, and why."""
+
+    taken: Taken
+    best: Match | None
+    ties: Sequence[Match] = ()
+    why: UnknownArchitectureError | None = None
+
+
+def _read(file: Unparsed, among: Iterable[Architecture] | None, *, is_base: bool, must_fit: bool) -> _Read:
+    taken = taken_apart(file)
+    try:
+        return _Read(taken, *detect(taken.shapes, taken.raw.metadata, among=among, path=taken.raw.path))
+    except UnknownArchitectureError as error:
+        error.path = error.path or str(taken.raw.path)
+        if must_fit:
+            raise
+        if is_base:
+            raise UnknownArchitectureError(
+                f"the base model has not even half of its modules: {error.message}", path=error.path,
+                hint="the model it was trained on, or no --base where all files are spelled alike",
+            ) from error  # fmt: skip
+        return _Read(taken, None, (), error)
+
+
+def _again(own: _Read, among: Iterable[Architecture]) -> Adapter:
+    """The same file for another model."""
+    raw = own.taken.raw
+    return adapter_of(own.taken, *detect(own.taken.shapes, raw.metadata, among=among, path=raw.path))
+
+
+def _unknown(read: Sequence[_Read]) -> list[Adapter]:
+    """The files of a model that no table knows: all of them by their own names, which the warnings say."""
+    why = next(own.why for own in read if own.why is not None)
+    found = one_naming([adapter_of(own.taken, None) for own in read])
+    known = {id(own): adapter_of(own.taken, own.best) for own in read if own.best is not None}
+    told = f"no table knows the model{_closest(why)}: its modules are called as the files spell them"
+    found = _kin(read, found, known)
+    return [*found[:-1], replace(found[-1], candidates=why.candidates, warnings=(*found[-1].warnings, told))]
+
+
+def _kin(read: Sequence[_Read], found: list[Adapter], known: dict[int, Adapter]) -> list[Adapter]:
+    """The adapters, with a warning where nothing but their spelling says that they are for one model.
+
+    Raises RequestError where a table knows the model of some of them, and the others have no module of those.
+    """
+    seen: set[Site] = set()
+    told = []
+    theirs = {site for own, adapter in zip(read, found, strict=True) if id(own) in known for site in adapter.modules}
+    for own, adapter in zip(read, found, strict=True):
+        mine = set(adapter.modules)
+        if theirs and id(own) not in known and not theirs & mine:
+            other = next(iter(known.values()))
+            raise RequestError(
+                f"{other.path} is for {other.architecture.name}, and no table knows the model of {adapter.path}, "
+                "which has none of its modules",
+                hint="files for one model, and --base MODEL if it is one that no table knows",
+            )
+        apart = ("it has no module in common with the files before it",) if seen and not seen & mine else ()
+        told.append(replace(adapter, warnings=(*adapter.warnings, *apart)))
+        seen |= mine
+    return told
+
+
+def _closest(why: UnknownArchitectureError) -> str:
+    if not why.candidates:
+        return ""
+    name, share = why.candidates[0]
+    return f" (closest: {name}, {f'{share:.0%} of them' if share else 'with other sizes'})"
+
+
+def _named_in(adapter: Adapter, base: Architecture | None) -> Adapter:
+    """The adapter of a base model; raises UnknownArchitectureError for a module that the base has not."""
+    if base is None or base.id != CUSTOM:
+        return adapter
+    strange = [m.name for m in adapter.modules.values() if m.site.spans[0].weight not in base.shapes]
+    if strange:
+        raise UnknownArchitectureError(
+            f"{base.source} has no module for {strange[0]} ({len(strange)} of the {len(adapter)} modules)", path=adapter.path,
+            hint="the model it was trained on, or no --base where all files are spelled alike",
+        )  # fmt: skip
+    return adapter
+
+
+def _table(base: Path) -> Architecture:
+    from lorasurgery.models import open_model
+
+    return open_model(base).architecture
+
+
+def read_unparsed(path: Path) -> Unparsed:
+    """The tensors of a file or a PEFT folder; the weights in a PEFT folder stand for the folder."""
+    path = whole_folder(path)
+    if path.is_dir() and is_peft_folder(path):
+        raw, configs = read_peft_folder(path)
+        return Unparsed(raw, {name: PeftConfig.from_dict(fields, "adapter_config.json") for name, fields in configs.items()})
+    return Unparsed(read_any(path))
+
+
+def read_any(path: Path) -> RawFile:
+    """A file's tensors, still on disk for safetensors, in memory for PyTorch's formats."""
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        from lorasurgery.io.torchfile import read_torch
+
+        return read_torch(path)
+    return read_safetensors(path)
+
+
+__all__ = ["BASE", "load", "open_together", "read_any", "read_unparsed", "together"]

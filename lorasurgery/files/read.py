@@ -1,0 +1,261 @@
+"""From a file taken apart to an adapter: every module that changes a weight, known to a table or by the file's own name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import Adapter, Leftover
+from lorasurgery.architectures.from_base import custom
+from lorasurgery.architectures.table import DIFFUSERS, Own
+from lorasurgery.deltas.miss import Miss
+from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
+from lorasurgery.files.taken import Unparsed, taken_apart
+from lorasurgery.layouts.detect import detect, fits, same_results
+from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
+from lorasurgery.layouts.names import index
+from lorasurgery.layouts.spelled import spelling
+from lorasurgery.layouts.words import BIAS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lorasurgery.adapter import Module, Site
+    from lorasurgery.architectures.table import Architecture, Shape
+    from lorasurgery.files.taken import Taken
+    from lorasurgery.io.header import RawFile
+    from lorasurgery.layouts.detect import Match
+    from lorasurgery.layouts.names import Found
+    from lorasurgery.layouts.scales import PeftConfig, ScaleRules
+
+UNKNOWN_SHAPE = (1,)
+"""Of a module whose tensors do not say it: an OFT's, for one. It is carried whole, so nobody asks."""
+BASE = "--base MODEL, the checkpoint it was trained on (only its header is read)"
+HARMLESS = (
+    (re.compile(rf"^({FACTOR}|{'|'.join(FLAGS)})$"), "a note of the trainer that is read, and changes no weight"),
+    (re.compile(r"^(optimizer|lr_scheduler|scheduler|scaler)[._]|^(epoch|global_step|step|iteration)$"), "the trainer's state"),
+    (re.compile(r"(^|[._])(num_batches_tracked|position_ids)$"), "a counter of the model, no weight"),
+)
+"""Keys that change nothing, and why."""
+KEPT = ((re.compile(r"^(bundle_emb\.|emb_params$|<[^>]*>$)"), "a learned token's embedding, which is no change of a weight"),)
+"""Keys with an effect of their own that no operation on changes of weights concerns. Sources: OneTrainer, ai-toolkit,
+cloneofsimo/lora."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A file's modules in a model: where each acts, and the model with the weights that only the file names."""
+
+    architecture: Architecture
+    found: Mapping[str, Found]
+    """Module -> its place."""
+    own: frozenset[str]
+    """Those whose place is a name of the file's own."""
+
+
+def parse(
+    raw: RawFile,
+    *,
+    among: Iterable[Architecture] | None = None,
+    configs: Mapping[str, PeftConfig] | None = None,
+) -> Adapter:
+    """Understand every key of ``raw``; a model that no table knows is an error.
+
+    ``among`` restricts the architectures considered (``--arch``, ``--base``); ``configs`` are a PEFT folder's
+    configurations by component. Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
+    """
+    taken = taken_apart(Unparsed(raw, configs))
+    return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=among, path=raw.path))
+
+
+def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> Adapter:
+    """The adapter of a file for the model that fits it best (None: one that no table knows).
+
+    Modules without a name in the table are called as the file calls them. Raises BrokenModuleError for modules that do not
+    fit their weight, or where two are the same weight.
+    """
+    placed = place(taken, None if best is None else best.architecture)
+    arch, found = placed.architecture, placed.found
+    modules: dict[Site, Module] = {}
+    for stem, own in taken.groups.items():
+        module = module_of(own, taken.deltas[stem], found[stem], arch, taken.rules, taken.raw.path)
+        if module.site in modules:
+            _join_or_refuse(modules, module, taken)
+        else:
+            modules[module.site] = module
+    name = layout_of(taken, found, arch)
+    how = spelling(taken, found, modules.values(), arch, name)
+    return Adapter(
+        architecture=arch,
+        modules=modules,
+        metadata=dict(taken.raw.metadata),
+        layout=how.id,
+        leftovers=leftovers(taken),
+        candidates=tuple((m.architecture.key, m.share) for m in ((best, *ties) if best is not None else ())),
+        ambiguous=_ambiguous(arch, [m.architecture for m in ties], taken.groups),
+        warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed)),
+        path=taken.raw.path,
+        spelling=how,
+    )
+
+
+def place(taken: Taken, known: Architecture | None) -> Placed:
+    """Where every module acts: a weight of the table, or one that is called what the file calls it.
+
+    Raises UnknownArchitectureError for a module whose place needs a shape that nothing tells.
+    """
+    arch = custom({}, taken.raw.path) if known is None else known
+    names = index(arch)
+    found = {stem: names.find(stem) for stem in taken.groups}
+    namings = _namings(place for place in found.values() if place is not None)
+    places: dict[str, Found] = {}
+    own: list[Own] = []
+    for stem, place in found.items():
+        here = place
+        if here is None:
+            here = names.own_place(stem, _shape(taken, stem), namings)
+            own.append(_own(here, here.shape))
+        elif _is_wider(taken, stem, here):
+            here = here._replace(shape=_shape(taken, stem))
+            own.append(_own(here, here.shape))
+        places[stem] = here
+    unknown = frozenset(stem for stem, place in found.items() if place is None)
+    if known is None:
+        arch = _unnamed(arch, places.values(), folder=taken.configs is not None)
+    return Placed(arch.with_own(own), places, unknown)
+
+
+def _own(found: Found, shape: Shape) -> Own:
+    return Own(found.site.component, found.site.spans[0].weight, shape, found.naming, found.flat)
+
+
+def _unnamed(arch: Architecture, places: Iterable[Found], *, folder: bool) -> Architecture:
+    """A model of which only a file's names are known: they are nobody else's."""
+    prefixes = Counter(place.prefix for place in places)
+    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    denoiser = "unet" if prefix.endswith("unet.") else "transformer"
+    return replace(arch, only_prefix="base_model.model." if folder else prefix, denoiser=denoiser)
+
+
+def _namings(found: Iterable[Found]) -> dict[str, str]:
+    """Prefix -> the naming that most known modules have under it."""
+    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    for place in found:
+        votes[place.prefix][place.naming] += 1
+    return {prefix: own.most_common(1)[0][0] for prefix, own in votes.items()}
+
+
+def _shape(taken: Taken, stem: str) -> Shape:
+    """Of the weight, as far as the module's tensors say it."""
+    delta, bias = taken.deltas.get(stem), taken.groups[stem].modifier(BIAS)
+    if delta is not None and delta.shape:
+        if isinstance(delta, Miss):
+            raise UnknownArchitectureError(
+                f"only its model has the shape of {stem}, a MiSS, and no table knows it", path=taken.raw.path, hint=BASE
+            )
+        return delta.shape
+    return UNKNOWN_SHAPE if bias is None else (bias.tensor.size,)
+
+
+def _is_wider(taken: Taken, stem: str, place: Found) -> bool:
+    """Whether a module is for a known layer with another number of inputs: a first layer that takes more channels."""
+    delta = taken.deltas.get(stem)
+    if delta is None or isinstance(delta, Miss) or len(delta.shape) < 2 or len(place.shape) < 2:
+        return False
+    whole = len(place.site.spans) == 1 and place.site.spans[0].start == 0
+    return whole and not fits(delta.shape, place.shape) and delta.shape[0] == place.shape[0] and _is_first(place)
+
+
+def _is_first(place: Found) -> bool:
+    """Whether a weight stands outside of all blocks."""
+    return not any(part.isdigit() for part in place.site.spans[0].weight.split("."))
+
+
+def leftovers(taken: Taken) -> tuple[Leftover, ...]:
+    """The keys that are no part of a module, each with what is known about it."""
+    return tuple(Leftover(key, tensor, *said_of(key)) for key, tensor in taken.others.items())
+
+
+def said_of(key: str) -> tuple[str, str]:
+    """(reason, state) of a key that is no part of a module; see :class:`Leftover`."""
+    for table, state in ((HARMLESS, "harmless"), (KEPT, "kept")):
+        for pattern, reason in table:
+            if pattern.search(key):
+                return reason, state
+    return "not part of any module: its last word is none that an adapter has", "unknown"
+
+
+def _ambiguous(arch: Architecture, others: Sequence[Architecture], stems: Iterable[str]) -> tuple[str, ...]:
+    """The architectures among ``others`` for which a conversion would come out differently."""
+    stems = list(stems)
+    kin = {other.id: other for other in others if other.id != arch.id}
+    return tuple(other.key for other in kin.values() if not same_results(arch, other, stems))
+
+
+def _join_or_refuse(modules: dict[Site, Module], module: Module, taken: Taken) -> None:
+    """Two spellings of one weight: a bias apart from its factors is joined, anything else is two answers to one question."""
+    first = modules[module.site]
+    if module.delta is None and first.bias is None:
+        joined = replace(first, bias=module.bias, layer_bias=module.layer_bias)
+    elif first.delta is None and module.bias is None:
+        joined = replace(module, bias=first.bias, layer_bias=first.layer_bias)
+    else:
+        raise BrokenModuleError(
+            f"{first.name} and {module.name} are the same weight; programs disagree on which one counts",
+            key=module.name,
+            path=taken.raw.path,
+            hint="remove one of the two",
+        )
+    modules[module.site] = replace(joined, keys={**first.keys, **module.keys})
+
+
+def own_named(placed: Placed) -> Iterable[str]:
+    """What to say of modules that the known model has not."""
+    if not placed.own or placed.architecture.only_prefix is not None:
+        return
+    stems = sorted(placed.own)
+    yield (
+        f"{len(stems)} modules (first: {stems[0]}) are in no table of {placed.architecture.name}; they keep their names, and "
+        "go to no layout with other names"
+    )
+
+
+def layout_of(taken: Taken, found: Mapping[str, Found], arch: Architecture) -> str:
+    """The layout most modules are spelled in."""
+    if taken.configs is not None:
+        return "peft"
+    votes: Counter[str] = Counter()
+    for stem, place in found.items():
+        layout = place.layout
+        dialects = {entry.word.dialect for entry in taken.groups[stem].entries.values()}
+        if (layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS) or (
+            layout == "diffusers" and "kohya" in dialects
+        ):
+            layout = "onetrainer"
+        elif layout == "bare":
+            layout = next((name for word, name in _BARE if word in dialects), layout)
+        votes[layout] += 1
+    if votes["bfl"]:
+        return "bfl"
+    return votes.most_common(1)[0][0] if votes else "unknown"
+
+
+_BARE = (("bfl", "bfl"), ("xlabs", "xlabs"), ("processor", "diffusers"))
+"""Dialects that tell whose the names without a prefix are."""
+
+
+def warnings_of(raw: RawFile, rules: ScaleRules, modules: Iterable[Module]) -> list[str]:
+    """What is odd about a file although it can be read: its LoKr factor and the scales that hang on it."""
+    found = []
+    buffer, text = raw.tensors.get(FACTOR), raw.metadata.get("ss_lokr_factor")
+    if buffer is not None and text is not None and str(round(buffer.item())) != text:
+        found.append(f"lokr_factor is {round(buffer.item())} but ss_lokr_factor says {text}; the buffer counts")
+    if rules.whole_lokr_by_shape:
+        odd = [m.name for m in modules if "max(w2.shape)" in m.scale.source and m.scale.value != 1.0]
+        if odd:
+            found.append(
+                f"{len(odd)} whole LoKr modules have alpha / max(w2.shape) != 1; it is baked in so that every loader agrees"
+            )
+    return found

@@ -32,6 +32,10 @@ class Site(NamedTuple):
         return f"{self.component}:{self.spans[0].weight}"
 
 
+SCALED = "scaled"
+"""Source of a scale that is no longer the file's own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """The number a delta is multiplied by, resolved once, and where it came from."""
@@ -147,6 +151,8 @@ class Adapter:
     path: Path | None = None
     operation: str | None = None
     """What was done, for ``lorasurgery.operation`` in the metadata; None: a conversion."""
+    unknown: str = ""
+    """Why no table knows the model; empty where one does."""
     spelling: Layout | None = None
     """How the file it was read from spells its modules; None where it is written in :attr:`layout`."""
 

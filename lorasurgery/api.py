@@ -19,7 +19,7 @@ from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
 from lorasurgery.surgery.convert import Options, convert
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from lorasurgery.adapter import Adapter
     from lorasurgery.io.tensors import Tensor
@@ -95,11 +95,9 @@ def save(
     return report
 
 
-def refuse_lost(report: Report, kept: Collection[str] = ()) -> None:
+def refuse_lost(report: Report) -> None:
     """``--strict``: raises DroppedKeysError where an input's key is lost; what somebody asked to leave out may go."""
-    ledger = report.ledger
-    lost = {} if ledger is None else {key: why for key, why in ledger.lost.items() if key not in kept}
-    lost |= {key: why for key, why in report.dropped if ledger is None or key not in ledger.used}
+    lost = dict(report.dropped) if report.ledger is None else report.ledger.lost
     gone = [(key, why) for key, why in lost.items() if not why.startswith(ASKED)]
     if gone:
         raise DroppedKeysError(
@@ -123,14 +121,14 @@ def _check_values(emitted: Emitted, options: SaveOptions) -> None:
 
 
 def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Report) -> None:
-    """Keys no module holds: copied where the file keeps its spelling or its reader ignores them, named either way."""
+    """Keys no module holds: copied where the file keeps its spelling or its reader passes over them, and named."""
     for left in adapter.leftovers:
         top = left.key in KNOWN_TOP_LEVEL
         if (target.own or (target.carries_unknown and not top)) and left.key not in emitted.tensors:
             emitted.tensors[left.key] = left.tensor
             report.carried.append((left.key, left.reason))
-        elif not top and left.state != "harmless":
-            report.dropped.append((left.key, f"{left.reason}, and {target.reader} refuses unknown keys"))
+            if left.state == "kept" and not target.own and not target.embeddings:
+                report.lose(left.key, f"{left.reason}; {target.reader} reads none from an adapter's file")
 
 
 def _metadata(adapter: Adapter, target: Layout, emitted: Emitted, report: Report, options: SaveOptions) -> dict[str, str]:

@@ -96,6 +96,11 @@ class Report:
             ledger=adapter.ledger,
         )
 
+    def lose(self, key: str, reason: str) -> None:
+        """Enter a key whose effect the result's reader does not have, although the file still has its bytes."""
+        if self.ledger is not None:
+            self.ledger = self.ledger.without([(key, reason)])
+
     def settle(self) -> None:
         """Enter what was left out into the ledger."""
         if self.ledger is not None:

@@ -221,6 +221,7 @@ def test_json_is_as_documented(tmp_path: Path) -> None:
         **lora(alpha=0.7),
         "lora_unet_layers_0_attention_norm1.w_norm": np.zeros(DIM, "f2"),
         "bundle_emb.x": np.zeros(4, "f4"),
+        "lokr_factor": np.array(-1),
     }
     source = save(tmp_path / "in.safetensors", tensors)
     report = convert(source, "diffusers", "--lossy", "--dtype", "bf16")
@@ -336,7 +337,7 @@ def test_lossy_and_strict(tmp_path: Path) -> None:
     assert not report["exact"]
     outcome = run("convert", source, tmp_path / "no.safetensors", "-t", "diffusers", "--lossy", "--strict")
     assert outcome.code == 1
-    assert "1 keys would be left out, first lora_unet_layers_0_attention_norm1" in outcome.err
+    assert "1 keys would be left out, first lora_unet_layers_0_attention_norm1.w_norm" in outcome.err
     named = ("--drop", "norm1", "--strict")
     assert convert(source, "diffusers", *named)["dropped"][0]["reason"] == "--drop norm1"
 

@@ -170,7 +170,9 @@ def test_broken_modules_are_rows_with_a_reason(tmp_path: Path) -> None:
 def test_keys_of_no_module_are_listed(tmp_path: Path) -> None:
     shapes = {**lora(FLUX), "mystery.tensor": [3], "bundle_emb.cat.clip_l": [2, 768], "lora_unet_nowhere.diff": [3]}
     own = describe(hollow(tmp_path / "x.safetensors", shapes))
-    assert dict(own.unexplained).keys() == {"mystery.tensor", "lora_unet_nowhere.diff"}
+    assert dict(own.unexplained).keys() == {"mystery.tensor"}
+    assert [m.name for m in own.modules if m.weight == "nowhere"] == ["lora_unet_nowhere"]
+    assert "own-names" in codes(own)
     assert own.embeddings == ("bundle_emb.cat.clip_l",)
     assert own.coverage == pytest.approx(6 / 7)
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import lorasurgery
 from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.files.alike import one_architecture
 from lorasurgery.surgery.convert import Options, convert
-from lorasurgery.surgery.merge import MergeOptions, Source, merge, one_architecture, parse_weight
+from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
 from lorasurgery.surgery.resize import ResizeOptions
 from tests.builders import Builder, meaning, read_output
 from tests.oracle import Meaning, assert_same, model, raw, relative_errors

@@ -23,10 +23,10 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
+from lorasurgery.files.read import parse
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.tensors import of_array
 from lorasurgery.io.writer import write_safetensors
-from lorasurgery.files.read import parse
 from lorasurgery.surgery.resize import NormCache, ResizeOptions, open_base, parse_rank, plan, resize
 from lorasurgery.surgery.resize.batches import batches
 

@@ -337,10 +337,10 @@ def test_a_dry_run_of_a_file_with_pefts_names(tmp_path: Path) -> None:
     source = tmp_path / "one.safetensors"
     source.write_bytes(PEFT.read_bytes())
     report = json.loads(run("resize", source, "--dry-run", "--plan", 1, "--json").out)
-    assert report["output"] == str(tmp_path / "one-resized")
+    assert report["output"] == str(tmp_path / "one-resized.safetensors")
     refused(
         tmp_path,
-        ("resize", source, tmp_path / "two.safetensors", "--rank", 1, "--dry-run"),
+        ("resize", source, tmp_path / "two.safetensors", "--rank", 1, "--target", "peft", "--dry-run"),
         "PEFT's layout is a folder",
         code=2,
     )

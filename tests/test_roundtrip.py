@@ -14,10 +14,10 @@ import lorasurgery
 from lorasurgery.adapter import DENOISER, Adapter, Site
 from lorasurgery.architectures import architectures
 from lorasurgery.architectures.table import ORIGINAL, Architecture
+from lorasurgery.files.read import parse
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.tensors import scalar, zeros
 from lorasurgery.layouts.emit import emit
-from lorasurgery.files.read import parse
 from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, header_metadata, model_names
 from lorasurgery.layouts.scales import HEADER_KEY, PeftConfig
 from lorasurgery.layouts.targets import LAYOUTS, Speller, layout, namings

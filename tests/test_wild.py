@@ -28,12 +28,12 @@ from lorasurgery.errors import (
     SurgeryError,
     UnknownArchitectureError,
 )
+from lorasurgery.files.read import parse
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.sources import Region
 from lorasurgery.io.tensors import Tensor, scalar, zeros
 from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.emit import emit
-from lorasurgery.files.read import parse
 from lorasurgery.layouts.targets import LAYOUTS, layout
 from lorasurgery.layouts.words import split_key
 from lorasurgery.surgery.convert import convert

@@ -135,11 +135,11 @@ class Architecture:
         """(component, name) of every weight of :attr:`own`, and its shape."""
         return MappingProxyType({(weight.component, weight.name): weight.shape for weight in self.own})
 
-    @cached_property
-    def flat_names(self) -> Mapping[str, Spans]:
-        """The own weights of the denoiser that are known with underscores only."""
-        own = (weight for weight in self.own if weight.flat and weight.component in DENOISERS)
-        return MappingProxyType({weight.name: (Span(weight.name, 0, weight.shape[0]),) for weight in own})
+    def flat_names(self, naming: str) -> Mapping[str, Spans]:
+        """The own weights of the denoiser that a naming knows with underscores only."""
+        naming = self.sd_scripts if naming == SD_SCRIPTS else naming
+        own = (weight for weight in self.own if weight.flat and weight.naming == naming and weight.component in DENOISERS)
+        return {weight.name: (Span(weight.name, 0, weight.shape[0]),) for weight in own}
 
     def with_own(self, own: Iterable[Own]) -> Architecture:
         """The same model with further weights of its own; those it has are not added again."""

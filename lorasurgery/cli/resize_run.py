@@ -11,8 +11,6 @@ from lorasurgery.cli.resize_advice import Advice
 from lorasurgery.cli.resize_request import Request, cache_file
 from lorasurgery.cli.resize_text import dropped_lines, plan_lines, report_lines
 from lorasurgery.errors import OutputExistsError, RequestError
-from lorasurgery.files.opened import load
-from lorasurgery.layouts.targets import written_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +25,8 @@ SCHEMA = 1
 
 def resized(job: Job, how: Request) -> Shown:
     """Resize one file; raises SurgeryError with advice in the words of the command line."""
+    from lorasurgery.files.opened import load
+
     with Advice():
         adapter = load(job.source, arch=how.arch, base=how.base)
         target = _output(job, adapter, how)
@@ -42,6 +42,7 @@ def resized(job: Job, how: Request) -> Shown:
 def _output(job: Job, adapter: Adapter, how: Request) -> Path:
     """Where the result goes, checked before anything is computed."""
     from lorasurgery.io.writer import check_output
+    from lorasurgery.layouts.targets import written_in
 
     target, folder = job.target, written_in(adapter, how.options.layout).folder
     if folder and not how.named:

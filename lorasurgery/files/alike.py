@@ -97,13 +97,18 @@ def _renamed(adapter: Adapter, dotted: Mapping[Place, set[str]], adapters: Seque
         names = sorted(dotted.get((weight.component, weight.name), ())) if weight.flat else [weight.name]
         if len(names) > 1:
             raise UnknownArchitectureError(
-                f"{weight.name} can be {names[0]} or {names[1]}: its underscores do not tell", path=adapter.path,
+                f"{_spelled(adapter, weight)} can be {names[0]} or {names[1]}: its underscores do not tell", path=adapter.path,
                 hint="a file that spells it with dots",
             )  # fmt: skip
         if adapter.architecture.only_prefix is not None and not _somewhere(names or [weight.name], weight.component, others):
             _refuse_stranger(adapter, weight, adapters)
         new[weight.component, weight.name] = names[0] if names else weight.name
     return _with_names(adapter, {place: name for place, name in new.items() if place[1] != name})
+
+
+def _spelled(adapter: Adapter, weight: Own) -> str:
+    """The module of a weight as the file spells it."""
+    return next(m.name for m in adapter.modules.values() if m.site.spans[0].weight == weight.name)
 
 
 def _prefix(adapter: Adapter) -> object:
@@ -121,10 +126,9 @@ def _refuse_stranger(adapter: Adapter, weight: Own, adapters: Sequence[Adapter])
     first = adapters[0]
     if adapter is first or _prefix(adapter) == _prefix(first):
         return
-    module = next(m for m in adapter.modules.values() if m.site.spans[0].weight == weight.name)
     raise UnknownArchitectureError(
         f"no table knows its model, it is spelled otherwise than {first.path.name if first.path else 'the first file'}, and "
-        f"{module.name} is none of the modules there: whether it is called something else is not known",
+        f"{_spelled(adapter, weight)} is none of the modules there: whether it is called something else is not known",
         path=adapter.path, hint="--base MODEL, the checkpoint it was trained on (only its header is read)",
     )  # fmt: skip
 
@@ -160,10 +164,9 @@ def _shapes(adapters: Sequence[Adapter]) -> dict[Place, tuple[int, ...]]:
         if known is None or (len(shape) > len(known) and fits(known, shape)):
             found[place], whose[place] = shape, adapter
         elif shape != (1,) and not fits(shape, known) and not (len(shape) == 1 and shape[0] == known[0]):
-            module = next(m for m in adapter.modules.values() if m.site.spans[0].weight == weight.name)
-            other = whose[place].path
+            other, name = whose[place].path, _spelled(adapter, weight)
             raise BrokenModuleError(
-                f"{module.name} is {list(shape)}, in {other.name if other else 'another file'} {list(known)}", key=module.name,
+                f"{name} is {list(shape)}, in {other.name if other else 'another file'} {list(known)}", key=name,
                 path=adapter.path, hint="files for one model",
             )  # fmt: skip
     return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.architectures import named
 from lorasurgery.architectures.from_base import CUSTOM
+from lorasurgery.architectures.table import flat
 from lorasurgery.errors import RequestError, UnknownArchitectureError
 from lorasurgery.files.alike import one_architecture, one_naming
 from lorasurgery.files.read import BASE, adapter_of
@@ -15,7 +16,8 @@ from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES
-from lorasurgery.layouts.detect import detect
+from lorasurgery.layouts.detect import detect, score
+from lorasurgery.layouts.names import index
 from lorasurgery.layouts.scales import PeftConfig
 
 if TYPE_CHECKING:
@@ -51,13 +53,13 @@ def together(files: Sequence[Unparsed], *, arch: str | None = None, base: str | 
     different models, UnknownArchitectureError where the names of two files cannot be told to be the same or another.
     """
     table = None if base is None else _table(Path(base))
-    among = (table,) if table is not None else None if arch is None else named(arch)
-    read = [_read(file, among, is_base=table is not None, must_fit=arch is not None) for file in files]
+    among = None if arch is None else named(arch)
+    read = [_read(file, among, table) for file in files]
     if table is None and any(own.best is None for own in read):
         return _unknown(read)
     adapters = [adapter_of(own.taken, own.best, own.ties) for own in read]
     adapters = one_architecture(adapters, lambda i, key: _again(read[i], named(key)))
-    return one_naming([_named_in(adapter, table) for adapter in adapters])
+    return one_naming(adapters)
 
 
 class _Read(NamedTuple):
@@ -69,20 +71,49 @@ class _Read(NamedTuple):
     why: UnknownArchitectureError | None = None
 
 
-def _read(file: Unparsed, among: Iterable[Architecture] | None, *, is_base: bool, must_fit: bool) -> _Read:
+def _read(file: Unparsed, among: Iterable[Architecture] | None, base: Architecture | None) -> _Read:
     taken = taken_apart(file)
+    if base is not None:
+        return _Read(taken, _in_base(taken, base))
     try:
         return _Read(taken, *detect(taken.shapes, taken.raw.metadata, among=among, path=taken.raw.path))
     except UnknownArchitectureError as error:
         error.path = error.path or str(taken.raw.path)
-        if must_fit:
+        if among is not None:
             raise
-        if is_base:
-            raise UnknownArchitectureError(
-                f"the base model has not even half of its modules: {error.message}", path=error.path,
-                hint="the model it was trained on, or no --base where all files are spelled alike",
-            ) from error  # fmt: skip
         return _Read(taken, None, (), error)
+
+
+def _in_base(taken: Taken, base: Architecture) -> Match:
+    """A base model's own table; raises UnknownArchitectureError where the base has not even half of the modules.
+
+    Of a model that no table knows the base has to have every module: nothing else says what they are.
+    """
+    _refuse_two_meanings(taken, base)
+    found = score(base, taken.shapes)
+    missing = [stem for stem in taken.groups if index(base).find(stem) is None]
+    if missing and (base.id == CUSTOM or 2 * found.named < found.total):
+        raise UnknownArchitectureError(
+            f"{base.source} has no module for {missing[0]} ({len(missing)} of the {found.total} modules)",
+            path=taken.raw.path, hint="the model it was trained on, or no --base where all files are spelled alike",
+        )  # fmt: skip
+    return found
+
+
+def _refuse_two_meanings(taken: Taken, base: Architecture) -> None:
+    """Raises UnknownArchitectureError for a name whose underscores stand for two modules of a base model."""
+    meant: dict[str, list[str]] = {}
+    for name in base.shapes:
+        meant.setdefault(flat(name), []).append(name)
+    two = {name: names for name, names in meant.items() if len(names) > 1}
+    for stem in taken.groups if two else ():
+        place = index(base).find(stem)
+        names = two.get(stem[len(place.prefix) :]) if place is not None and place.flat else None
+        if names:
+            raise UnknownArchitectureError(
+                f"{stem} can be {names[0]} or {names[1]}: its underscores do not tell", path=taken.raw.path,
+                hint="the same adapter in a layout with dots",
+            )  # fmt: skip
 
 
 def _again(own: _Read, among: Iterable[Architecture]) -> Adapter:
@@ -97,8 +128,8 @@ def _unknown(read: Sequence[_Read]) -> list[Adapter]:
     found = one_naming([adapter_of(own.taken, None) for own in read])
     known = {id(own): adapter_of(own.taken, own.best) for own in read if own.best is not None}
     told = f"no table knows the model{_closest(why)}: its modules are called as the files spell them"
-    found = _kin(read, found, known)
-    return [*found[:-1], replace(found[-1], candidates=why.candidates, warnings=(*found[-1].warnings, told))]
+    found = _kin(read, [replace(own, unknown=why.message, candidates=why.candidates) for own in found], known)
+    return [*found[:-1], replace(found[-1], warnings=(*found[-1].warnings, told))]
 
 
 def _kin(read: Sequence[_Read], found: list[Adapter], known: dict[int, Adapter]) -> list[Adapter]:
@@ -129,19 +160,6 @@ def _closest(why: UnknownArchitectureError) -> str:
         return ""
     name, share = why.candidates[0]
     return f" (closest: {name}, {f'{share:.0%} of them' if share else 'with other sizes'})"
-
-
-def _named_in(adapter: Adapter, base: Architecture | None) -> Adapter:
-    """The adapter of a base model; raises UnknownArchitectureError for a module that the base has not."""
-    if base is None or base.id != CUSTOM:
-        return adapter
-    strange = [m.name for m in adapter.modules.values() if m.site.spans[0].weight not in base.shapes]
-    if strange:
-        raise UnknownArchitectureError(
-            f"{base.source} has no module for {strange[0]} ({len(strange)} of the {len(adapter)} modules)", path=adapter.path,
-            hint="the model it was trained on, or no --base where all files are spelled alike",
-        )  # fmt: skip
-    return adapter
 
 
 def _table(base: Path) -> Architecture:

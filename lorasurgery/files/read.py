@@ -150,11 +150,11 @@ def _namings(found: Iterable[Found]) -> dict[str, str]:
 def _shape(taken: Taken, stem: str) -> Shape:
     """Of the weight, as far as the module's tensors say it."""
     delta, bias = taken.deltas.get(stem), taken.groups[stem].modifier(BIAS)
+    if isinstance(delta, Miss):
+        raise UnknownArchitectureError(
+            f"no table knows its model, and only that has the shape of {stem}, a MiSS", path=taken.raw.path, hint=BASE
+        )
     if delta is not None and delta.shape:
-        if isinstance(delta, Miss):
-            raise UnknownArchitectureError(
-                f"only its model has the shape of {stem}, a MiSS, and no table knows it", path=taken.raw.path, hint=BASE
-            )
         return delta.shape
     return UNKNOWN_SHAPE if bias is None else (bias.tensor.size,)
 

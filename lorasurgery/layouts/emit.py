@@ -64,7 +64,7 @@ def emit(
     ``report`` when the tensors are computed. Raises NotRepresentableError for a module the layout has no name for,
     RequestError for a way of carrying alpha it does not have.
     """
-    policy = alpha or target.alphas[0]
+    policy = alpha or (_own_way(adapter, target) if target.own else target.alphas[0])
     if policy not in target.alphas:
         raise RequestError(
             f"{target.reader} cannot take its scale by --alpha {policy}", hint="--alpha " + " or ".join(target.alphas)
@@ -82,7 +82,7 @@ def emit(
                 hint="--drop te to leave the text encoders out, or --drop REGEX",
             )
         shape = expected_shape(adapter.architecture, module.site)
-        way = _own_way(module, policy) if target.own and alpha is None else policy
+        way = "keep" if target.own and alpha is None and "alpha" in module.keys else policy
         _module(module, stem, shape, target, way, report, result)
     if target.words == PEFT and not target.own and any(m.bias is not None for m in adapter.modules.values()):
         _complete_biases(result, target)
@@ -128,11 +128,17 @@ def _bias(module: Module, key: str, scale: float, record: Callable[[float, float
     return multiplied(module.bias, 1.0 / scale, record) if is_layer(key) and scale not in (0.0, 1.0) else module.bias
 
 
-def _own_way(module: Module, policy: str) -> str:
-    """How a module's scale is written beside its own keys: as the file had it, else as the file's other modules have it."""
-    if "alpha" in module.keys:
-        return "keep"
-    return policy if policy != "header" or module.scale.source in ("adapter_config.json", HEADER_KEY) else "fold"
+def _own_way(adapter: Adapter, target: Layout) -> str:
+    """How a file's own spelling carries scales without alpha tensors.
+
+    A header that not every program reads is right only as long as it says what it said: a file that was scaled is to act
+    otherwise in all of them, so that the scale goes into the factors.
+    """
+    policy = target.alphas[0]
+    if policy != "header" or target.folder:
+        return policy
+    changed = (m for m in adapter.modules.values() if m.delta is not None and m.scale.value != 1.0)
+    return policy if all(m.scale.source == HEADER_KEY for m in changed) else "fold"
 
 
 def _fitted(delta: LowRank, slot: str, tensor: Tensor, shape: Shape) -> Tensor:

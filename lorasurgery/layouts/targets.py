@@ -77,6 +77,8 @@ class Layout:
     in_axis_dora: bool = True
     encoders: str = "comfyui"
     """Which of an encoder's prefixes is written: ``sd_scripts``, ``diffusers``, ``comfyui`` or ``onetrainer``."""
+    embeddings: bool = False
+    """Whether its readers take learned tokens from an adapter's file: the web UIs, of OneTrainer's ``bundle_emb``."""
     folder: bool = False
     """Whether it is PEFT's folder and no file."""
     own: bool = False
@@ -93,7 +95,7 @@ LAYOUTS = MappingProxyType(
         for layout in (
             Layout(
                 "sd-scripts", "sd-scripts and musubi-tuner", Naming("lora_unet_", True, SD_SCRIPTS), KOHYA,
-                ("keep", "fold"), always_alpha=True, encoders="sd_scripts",
+                ("keep", "fold"), always_alpha=True, encoders="sd_scripts", embeddings=True,
             ),
             Layout(
                 "diffusers", "Diffusers", Naming("{denoiser}.", False, DIFFUSERS), PEFT, ("fold", "header"),
@@ -118,7 +120,7 @@ LAYOUTS = MappingProxyType(
             ),
             Layout(
                 "onetrainer", "OneTrainer", Naming("lora_{denoiser}_", True, DIFFUSERS), KOHYA, ("keep", "fold"),
-                always_alpha=True, encoders="onetrainer",
+                always_alpha=True, encoders="onetrainer", embeddings=True,
             ),
         )
     }
@@ -147,8 +149,8 @@ def written_in(adapter: Adapter, target: str | None = None) -> Layout:
 
 def names_in(own: Naming, arch: Architecture) -> Mapping[str, Spans]:
     """Every name that a naming has for the denoiser, dotted; where they become underscores, those known only so too."""
-    names = arch.namings[own.naming]
-    return {**names, **arch.flat_names} if own.flat and arch.flat_names else names
+    more = arch.flat_names(own.naming) if own.flat and arch.own else {}
+    return {**arch.namings[own.naming], **more} if more else arch.namings[own.naming]
 
 
 def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model") -> tuple[Naming, ...]:

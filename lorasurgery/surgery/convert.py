@@ -12,10 +12,10 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Magnitude, Module, Site
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Leftover, Magnitude, Module, Site
 from lorasurgery.deltas.full import Opaque
-from lorasurgery.errors import RequestError, UnknownArchitectureError
-from lorasurgery.layouts.targets import written_in
+from lorasurgery.errors import NotRepresentableError, RequestError, UnknownArchitectureError
+from lorasurgery.layouts.targets import namings, written_in
 from lorasurgery.surgery.families import held, uniform
 from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
@@ -24,6 +24,7 @@ from lorasurgery.surgery.regroup import regroup
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
+    from lorasurgery.layouts.targets import Layout
     from lorasurgery.report import Report
 
 __all__ = ["Options", "convert"]
@@ -48,11 +49,23 @@ def convert(adapter: Adapter, target: str | None = None, options: Options | None
             hint=f"--arch {adapter.architecture.id}, or whichever it was trained on",
             candidates=adapter.candidates,
         )
-    job = Job(adapter, written_in(adapter, target), options)
+    writing = written_in(adapter, target)
+    _refuse_unknown(adapter, writing, options)
+    job = Job(adapter, writing, options)
     check_target(job)
     result = _run(job)
     job.report.seconds = time.perf_counter() - started
     return result, job.report
+
+
+def _refuse_unknown(adapter: Adapter, target: Layout, options: Options) -> None:
+    """Raises UnknownArchitectureError where nothing tells what the modules of an unknown model are called in a layout."""
+    try:
+        namings(target, adapter.architecture, options.prefix)
+    except RequestError as error:
+        raise UnknownArchitectureError(
+            adapter.unknown or error.message, path=adapter.path, hint=error.hint, candidates=adapter.candidates
+        ) from error
 
 
 def _run(job: Job) -> Adapter:
@@ -68,15 +81,13 @@ def _run(job: Job) -> Adapter:
             f"--drop {' --drop '.join(job.options.drop)} leaves nothing of the {len(job.adapter)} modules",
             path=job.adapter.path, hint="a narrower pattern",
         )  # fmt: skip
+    leftovers = _carried(job)
     modules = check_split_alpha(modules, job.adapter, job.report, fix=job.options.fix_split_alpha)
     modules = [kept for m in _components(job, modules) if (kept := held(job, m)) is not None]
     groups: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
         groups[module.site.component].append(module)
-    if job.target.own:
-        result = [job.done(module, "kept", module) for module in modules]
-    else:
-        result = [new for component, own in groups.items() for new in regroup(job, component, uniform(job, own))]
+    result = [new for component, own in groups.items() for new in _placed(job, component, own)]
     if job.zero_parts:
         job.report.warnings.append(
             f"{len(job.zero_parts)} parts of fused modules (first: of {job.zero_parts[0]}) are all zeros, the places of "
@@ -95,8 +106,34 @@ def _run(job: Job) -> Adapter:
     made = {module.site: module for module in result}
     spelled = job.adapter.spelling if job.target.own else None
     return replace(
-        job.adapter, modules=made, layout=job.target.id, path=None, metadata=refamilied_metadata(job), spelling=spelled
-    )
+        job.adapter, modules=made, layout=job.target.id, path=None, metadata=refamilied_metadata(job), spelling=spelled,
+        leftovers=leftovers,
+    )  # fmt: skip
+
+
+def _carried(job: Job) -> tuple[Leftover, ...]:
+    """The keys that are no part of a module and that the target takes; others are refused, or left out under ``--lossy``."""
+    if job.target.carries_unknown or job.target.own:
+        return job.adapter.leftovers
+    for left in job.adapter.leftovers:
+        if left.state == "harmless":
+            continue
+        if not job.options.lossy:
+            raise NotRepresentableError(
+                f"{left.key}: {left.reason}, and {job.target.reader} takes no such key", module=left.key, path=job.adapter.path,
+                hint="--lossy to leave it out",
+            )  # fmt: skip
+        job.report.dropped.append((left.key, left.reason))
+    return tuple(left for left in job.adapter.leftovers if left.state == "harmless")
+
+
+def _placed(job: Job, component: str, modules: list[Module]) -> list[Module]:
+    """The modules of one component under names of the target; those that keep the file's own stay as they are."""
+    kept = [module for module in modules if job.target.own and (module.keys or job.speller.stem(module.site) is not None)]
+    own = {id(module) for module in kept}
+    others = [module for module in modules if id(module) not in own]
+    moved = regroup(job, component, others if job.target.own else uniform(job, others)) if others else []
+    return [*(job.done(module, "kept", module) for module in kept), *moved]
 
 
 def _warn_without_effect(job: Job, modules: list[Module]) -> None:

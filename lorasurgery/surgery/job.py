@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import NotRepresentableError
-from lorasurgery.layouts.targets import namings
+from lorasurgery.layouts.targets import Speller
 from lorasurgery.report import Change, Report
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ class Job:
     def __init__(self, adapter: Adapter, target: Layout, options: Options) -> None:
         self.adapter, self.target, self.options = adapter, target, options
         self.arch = adapter.architecture
-        self.namings = namings(target, self.arch, options.prefix)
+        self.speller = Speller(target, self.arch, options.prefix)
+        self.namings = self.speller.namings
         self.actions: dict[Site, str] = {}
         """What was done to a module before its rows were looked at."""
         self.kept_split: list[tuple[str, str]] = []

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Scale
+from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.rounding import multiplied
@@ -189,5 +189,5 @@ def _times(module: Module, factor: float, adapter: Adapter, report: Pruned) -> M
     if module.delta is None:
         return replace(module, bias=bias)
     delta = module.delta.scaled(-1.0) if factor < 0 else module.delta
-    scale = module.scale if abs(factor) == 1.0 else Scale(module.scale.value * abs(factor), module.scale.source)
+    scale = module.scale if abs(factor) == 1.0 else Scale(module.scale.value * abs(factor), SCALED)
     return replace(module, delta=delta, scale=scale, bias=bias)

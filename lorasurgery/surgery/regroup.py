@@ -30,31 +30,53 @@ if TYPE_CHECKING:
 def regroup(job: Job, component: str, modules: list[Module]) -> list[Module]:
     """The modules of one component at the target's granularity."""
     if component not in (DENOISER, SECOND_DENOISER):
-        return [job.done(module, "renamed", module) for module in modules]
-    names = names_in(job.namings[0], job.arch)
+        named = [module for module in modules if _has_name(job, module)]
+        return [job.done(module, "renamed", module) for module in named]
+    names = targets_of(names_in(job.namings[0], job.arch))
     try:
-        targets = plan(modules, targets_of(names))
+        targets = plan(modules, names)
+        missing = _unplaced(job, modules, targets)
+        if missing:
+            targets = plan([module for module in modules if id(module) not in missing], names)
     except ValueError as twice:
         raise BrokenModuleError(
             f"{twice}; programs add them up or pick one", key=modules[0].name, path=job.adapter.path,
             hint="--drop REGEX to leave one of them out",
         ) from twice  # fmt: skip
-    _all_placed(job, modules, targets)
     if job.options.qkv == SPLIT:
         targets = _split_names(job, targets)
     return [module for target in targets for module in _built(job, component, target)]
 
 
-def _all_placed(job: Job, modules: Sequence[Module], targets: Sequence[Target]) -> None:
-    """Every row of every module must have a name in the target."""
+def _has_name(job: Job, module: Module) -> bool:
+    """Whether the target has a name for a text encoder's module; what has none is refused, or left out under ``--lossy``."""
+    if job.speller.stem(module.site) is not None:
+        return True
+    _left_out(job, module, f"{job.target.reader} has no name for it", "--drop te to leave the text encoders out, or --lossy")
+    return False
+
+
+def _left_out(job: Job, module: Module, reason: str, hint: str) -> None:
+    """Note a module that ``--lossy`` leaves out, or refuse it."""
+    if not job.options.lossy:
+        raise job.refusal(module, reason, hint)
+    job.report.dropped.append((module.name, reason))
+
+
+def _unplaced(job: Job, modules: Sequence[Module], targets: Sequence[Target]) -> set[int]:
+    """The modules of which the target has no name for every row: they are refused, or left out under ``--lossy``."""
     placed: Counter[int] = Counter()
     for target in targets:
         for piece in target.pieces:
             if piece.source is not None:
                 placed[id(piece.source)] += piece.rows
-    for module in modules:
-        if placed[id(module)] != module.out:
-            raise job.refusal(module, f"{job.target.reader} has no name for this module of {job.arch.name}", "--drop REGEX")
+    missing = [module for module in modules if placed[id(module)] != module.out]
+    for module in missing:
+        _left_out(
+            job, module, f"{job.target.reader} has no name for this module of {job.arch.name}",
+            "--base MODEL if the model has it under this name, --lossy to leave it out, or --drop REGEX",
+        )  # fmt: skip
+    return {id(module) for module in missing}
 
 
 def _split_names(job: Job, targets: Sequence[Target]) -> list[Target]:

@@ -17,8 +17,9 @@ from lorasurgery.io.tensors import same_values
 from lorasurgery.layouts.targets import names_in, namings, written_in
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
+from lorasurgery.surgery.convert import convert
 from lorasurgery.surgery.merge.align import aligned
-from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, spelled_as, weighted
+from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, spelled_as, spelling_of, weighted
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
 from lorasurgery.surgery.merge.options import DENSE, MergeOptions
@@ -102,17 +103,21 @@ def _merged(run: Merging) -> Adapter:
         raise RequestError("nothing would be left: every weight is 0, the files cancel out, or nothing in them can be added")
     used = [bool(source.used) for source in run.report.sources]
     first = leading([source.adapter for source in run.sources])
+    spelling, homes = spelling_of([source.adapter for source in run.sources])
     adapter = Adapter(
         architecture=run.arch,
-        modules={module.site: spelled_as(module, first) for module in made},
+        modules={module.site: spelled_as(module, homes.get(module.site.component)) for module in made},
         metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
         layout=first.layout,
-        spelling=first.spelling,
+        spelling=spelling,
         leftovers=_leftovers(run),
         ambiguous=_ambiguous(run),
         operation=f"merge {run.options.method}",
     )
     adapter = _without_factor(adapter)
+    if run.target.own:  # modules of other files under the first one's names
+        adapter, told = convert(adapter)
+        told.losses = run.report.losses
     return adapter if run.options.resize is None or run.options.compat is not None else _resized(run, adapter)
 
 

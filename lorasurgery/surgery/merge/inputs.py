@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Module, Scale
+from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, Adapter, Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.kronecker import Kronecker
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.layouts.targets import Layout
     from lorasurgery.linalg.factors import AnyArray
     from lorasurgery.surgery.merge.weights import Weight
 
@@ -61,16 +62,33 @@ def leading(adapters: Sequence[Adapter]) -> Adapter:
     )
 
 
-def spelled_as(module: Module, first: Adapter) -> Module:
-    """A module of the result with the keys that the first file has for it, none where it has not.
+def spelling_of(adapters: Sequence[Adapter]) -> tuple[Layout | None, dict[str, Adapter]]:
+    """How a merge without a target spells its result: as the leading file does; and component -> the file whose keys it has.
+
+    A component that the leading file has not is spelled as the first file of the same layout that has it.
+    """
+    first = leading(adapters)
+    alike = [first, *(a for a in adapters if a is not first and a.layout == first.layout and a.spelling is not None)]
+    homes: dict[str, Adapter] = {}
+    for adapter in alike:
+        for site in adapter.modules:
+            homes.setdefault(site.component, adapter)
+    if first.spelling is None:
+        return None, homes
+    prefixes = {c: p for a in reversed(alike) if a.spelling is not None for c, p in a.spelling.prefixes.items()}
+    return replace(first.spelling, prefixes=prefixes), homes
+
+
+def spelled_as(module: Module, first: Adapter | None) -> Module:
+    """A module of the result with the keys that the file ``first`` has for it, none where it has not.
 
     Another file's alpha is not kept where the first file's is read by another rule (an rsLoRA flag, a LoKr with both factors
     whole): it is written anew.
     """
-    own = first.modules.get(module.site)
+    own = None if first is None else first.modules.get(module.site)
     if own is not None and own.name == module.name and own.keys == module.keys:
         return module
-    rule = (first.spelling is not None and first.spelling.rslora) or module.scale.stored is not None
+    rule = module.scale.stored is not None or (first is not None and first.spelling is not None and first.spelling.rslora)
     whole = isinstance(module.delta, Kronecker) and module.delta.rank is None
     scale = Scale(module.scale.value, module.scale.source) if rule or whole else module.scale
     return replace(module, keys={} if own is None else own.keys, name=module.name if own is None else own.name,
@@ -130,7 +148,7 @@ def times(module: Module, value: float) -> Module:
     """The module with ``value`` in its scale and its bias, which is float64 then; the alpha tensor is forgotten."""
     if value == 1.0:
         return module
-    scale = module.scale if module.delta is None else Scale(module.scale.value * value, module.scale.source)
+    scale = module.scale if module.delta is None else Scale(module.scale.value * value, SCALED)
     return replace(module, scale=scale, bias=None if module.bias is None else multiplied(module.bias.cast("F64"), value))
 
 

@@ -6,8 +6,19 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.architectures import architectures
-from lorasurgery.architectures.table import DIFFUSERS, NAMINGS, SD_SCRIPTS, Architecture, Names, Part, Row, name_pattern, row
+from lorasurgery.architectures.table import (
+    DENOISERS,
+    DIFFUSERS,
+    NAMINGS,
+    SD_SCRIPTS,
+    Architecture,
+    Names,
+    Own,
+    Part,
+    Row,
+    name_pattern,
+    row,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,24 +33,68 @@ CUSTOM = "custom"
 _SUFFIXES = (".weight", ".scale")
 """``.scale``: the RMS norms of FLUX and Chroma."""
 NEARLY = 0.9
-"""A known table is used for a base when it names at least this share of the base's weights."""
+"""A known table is used for a base when it names at least this share of the base's weights, whatever their sizes."""
+SAME = 0.5
+"""It is also used, and extended by the base's other names, when it names this share of them and nearly all in the same size."""
 
 
-def from_base(tensors: Mapping[str, Tensor], path: Path) -> Architecture:
-    """The architecture of a base model, from its names and shapes only.
+def known_table(shapes: Mapping[str, Shape], among: Iterable[Architecture]) -> tuple[Architecture, str] | None:
+    """The table of which a model with these weights is a size or a newer variant, and the naming; None where none is."""
+    found = closest(shapes, among, SAME)
+    if found is None:
+        return None
+    arch, naming = found
+    known = {name: arch.module_shape(spans) for name, spans in arch.namings[naming].items() if name in shapes}
+    alike = sum(shapes[name] == shape for name, shape in known.items())
+    return found if len(known) >= NEARLY * len(shapes) or alike >= NEARLY * len(known) else None
 
-    A known architecture whose names these are keeps its names for every layout, with the base's own shapes (a smaller
-    or wider model); otherwise the base's names are taken as they are in every layout.
+
+def extended(arch: Architecture, naming: str, shapes: Mapping[str, Shape], bare: Mapping[str, Shape]) -> Architecture:
+    """A table with the weights of a base that it has not, under the base's own names; ``bare`` are parameters of no module.
+
+    Such a name is one of the naming that the base is in. It is another naming's too where the table has the modules beside
+    it in the same place there, some under the same name.
     """
-    _, shapes = module_shapes(tensors)
-    found = closest(shapes, architectures().values(), NEARLY)
-    return custom(shapes, path) if found is None else resized(*found, shapes)
+    known = arch.namings[naming]
+    alike = {other: _alike(arch, naming, other) for other in NAMINGS if other != naming}
+    own = []
+    for name, shape in (*shapes.items(), *bare.items()):
+        if name in known:
+            continue
+        parent = name.rpartition(".")[0]
+        others = [other for other, parents in alike.items() if parent in parents]
+        own += [Own(DENOISERS[0], name, shape, other) for other in (naming, *others)]
+    return arch.with_own(own)
+
+
+def _alike(arch: Architecture, naming: str, other: str) -> frozenset[str]:
+    """The parts of a model whose modules stand in the same part in another naming, some of them under the same name."""
+    theirs = {spans: name for name, spans in arch.namings[other].items()}
+    same: set[str] = set()
+    moved: set[str] = set()
+    for name, spans in arch.namings[naming].items():
+        parent, there = name.rpartition(".")[0], theirs.get(spans)
+        if there == name:
+            same.add(parent)
+        elif there is None or there.rpartition(".")[0] != parent:
+            moved.add(parent)
+    return frozenset(same - moved)
 
 
 def custom(shapes: Mapping[str, Shape], path: Path) -> Architecture:
     """A table of these modules, whose names are the same in every layout."""
     rows = tuple(row(name, shape) for name, shape in shapes.items())
     return Architecture(id=CUSTOM, variant="", name=path.stem, source=path.name, rows=rows)
+
+
+def bare_parameters(tensors: Mapping[str, Tensor], prefix: str, modules: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The parameters under a prefix that are no weight, bias or scale of a module, by their whole names."""
+    names = ((key[len(prefix) :], tensor.shape) for key, tensor in tensors.items() if key.startswith(prefix))
+    return {
+        name: shape
+        for name, shape in names
+        if shape and not name.endswith((*_SUFFIXES, ".bias")) and name.rpartition(".")[0] not in modules
+    }
 
 
 def module_shapes(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Shape]]:

@@ -143,7 +143,8 @@ class Architecture:
 
     def with_own(self, own: Iterable[Own]) -> Architecture:
         """The same model with further weights of its own; those it has are not added again."""
-        new = tuple(weight for weight in own if (weight.component, weight.name) not in self.own_shapes)
+        known = {(weight.component, weight.name, weight.naming) for weight in self.own}
+        new = tuple(weight for weight in own if (weight.component, weight.name, weight.naming) not in known)
         return replace(self, own=(*self.own, *new)) if new else self
 
     @cached_property

@@ -53,12 +53,11 @@ def one_naming(adapters: Sequence[Adapter]) -> list[Adapter]:
     dotted = _dotted(adapters)
     renamed = [_renamed(adapter, dotted, adapters) for adapter in adapters]
     shapes = _shapes(renamed)
-    own: dict[Place, Own] = {}
+    own: dict[Own, None] = {}
     for adapter in renamed:
         for weight in adapter.architecture.own:
-            place = weight.component, weight.name
-            own.setdefault(place, weight._replace(shape=shapes[place]))
-    every = tuple(own.values())
+            own[weight._replace(shape=shapes[weight.component, weight.name])] = None
+    every = tuple(own)
     return [_sited(replace(a, architecture=replace(a.architecture, own=every)), shapes) for a in renamed]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import architectures, named
-from lorasurgery.architectures.from_base import NEARLY, closest, custom, module_shapes, resized
+from lorasurgery.architectures.from_base import bare_parameters, closest, custom, extended, known_table, module_shapes, resized
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, Architecture
 from lorasurgery.errors import RequestError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.architectures.table import Shape
+    from lorasurgery.io.tensors import Tensor
     from lorasurgery.models.files import ModelFile
 
 SUBFOLDERS = ("transformer.", "unet.")
@@ -42,8 +43,11 @@ def recognised(files: Sequence[ModelFile], path: Path, arch: str | Architecture 
 
     Raises RequestError when ``arch`` is no table's name, or none of its weights is there.
     """
-    prefix, shapes = _denoiser(files)
+    tensors = _denoiser(files)
+    prefix, shapes = module_shapes(tensors)
     found, naming = _architecture(shapes, path, arch)
+    if not isinstance(arch, Architecture):
+        found = extended(found, naming, shapes, bare_parameters(tensors, prefix, shapes))
     if prefix in COMFYUI:
         whole = any(key.startswith(PARTS) for file in files for key in file.raw.tensors)
         return Recognised(found, naming, "all-in-one" if whole else "comfyui")
@@ -61,10 +65,10 @@ def _saved_by_diffusers(file: ModelFile) -> bool:
     return bool(file.prefix) or (file.path.parent / "config.json").is_file()
 
 
-def _denoiser(files: Sequence[ModelFile]) -> tuple[str, dict[str, Shape]]:
-    """The prefix of the denoiser's keys, and its modules' shapes."""
+def _denoiser(files: Sequence[ModelFile]) -> dict[str, Tensor]:
+    """The tensors among which the denoiser's are."""
     own = [file for file in files if file.prefix in SUBFOLDERS] or files
-    return module_shapes({file.prefix + key: tensor for file in own for key, tensor in file.raw.tensors.items()})
+    return {file.prefix + key: tensor for file in own for key, tensor in file.raw.tensors.items()}
 
 
 def _architecture(shapes: Mapping[str, Shape], path: Path, arch: str | Architecture | None) -> tuple[Architecture, str]:
@@ -73,7 +77,7 @@ def _architecture(shapes: Mapping[str, Shape], path: Path, arch: str | Architect
         found = closest(shapes, (arch,), 0.0)
         return arch, ORIGINAL if found is None else found[1]
     among = tuple(architectures().values()) if arch is None else named(arch)
-    found = closest(shapes, among, NEARLY if arch is None else HALF)
+    found = known_table(shapes, among) if arch is None else closest(shapes, among, HALF)
     if found is not None:
         return resized(*found, shapes), found[1]
     if arch is not None:

@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -177,6 +177,10 @@ def test_complete_list_to_every_target_and_back(name: str, target: str) -> None:
         assert caught.value.module in str(caught.value)
         assert caught.value.hint
         return
+    if adapter.leftovers and not layout(target).carries_unknown:  # learned tokens, which these take from no such file
+        with pytest.raises(NotRepresentableError, match="learned token"):
+            written(adapter, target)
+        adapter = replace(adapter, leftovers=())
     there = written(adapter, target)
     back = parse(RawFile(Path("there.safetensors"), there, {}), among=named(known.architecture))
     assert not back.leftovers

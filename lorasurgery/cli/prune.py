@@ -96,7 +96,7 @@ def _one(job: Job, options: PruneOptions, how: Writing) -> Shown:
     report = write_part(result, job.source, job.target, how)
     for name, (error, norm) in found.errors.items():
         report.losses.record(name, error, norm)
-    report.warnings = [*adapter.warnings, *found.warnings, *report.warnings]
+    report.warnings = list(dict.fromkeys([*adapter.warnings, *found.warnings, *report.warnings]))
     return Shown(_json(adapter, result, options, found, report), _lines(adapter, result, options, found, report))
 
 

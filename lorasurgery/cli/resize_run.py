@@ -115,7 +115,7 @@ def _shown(
 ) -> Shown:
     report, writing = done if done is not None else (None, None)
     written = writing is not None and writing.written
-    warnings = [*adapter.warnings, *(writing.warnings if writing is not None else ())]
+    warnings = list(dict.fromkeys([*adapter.warnings, *(writing.warnings if writing is not None else ())]))
     before = _bytes(source)
     found = {
         "schema": SCHEMA,

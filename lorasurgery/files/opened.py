@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.architectures import named
+from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.architectures.table import flat
 from lorasurgery.errors import RequestError, UnknownArchitectureError
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
+
+
+NOTED = "lorasurgery.architecture"
+"""Where a result of ours says what model it is for."""
 
 
 def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None) -> Adapter:
@@ -81,7 +85,8 @@ def _read(file: Unparsed, among: Iterable[Architecture] | None, base: Architectu
         error.path = error.path or str(taken.raw.path)
         if among is not None:
             raise
-        return _Read(taken, None, (), error)
+        noted = architectures().get(taken.raw.metadata.get(NOTED, ""))  # a part of a file may have nothing that a table has
+        return _Read(taken, None, (), error) if noted is None else _Read(taken, score(noted, taken.shapes))
 
 
 def _in_base(taken: Taken, base: Architecture) -> Match:

@@ -142,8 +142,11 @@ def _components(name: str, arch: Architecture) -> frozenset[str] | None:
     """The components that a name means, None for a name of something else."""
     if name in DENOISERS:
         return frozenset(DENOISERS[name])
+    beyond = {own.component for own in arch.own} - {DENOISER, SECOND_DENOISER}
     if name in ENCODERS:
-        return frozenset(encoder.table for encoder in arch.encoders)
+        return frozenset({*beyond, *(encoder.table for encoder in arch.encoders)})
+    if name in beyond:
+        return frozenset((name,))
     for i, own in enumerate(arch.encoders):
         named = {own.table, own.diffusers, own.sd_scripts.removeprefix("lora_")}
         if len(arch.encoders) == 1:

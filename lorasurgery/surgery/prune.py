@@ -5,6 +5,7 @@ What is kept is exact: a scale becomes part of alpha where the layout has one, a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -94,7 +95,8 @@ def prune(adapter: Adapter, options: PruneOptions) -> tuple[Adapter, Pruned]:
         if reason is None and target is not None:
             reason = missing_in(target, module, arch)
         if reason is None:
-            kept[site] = _times(module, options.factor, adapter, report)
+            whole = _without_parts(module, options.drop, report)
+            kept[site] = _times(whole, options.factor, adapter, report)
         else:
             report.dropped.append((module.name, reason))
     if not kept:
@@ -114,9 +116,43 @@ def _test(text: str, arch: Architecture) -> Test:
     return member(parse_selection(text), arch)
 
 
+PARTS = ("bias", "magnitude")
+"""What can be left out of a module beside its factors."""
+
+
+def _parts(module: Module, text: str) -> list[str]:
+    """The parts of a module that a selection means, where it does not mean the module: its bias, magnitude or extras.
+
+    ``family=bias`` is every bias; a regular expression that no module's name matches is looked for in the keys.
+    """
+    if module.delta is None:
+        return []
+    if text == f"{FAMILY}bias":
+        return ["bias"] if module.bias is not None else []
+    if not text.startswith("re="):
+        return []
+    search = re.compile(text.removeprefix("re=")).search
+    return [slot for slot, key in module.keys.items() if (slot in PARTS or slot in module.extras) and search(key)]
+
+
+def _without_parts(module: Module, drop: Sequence[str], report: Pruned) -> Module:
+    """The module without the parts that ``--drop`` names."""
+    for text in drop:
+        for slot in _parts(module, text):
+            report.dropped.append((module.keys.get(slot, f"{module.name} {slot}"), f"--drop {text}"))
+            module = replace(module, keys={own: key for own, key in module.keys.items() if own != slot})
+            if slot == "bias":
+                module = replace(module, bias=None, layer_bias=None)
+            elif slot == "magnitude":
+                module = replace(module, magnitude=None)
+            else:
+                module = replace(module, extras={own: t for own, t in module.extras.items() if own != slot})
+    return module
+
+
 def _warn_unused(adapter: Adapter, tests: Sequence[tuple[str, Test]], report: Pruned) -> None:
     for text, test in tests:
-        if not any(test(module) for module in adapter.modules.values()):
+        if not any(test(module) or _parts(module, text) for module in adapter.modules.values()):
             report.warnings.append(f"{text} is no module of the file")
 
 

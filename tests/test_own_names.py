@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from tests.headers import hollow
 from tests.oracle import Raw, Reader, Tensors, delta, model, modules, raw, read, rule, write
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     Effect = dict[str, NDArray[np.float64]]

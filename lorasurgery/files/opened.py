@@ -79,14 +79,23 @@ def _read(file: Unparsed, among: Iterable[Architecture] | None, base: Architectu
     taken = taken_apart(file)
     if base is not None:
         return _Read(taken, _in_base(taken, base))
+    noted = None if among is not None else _noted(taken)
+    if noted is not None:
+        return _Read(taken, noted)
     try:
         return _Read(taken, *detect(taken.shapes, taken.raw.metadata, among=among, path=taken.raw.path))
     except UnknownArchitectureError as error:
         error.path = error.path or str(taken.raw.path)
         if among is not None:
             raise
-        noted = architectures().get(taken.raw.metadata.get(NOTED, ""))  # a part of a file may have nothing that a table has
-        return _Read(taken, None, (), error) if noted is None else _Read(taken, score(noted, taken.shapes))
+        return _Read(taken, None, (), error)
+
+
+def _noted(taken: Taken) -> Match | None:
+    """The model that a result of ours notes, if all that its table names fits: a part of a file may have nothing that tells."""
+    noted = architectures().get(taken.raw.metadata.get(NOTED, ""))
+    found = None if noted is None else score(noted, taken.shapes)
+    return found if found is not None and found.fitting == found.named else None
 
 
 def _in_base(taken: Taken, base: Architecture) -> Match:

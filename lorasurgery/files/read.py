@@ -15,7 +15,7 @@ from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.layouts.detect import detect, fits, same_results
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
-from lorasurgery.layouts.names import index
+from lorasurgery.layouts.names import ALIAS, index
 from lorasurgery.layouts.spelled import spelling
 from lorasurgery.layouts.words import BIAS
 
@@ -143,7 +143,8 @@ def _namings(found: Iterable[Found]) -> dict[str, str]:
     """Prefix -> the naming that most known modules have under it."""
     votes: dict[str, Counter[str]] = defaultdict(Counter)
     for place in found:
-        votes[place.prefix][place.naming] += 1
+        if place.naming != ALIAS:
+            votes[place.prefix][place.naming] += 1
     return {prefix: own.most_common(1)[0][0] for prefix, own in votes.items()}
 
 

@@ -7,8 +7,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
-from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, flat
+from lorasurgery.architectures.table import DIFFUSERS, NAMINGS, ORIGINAL, SD_SCRIPTS, flat
 from lorasurgery.errors import RequestError
+from lorasurgery.layouts.names import ALIAS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -149,8 +150,9 @@ def written_in(adapter: Adapter, target: str | None = None) -> Layout:
 
 def names_in(own: Naming, arch: Architecture) -> Mapping[str, Spans]:
     """Every name that a naming has for the denoiser, dotted; where they become underscores, those known only so too."""
+    names = arch.alias_names if own.naming == ALIAS else arch.namings[own.naming]
     more = arch.flat_names(own.naming) if own.flat and arch.own else {}
-    return {**arch.namings[own.naming], **more} if more else arch.namings[own.naming]
+    return {**names, **more} if more else names
 
 
 def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model") -> tuple[Naming, ...]:
@@ -187,6 +189,8 @@ class Speller:
             {spans: name for name, spans in names_in(own, arch).items()} for own in self.namings
         ]
         self._flat = {own.name for own in arch.own if own.flat}
+        if target.own and self.namings[0].flat:  # whose names those are does not matter to the file that has the prefix
+            self._names[0] = {spans: name for n in NAMINGS for name, spans in arch.flat_names(n).items()} | dict(self._names[0])
         self._encoders: Mapping[str, Encoder] = {encoder.table: encoder for encoder in arch.encoders}
 
     def stem(self, site: Site) -> str | None:

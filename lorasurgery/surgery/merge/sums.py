@@ -61,7 +61,7 @@ class Sums:
             only = members[0]
             if only.weight != 1.0:
                 refuse_nonlinear([only.module])
-            return Sum(self._narrowed(only), _action(only))
+            return Sum(self._narrowed(_as_stored(only)), _action(only))
         return added([m.module for m in members], self.adding(site, members))
 
     def adding(self, site: Site, members: Sequence[Weighted]) -> Adding:
@@ -110,6 +110,13 @@ class Sums:
         own = next((m.original.bias.dtype for m in members if m.original.bias is not None), self.run.dtype)
         dtype = own if self.run.options.dtype == "keep" else DTYPES[self.run.options.dtype]
         return replace(module, bias=rounded(bias, dtype, self.run.recorder(f"{members[0].original.name} bias")))
+
+
+def _as_stored(only: Weighted) -> Weighted:
+    """A module that one file has, its factors with as many axes as there: those of the layer are for adding."""
+    module, was = only.module, only.original
+    cut = module.delta is not None and was.delta is not None and module.delta.rank != was.delta.rank
+    return only if cut or module.site != was.site else replace(only, module=replace(module, delta=was.delta))
 
 
 def _action(only: Weighted) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Adapter, Leftover
-from lorasurgery.architectures.from_base import custom
-from lorasurgery.architectures.table import DIFFUSERS, Own
+from lorasurgery.architectures.from_base import custom, resized
+from lorasurgery.architectures.table import DENOISERS, DIFFUSERS, ORIGINAL, Own
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Module, Site
     from lorasurgery.architectures.table import Architecture, Shape
+    from lorasurgery.deltas.base import Delta
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
     from lorasurgery.layouts.names import Found
     from lorasurgery.layouts.scales import PeftConfig, ScaleRules
 
+FEW = 0.1
+"""A file of which at most this share of the known weights has other sizes is for a variant of the model."""
 UNKNOWN_SHAPE = (1,)
 """Of a module whose tensors do not say it: an OFT's, for one. It is carried whole, so nobody asks."""
 BASE = "--base MODEL, the checkpoint it was trained on (only its header is read)"
@@ -53,6 +56,8 @@ class Placed:
     """Module -> its place."""
     own: frozenset[str]
     """Those whose place is a name of the file's own."""
+    other_sizes: tuple[str, ...] = ()
+    """Weights of the model that have another size in this file."""
 
 
 def parse(
@@ -106,29 +111,54 @@ def place(taken: Taken, known: Architecture | None) -> Placed:
 
     Raises UnknownArchitectureError for a module whose place needs a shape that nothing tells.
     """
-    arch = custom({}, taken.raw.path) if known is None else known
+    arch, other = (custom({}, taken.raw.path), {}) if known is None else _variant(taken, known)
     names = index(arch)
     found = {stem: names.find(stem) for stem in taken.groups}
     namings = _namings(place for place in found.values() if place is not None)
-    places: dict[str, Found] = {}
-    own: list[Own] = []
-    for stem, place in found.items():
-        here = place
-        if here is None:
-            here = names.own_place(stem, _shape(taken, stem), namings)
-            own.append(_own(here, here.shape))
-        elif _is_wider(taken, stem, here):
-            here = here._replace(shape=_shape(taken, stem))
-            own.append(_own(here, here.shape))
-        places[stem] = here
-    unknown = frozenset(stem for stem, place in found.items() if place is None)
+    unknown = [stem for stem, place in found.items() if place is None]
+    own = {stem: names.own_place(stem, _shape(taken, stem), namings) for stem in unknown}
+    places = {stem: own.get(stem) or place for stem, place in found.items()}
     if known is None:
-        arch = _unnamed(arch, places.values(), folder=taken.configs is not None)
-    return Placed(arch.with_own(own), places, unknown)
+        arch = _unnamed(arch, own.values(), folder=taken.configs is not None)
+    placed = {stem: place for stem, place in places.items() if place is not None}
+    return Placed(arch.with_own(map(_own, own.values())), placed, frozenset(unknown), tuple(other))
 
 
-def _own(found: Found, shape: Shape) -> Own:
-    return Own(found.site.component, found.site.spans[0].weight, shape, found.naming, found.flat)
+def _variant(taken: Taken, known: Architecture) -> tuple[Architecture, list[str]]:
+    """The model with the sizes of the few weights that a file has in others, and their names.
+
+    A first layer that takes more channels, or a modulation of more parts: where nearly all else fits, that is a variant. Where
+    much does not, it is another model, and the misfits are told one by one.
+    """
+    places = {stem: place for stem in taken.groups if (place := index(known).find(stem)) is not None}
+    other = {
+        place.site.spans[0].weight: taken.deltas[stem].shape  # type: ignore[union-attr]  # a misfit has a change
+        for stem, place in places.items()
+        if _is_misfit(taken.deltas.get(stem), place, known)
+    }
+    inner = [weight for weight, shape in other.items() if not _is_first(weight) or shape[0] != known.shapes[weight][0]]
+    if not other or len(inner) > FEW * len(places):
+        return known, []
+    sized = resized(known, ORIGINAL, {**known.shapes, **other})
+    return replace(sized, variant=known.variant, own=known.own), sorted(other)
+
+
+def _is_misfit(delta: Delta | None, place: Found, known: Architecture) -> bool:
+    """Whether a change is for a whole weight of another size than the table's."""
+    span = place.site.spans[0]
+    whole = len(place.site.spans) == 1 and place.site.component in DENOISERS and place.shape == known.shapes.get(span.weight)
+    if not whole or delta is None or isinstance(delta, Miss) or len(delta.shape) < 2:
+        return False
+    return not fits(delta.shape, place.shape)
+
+
+def _is_first(weight: str) -> bool:
+    """Whether a weight stands outside of all blocks, as the layers do that other inputs make wider."""
+    return not any(part.isdigit() for part in weight.split("."))
+
+
+def _own(found: Found) -> Own:
+    return Own(found.site.component, found.site.spans[0].weight, found.shape, found.naming, found.flat)
 
 
 def _unnamed(arch: Architecture, places: Iterable[Found], *, folder: bool) -> Architecture:
@@ -158,20 +188,6 @@ def _shape(taken: Taken, stem: str) -> Shape:
     if delta is not None and delta.shape:
         return delta.shape
     return UNKNOWN_SHAPE if bias is None else (bias.tensor.size,)
-
-
-def _is_wider(taken: Taken, stem: str, place: Found) -> bool:
-    """Whether a module is for a known layer with another number of inputs: a first layer that takes more channels."""
-    delta = taken.deltas.get(stem)
-    if delta is None or isinstance(delta, Miss) or len(delta.shape) < 2 or len(place.shape) < 2:
-        return False
-    whole = len(place.site.spans) == 1 and place.site.spans[0].start == 0
-    return whole and not fits(delta.shape, place.shape) and delta.shape[0] == place.shape[0] and _is_first(place)
-
-
-def _is_first(place: Found) -> bool:
-    """Whether a weight stands outside of all blocks."""
-    return not any(part.isdigit() for part in place.site.spans[0].weight.split("."))
 
 
 def leftovers(taken: Taken) -> tuple[Leftover, ...]:
@@ -213,7 +229,12 @@ def _join_or_refuse(modules: dict[Site, Module], module: Module, taken: Taken) -
 
 
 def own_named(placed: Placed) -> Iterable[str]:
-    """What to say of modules that the known model has not."""
+    """What to say of modules that the known model has not, or has in other sizes."""
+    if placed.other_sizes:
+        yield (
+            f"{len(placed.other_sizes)} weights (first: {placed.other_sizes[0]}) have another size than in "
+            f"{placed.architecture.name}: the file is taken to be for a variant of it"
+        )
     if not placed.own or placed.architecture.only_prefix is not None:
         return
     stems = sorted(placed.own)

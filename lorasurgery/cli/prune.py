@@ -96,6 +96,7 @@ def _one(job: Job, options: PruneOptions, how: Writing) -> Shown:
     report = write_part(result, job.source, job.target, how)
     for name, (error, norm) in found.errors.items():
         report.losses.record(name, error, norm)
+    report.ledger = adapter.ledger.without([*found.dropped, *report.dropped])
     report.warnings = list(dict.fromkeys([*adapter.warnings, *found.warnings, *report.warnings]))
     return Shown(_json(adapter, result, options, found, report), _lines(adapter, result, options, found, report))
 
@@ -118,6 +119,7 @@ def _json(adapter: Adapter, result: Adapter, options: PruneOptions, found: Prune
         "rounding": report.losses.total(),
         "dropped": [{"key": key, "reason": reason} for key, reason in report.dropped],
         "carried": [key for key, _ in report.carried],
+        "ledger": None if report.ledger is None else report.ledger.to_json(),
         "warnings": report.warnings,
     }
 

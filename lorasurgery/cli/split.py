@@ -138,6 +138,7 @@ def _json(source: Path, adapter: Adapter, by: str, parts: dict[str, Adapter], re
             }
             for name, report in reports.items()
         ],
+        "ledger": adapter.ledger.without([left for report in reports.values() for left in report.dropped]).to_json(),
         "warnings": _warnings(adapter, reports),
     }
 

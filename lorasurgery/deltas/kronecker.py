@@ -8,12 +8,14 @@ Row o*out_k + p of the delta is block row o of w1 and row p of w2. Source: LyCOR
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError
-from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.deltas.rounding import factor_records, multiplied, rounded
+from lorasurgery.deltas.effect import Effect, before, behind
+from lorasurgery.deltas.low_rank import LowRank, tucker_effect
+from lorasurgery.deltas.rounding import multiplied, rounded
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
 if TYPE_CHECKING:
@@ -109,12 +111,26 @@ class Kronecker:
             return self
         names = ("w2", "w2_a") if self.blocks == 1 and self.t2 is None else ("w1", "w1_a")
         slot, tensor = next((name, found) for name in names if (found := getattr(self, name)) is not None)
-        return replace(self, **{slot: multiplied(tensor, factor, record)})
+        return replace(self, **{slot: multiplied(tensor, factor, record, partial(self._effect, slot))})
 
     def cast(self, dtype: str, record: Record | None = None) -> Kronecker:
         """Every factor in ``dtype``."""
-        recorded = factor_records(record, list(self.tensors.values()))
-        return Kronecker(**{slot: rounded(tensor, dtype, recorded) for slot, tensor in self.tensors.items()})
+        slots = self.tensors.items()
+        return Kronecker(**{slot: rounded(tensor, dtype, record, partial(self._effect, slot)) for slot, tensor in slots})
+
+    def _effect(self, slot: str) -> Effect:
+        """What a change of one factor does to the whole: the other side only multiplies it by its norm."""
+        gain = float(((self.inner_array() if slot.startswith("w1") else self.outer_array()) ** 2).sum())
+        a, b = (self.w1_a, self.w1_b) if slot.startswith("w1") else (self.w2_a, self.w2_b)
+        if slot in ("w1", "w2") or a is None or b is None:
+            return Effect(gain)
+        flat = b.reshape(b.shape[0], b.size // b.shape[0])
+        if self.t2 is None or slot.startswith("w1"):
+            return before(flat, gain) if slot.endswith("a") else behind(a, gain)
+        if slot == "w2_a":  # (rank, out): a Tucker product turned round
+            right = self._inner_factors()[1][2]()
+            return Effect(gain, (right.reshape(len(right), -1) ** 2).sum(axis=1))
+        return tucker_effect({"t2": "mid", "w2_b": "down"}[slot], a.f64().T, self.t2.f64(), flat.f64(), gain)
 
     def outer_array(self) -> Float64:
         """w1 in float64, (out_l, in_m)."""

@@ -26,7 +26,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import factor_records, rounded
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import computed, same_values
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
@@ -135,11 +135,8 @@ def _shared(terms: Sequence[Term], how: Adding) -> _Found | None:
         return None
     common = 1.0 if isinstance(head, Full) else _common(terms, how.dtype)
     whole = _sum([(t.delta.tensors[slot], t.factor / common) for t in terms])
-    record = factor_records(how.record, list(slots.values()))
-    tensor = rounded(whole, how.dtype, record)
-    rest = head.cast(how.dtype, how.record)
-    made = replace(rest, **{_FIELDS.get(slot, slot): tensor})  # type: ignore[arg-type]  # a slot is a field of its class
-    return _Found(made, common, ADDED if isinstance(head, Full) else SHARED)
+    exact = replace(head, **{_FIELDS.get(slot, slot): whole})  # type: ignore[arg-type]  # a slot is a field of its class
+    return _Found(exact.cast(how.dtype, how.record), common, ADDED if isinstance(head, Full) else SHARED)
 
 
 LINEAR = (LowRank, Hadamard, Kronecker, Full, Miss)

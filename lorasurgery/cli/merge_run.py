@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Adapter
-    from lorasurgery.report import Losses, Report
+    from lorasurgery.report import Report
     from lorasurgery.surgery.merge import MergeOptions, MergeReport, Source, Wanted
 
 SPLIT, FUSED = (
@@ -120,13 +120,13 @@ def _written(how: Request, sources: Sequence[Source], target: str) -> Outcome:
     except NotRepresentableError as error:
         error.path = error.path or _home(error.module, sources)
         raise
-    _gather(report.losses, writing.losses)
+    report.losses.gather(writing.losses)
     writing.losses = report.losses
     if report.dropped and how.strict:
         raise RequestError(f"--strict: {report.dropped[0][0]} would be left out ({report.dropped[0][1]})", hint="no --strict")
     save(result, how.out, options=SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run), report=writing)
     if report.resize is not None:
-        _gather(report.losses, report.resize.losses)
+        report.losses.gather(report.resize.losses)
     report.seconds += writing.seconds
     ranks = report.ranks() if report.resize is not None else _ranks(result)
     return Outcome(how.out, report, writing, _bytes(how.out) if writing.written else None, ranks)
@@ -136,11 +136,6 @@ def _ranks(result: Adapter) -> dict[int, int]:
     """Rank -> number of modules, of what is written."""
     found = (module.delta.rank for module in result.modules.values() if module.delta is not None)
     return dict(sorted(Counter(rank for rank in found if rank is not None).items()))
-
-
-def _gather(into: Losses, more: Losses) -> None:
-    for name, (squared, norm) in more.entries.items():
-        into.record(name, squared, norm)
 
 
 def _blamed(error: BrokenModuleError, sources: Sequence[Source]) -> BrokenModuleError:

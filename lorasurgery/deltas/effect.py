@@ -25,6 +25,10 @@ class Felt(Protocol):
         ...
 
 
+TINY = 1e-30
+"""A squared norm that float32 may not have all of."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """``||diag(left) x R||`` for a change x (rows, columns) of a factor; R is what stands to the right of it.
@@ -75,7 +79,9 @@ def behind(other: Tensor, gain: float = 1.0) -> Effect:
 
     ``other``: (out, rank), its own rank the rows of x.
     """
-    return Effect(gain, (other.f64() ** 2).sum(axis=0))
+    from lorasurgery.deltas.rounding import row_blocks, wide
+
+    return Effect(gain, sum(_row_squares(block.astype(wide(other.dtype)).T) for _, block in row_blocks(other)))
 
 
 def sketch_of(down: Tensor) -> tuple[Float64, Float64]:
@@ -87,24 +93,37 @@ def sketch_of(down: Tensor) -> tuple[Float64, Float64]:
     """
     import numpy as np
 
-    from lorasurgery.deltas.rounding import row_blocks
+    from lorasurgery.deltas.rounding import row_blocks, wide
 
+    few = down.shape[0] <= EXACTLY
+    dtype = "float64" if few else wide(down.dtype)
     parts, squares = [], []
     for _, block in row_blocks(down):
-        rows = block.astype(np.float64)
-        squares.append(np.einsum("ij,ij->i", rows, rows))
-        parts.append(rows if down.shape[0] <= EXACTLY else rows @ signs(down.shape[1]))
+        rows = block.astype(dtype)
+        squares.append(_row_squares(rows))
+        parts.append(rows if few else rows @ signs(down.shape[1], dtype))
     columns = np.concatenate(squares)
-    if down.shape[0] > EXACTLY:
-        return np.concatenate(parts), columns
+    if not few:
+        return np.concatenate(parts).astype(np.float64), columns
     lengths = np.sqrt(columns)
     unit = np.concatenate(parts) / np.where(lengths > 0.0, lengths, 1.0)[:, None]
     values, vectors = np.linalg.eigh(unit @ unit.T)
     return lengths[:, None] * vectors * np.sqrt(np.maximum(values, 0.0)), columns
 
 
+def _row_squares(rows: Array) -> Float64:
+    """Squared norms, 0 only for zeros: what is too small for squares in float32 is squared in float64."""
+    import numpy as np
+
+    found: Float64 = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
+    tiny = found < TINY
+    if tiny.any():
+        found[tiny] = (rows[tiny].astype(np.float64) ** 2).sum(axis=1)
+    return found
+
+
 @lru_cache(maxsize=8)
-def signs(size: int, dtype: str = "float64") -> Array:
+def signs(size: int, dtype: str) -> Array:
     """(size, 8) random signs over sqrt(8)."""
     import numpy as np
 

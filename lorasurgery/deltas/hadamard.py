@@ -8,14 +8,11 @@ Source: LyCORIS ``functional/loha.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns
-from lorasurgery.deltas.effect import Effect
 from lorasurgery.deltas.low_rank import LowRank, used_columns
-from lorasurgery.deltas.rounding import multiplied, rounded
+from lorasurgery.deltas.rounding import multiplied, rounded, told_by_rows
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
@@ -23,12 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorasurgery.deltas.base import Record
-    from lorasurgery.deltas.effect import Felt
-    from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
-
-
-SOME = 64
-"""Rows of the whole that are in memory at a time where an effect is measured."""
+    from lorasurgery.io.tensors import Float64, Ranges, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +67,14 @@ class Hadamard:
 
     def scaled(self, factor: float, record: Record | None = None) -> Hadamard:
         """Fold ``factor`` into w1_a."""
-        return self if factor == 1.0 else replace(self, w1_a=multiplied(self.w1_a, factor, record, partial(self._effect, "w1_a")))
+        if factor == 1.0:
+            return self
+        return told_by_rows(self, replace(self, w1_a=multiplied(self.w1_a, factor)), factor, record)
 
     def cast(self, dtype: str, record: Record | None = None) -> Hadamard:
         """Every factor in ``dtype``."""
-        slots = self.tensors.items()
-        return Hadamard(**{slot: rounded(tensor, dtype, record, partial(self._effect, slot)) for slot, tensor in slots})
-
-    def _effect(self, slot: str) -> Felt:
-        """What a change of one factor does to the whole; beside a Tucker core only as much as the other factors' norms."""
-        one, two = ((self.w1_a, self.w1_b), (self.w2_a, self.w2_b))[:: 1 if slot.startswith("w1") else -1]
-        if self.t1 is not None:
-            return Effect(prod(float((t.f64() ** 2).sum()) for name, t in self.tensors.items() if name != slot))
-        (a, b), (c, d) = ((left.f64(), right.f64().reshape(right.shape[0], -1)) for left, right in (one, two))
-        if slot.endswith("a"):
-            return ArmEffect(b, c, d)
-        return Effect(1.0 / len(c), (a**2).sum(axis=0), None, ((c.T @ c @ d) * d).sum(axis=0))
+        cast = Hadamard(**{slot: rounded(tensor, dtype) for slot, tensor in self.tensors.items()})
+        return told_by_rows(self, cast, 1.0, record)
 
     def dense(self) -> Float64:
         """The product in float64, of shape :attr:`shape`."""
@@ -118,36 +102,6 @@ class Hadamard:
             "F64", (rank, self.w1_b.shape[1], *kernel), lambda: _rowwise(_cored(t1, self.w1_b), _cored(t2, self.w2_b))
         )
         return LowRank(up, down)
-
-
-@dataclass(frozen=True, slots=True)
-class ArmEffect:
-    """Of ``w1_a``: ``||(x w1_b) * (w2_a w2_b)||`` for its rows x, all matrices (of ``w2_a`` with the arms exchanged)."""
-
-    own: Float64
-    left: Float64
-    right: Float64
-
-    def felt(self, changed: Array, rows: Array) -> bool:
-        """Row by row, until one is found."""
-        import numpy as np
-
-        squares = (self.own**2).T
-        for row in np.flatnonzero(changed.any(axis=1)):
-            if (((self.left[rows[row]] @ self.right) ** 2 @ squares)[changed[row]] > 0.0).any():
-                return True
-        return False
-
-    def squared(self, values: Float64, rows: Array) -> float:
-        """See :class:`lorasurgery.deltas.effect.Felt`."""
-        import numpy as np
-
-        total = 0.0
-        for start in range(0, len(rows), SOME):
-            some = slice(start, start + SOME)
-            product = (values[some] @ self.own) * (self.left[rows[some]] @ self.right)
-            total += float(np.vdot(product, product))
-        return total
 
 
 def _cored(core: Tensor, b: Tensor) -> Float64:

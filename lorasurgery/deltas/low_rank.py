@@ -7,12 +7,11 @@ delta[p, r, k, l] = sum_ij mid[i, j, k, l] up[p, i] down[j, r]. Source: LyCORIS 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns, power_of_two, split_factor
 from lorasurgery.deltas.effect import Effect, before, behind, signs
-from lorasurgery.deltas.rounding import multiplied, once, rounded
+from lorasurgery.deltas.rounding import multiplied, once, rounded, told_by_rows
 from lorasurgery.io.dtypes import numpy_dtype, widest
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Record
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
 
-LARGE = 512
-"""A rank above which errors of rounding are estimated, to a few percent: that of a full difference as a LoRA, say."""
+LARGE = 48
+"""A rank above which errors of rounding both factors are estimated, to a few percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,8 @@ class LowRank:
         share = exponent // 2 if self.up.dtype == "F16" else 0
         return replace(
             self,
-            up=multiplied(self.up, remainder * power_of_two(exponent - share), record, lambda: self.effect("up")),
-            down=multiplied(self.down, power_of_two(share), record, lambda: self.effect("down")),
+            up=multiplied(self.up, remainder * power_of_two(exponent - share), record, lambda: self._effect("up")),
+            down=multiplied(self.down, power_of_two(share), record, lambda: self._effect("down")),
         )
 
     def times(self, factor: float) -> LowRank:
@@ -81,22 +80,21 @@ class LowRank:
         whole = self.scaled(power_of_two(exponent))
         return replace(whole, up=multiplied(rounded(whole.up, "F64"), remainder))
 
-    def effect(self, slot: str, gain: float = 1.0) -> Effect:
-        """What a change of one factor, flat after its first axis, does to the whole."""
-        up = self.up.reshape(self.up.shape[0], self.up.shape[1])
-        if slot == "up":
-            down = self.to_low_rank().down
-            return before(down.reshape(down.shape[0], down.size // down.shape[0]), gain)
-        if self.mid is None:
-            return behind(up, gain)
-        return tucker_effect(slot, up.f64(), self.mid.f64(), self.down.f64().reshape(self.rank, -1), gain)
+    def _effect(self, slot: str) -> Effect:
+        """What a change of one factor, flat after its first axis, does to the whole; of ``down`` only without a core."""
+        if slot == "down":
+            return behind(self.up.reshape(self.up.shape[0], self.up.shape[1]))
+        down = self.to_low_rank().down
+        return before(down.reshape(down.shape[0], down.size // down.shape[0]))
 
     def cast(self, dtype: str, record: Record | None = None) -> LowRank:
-        """Every factor in ``dtype``; ``record`` gets the error of the product (for Tucker, of each factor's part in it)."""
-        if self.mid is None and dtype not in (self.up.dtype, self.down.dtype):
+        """Every factor in ``dtype``; ``record`` gets the error of the product."""
+        if self.mid is not None:
+            return told_by_rows(self, LowRank(**{s: rounded(t, dtype) for s, t in self.tensors.items()}), 1.0, record)
+        if dtype not in (self.up.dtype, self.down.dtype):
             return LowRank(self._cast_up(dtype, once(record)), rounded(self.down, dtype))
-        slots = self.tensors.items()
-        return LowRank(**{slot: rounded(tensor, dtype, record, partial(self.effect, slot)) for slot, tensor in slots})
+        up = rounded(self.up, dtype, record, lambda: self._effect("up"))
+        return LowRank(up, rounded(self.down, dtype, record, lambda: self._effect("down")))
 
     def _cast_up(self, dtype: str, record: Record | None) -> Tensor:
         """``up`` in ``dtype``, and both factors' rounding measured as ||U' D' - U D||^2."""
@@ -146,7 +144,7 @@ def told(record: Record, up: Array, down: Array, new_up: Array, new_down: Array)
     if not ((off_up.any(axis=0) & new_down.any(axis=1)) | (up.any(axis=0) & off_down.any(axis=1))).any():
         return
     if len(down) > LARGE:
-        vectors = signs(down.shape[1])
+        vectors = signs(down.shape[1], "float64")
         off, whole = off_up @ (new_down @ vectors) + up @ (off_down @ vectors), up @ (down @ vectors)
         error, norm = float(np.vdot(off, off)), float(np.vdot(whole, whole))
     else:
@@ -165,19 +163,6 @@ def _apart(up: Array, down: Array) -> float:
 def _inner(up: Array, down: Array, other_up: Array, other_down: Array) -> float:
     """<up @ down, other_up @ other_down>, without forming either product."""
     return float(((up.T @ other_up) * (down @ other_down.T)).sum())
-
-
-def tucker_effect(slot: str, up: Float64, core: Float64, down: Float64, gain: float = 1.0) -> Effect:
-    """What a change of ``mid`` or ``down`` does to ``sum_ij core[i, j] up[:, i] down[j]``, of parts that do not hang together.
-
-    up: (out, i), core: (i, j, k...), down: (j, in).
-    """
-    import numpy as np
-
-    if slot == "down":
-        return Effect(gain, (np.tensordot(up, core, 1) ** 2).sum(axis=(0, *range(2, core.ndim))))
-    columns = np.repeat((down**2).sum(axis=1), core[0, 0].size)
-    return Effect(gain, (up**2).sum(axis=0), None, columns)
 
 
 def _with_core(mid: Float64, up: Float64, down: Float64) -> Float64:

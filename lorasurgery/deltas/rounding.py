@@ -8,10 +8,11 @@ of an error of zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lorasurgery.deltas.effect import Effect
 from lorasurgery.io.dtypes import numpy_dtype
@@ -22,24 +23,25 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.base import Delta, Record
     from lorasurgery.deltas.effect import Felt
     from lorasurgery.deltas.times import Times
     from lorasurgery.io.tensors import Array, Float64, Tensor
 
+Changed = TypeVar("Changed", bound="Delta")
 CHUNK = 1 << 17
 """Elements converted at a time."""
 WHOLE = 1 << 17
 """Elements of a tensor that is measured whole."""
 ROWS, FEWEST, SAMPLED = 256, 32, 1 << 19
 """Of a larger one so many rows are measured at first, fewer where they are long: about so many elements, but no fewer rows."""
+COMPUTED = 2.0**-106
+"""The squared relative error that numbers have which were computed anew in float64, by a decomposition say."""
 LEAST = 8.0
 """Rows that lost less than this part of what rounding can take at most do not speak for the others: then all are measured."""
 
 
-def multiplied(
-    tensor: Tensor, factor: float, record: Record | None = None, effect: Callable[[], Felt] | None = None
-) -> Tensor:
+def multiplied(tensor: Tensor, factor: float, record: Record | None = None, effect: Callable[[], Felt] | None = None) -> Tensor:
     """``tensor`` times ``factor``, computed in float32 (float64 for F32 and F64 tensors) and rounded once to its dtype.
 
     ``record`` gets the squared rounding error and the squared norm of the product when it is first computed; ``effect``,
@@ -48,16 +50,51 @@ def multiplied(
     return tensor if factor == 1.0 else _converted(tensor, factor, tensor.dtype, record, effect)
 
 
-def rounded(
-    tensor: Tensor, dtype: str, record: Record | None = None, effect: Callable[[], Felt] | None = None
-) -> Tensor:
+def rounded(tensor: Tensor, dtype: str, record: Record | None = None, effect: Callable[[], Felt] | None = None) -> Tensor:
     """``tensor`` in ``dtype``; ``record`` and ``effect`` as in :func:`multiplied`."""
     return tensor if dtype == tensor.dtype else _converted(tensor, 1.0, dtype, record, effect)
 
 
-def _converted(
-    tensor: Tensor, factor: float, dtype: str, record: Record | None, effect: Callable[[], Felt] | None
-) -> Tensor:
+def watched(old: Changed, new: Changed, tell: Callable[[Changed], None]) -> Changed:
+    """``new``, of which some tensors are others than ``old``'s; ``tell(new)`` is called once, when one of them is computed."""
+    slot = next((slot for slot, tensor in new.tensors.items() if tensor is not old.tensors[slot]), None)
+    if slot is None:
+        return new
+    tensor = new.tensors[slot]
+    called: list[bool] = []
+
+    def values() -> Array:
+        if not called:
+            called.append(True)
+            tell(new)
+        return tensor.array()
+
+    return replace(new, **{slot: computed(tensor.dtype, tensor.shape, values)})  # type: ignore[type-var]  # a dataclass
+
+
+def told_by_rows(old: Changed, new: Changed, factor: float, record: Record | None) -> Changed:
+    """``new``, which should be ``factor`` times ``old``, in those tensors that are others; ``record`` hears what it is not.
+
+    Judged by rows of both, where any number is not what it should be.
+    """
+    from lorasurgery.deltas.evaluate import distance
+    from lorasurgery.deltas.times import same
+
+    if record is None:
+        return new
+
+    def tell(made: Changed) -> None:
+        pairs = [(was, made.tensors[slot]) for slot, was in old.tensors.items() if made.tensors[slot] is not was]
+        if all(same(own.f64(), was.f64() * factor).all() for was, own in pairs):
+            return
+        error, norm = distance(old, made, factor)
+        if error > 0.0:
+            record(error, norm)
+
+    return watched(old, new, tell)
+
+
+def _converted(tensor: Tensor, factor: float, dtype: str, record: Record | None, effect: Callable[[], Felt] | None) -> Tensor:
     recorded = once(record)
     shape = (tensor.shape[0], prod(tensor.shape[1:])) if tensor.shape else (1, 1)
     part = tensor.reshape(*shape), factor
@@ -150,8 +187,8 @@ class _Rounding:
         if not self.felt:
             result = self._result[start : start + len(rows)]
             kept = [way.kept(block, result[:, own]) for (way, own), block in zip(self._parts, blocks, strict=True)]
-            changed = ~(kept[0] if len(kept) == 1 else np.hstack(kept))
-            self.felt = bool(changed.any()) and self._effect.felt(changed, rows)
+            if not all(own.all() for own in kept):
+                self.felt = self._effect.felt(~np.hstack(kept), rows)
 
     def measured(self, again: Callable[[], Iterator[tuple[int, list[Array]]]]) -> tuple[float, float]:
         """(squared error, squared norm) of the weight, when all rows have been looked at; ``again`` gives them once more."""
@@ -180,18 +217,20 @@ class _Rounding:
 
 
 def unit(dtype: np.dtype[Any]) -> float:
-    """The largest relative error of rounding to a float dtype."""
+    """The largest relative error of rounding to a float dtype; 1 for integers."""
     import ml_dtypes
 
-    return float(ml_dtypes.finfo(dtype).eps) / 2.0
+    if dtype.kind in "iub":
+        return 1.0
+    return float(ml_dtypes.finfo(dtype).eps) / 2.0  # type: ignore[no-untyped-call]  # ml_dtypes tells no types
 
 
 @lru_cache(maxsize=64)
-def sampled(height: int, width: int) -> Array:
+def sampled(height: int, width: int, most: int = ROWS) -> Array:
     """The rows of a matrix that are measured at first: all of a small one, else one at random of each of equal runs."""
     import numpy as np
 
-    rows = max(min(ROWS, SAMPLED // max(width, 1)), FEWEST)
+    rows = max(min(most, SAMPLED // max(width, 1)), FEWEST)
     if height * width <= WHOLE or height <= rows:
         return np.arange(height)
     edges = np.arange(rows + 1) * height // rows

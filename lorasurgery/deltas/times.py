@@ -17,6 +17,10 @@ SMALL = 16
 """Bits of the dtypes that tables are made for."""
 
 
+ALIKE = 2.0**-50
+"""A relative difference that is none: four units in the last place of float64."""
+
+
 class Times:
     """Multiplies arrays of dtype ``source`` by ``factor``, calculated in :func:`wide` and rounded once to ``dtype``.
 
@@ -51,11 +55,10 @@ class Times:
         return product
 
     def kept(self, array: Array, result: Array) -> Array:
-        """Where ``result``, as :meth:`into` made it, is the product itself: a boolean array."""
+        """Where ``result``, as :meth:`into` made it, is the product itself, as far as float64 tells: a boolean array."""
         if self._exact is not None:
             return self._exact.take(array.view(np.uint16), mode="clip")
-        same: Array = result.astype(np.float64) == self.true(array)
-        return same
+        return same(result.astype(np.float64), self.true(array))
 
     def _product(self, array: Array) -> Array:
         product = array.astype(wide(self._source))
@@ -66,8 +69,17 @@ class Times:
         every = np.arange(1 << SMALL, dtype=np.uint32).astype(np.uint16).view(numpy_dtype(self._source))
         with np.errstate(all="ignore"):
             values = self._product(every).astype(self._dtype)
-            self._exact = values.astype(np.float64) == self.true(every)
+            self._exact = same(values.astype(np.float64), self.true(every))
         self._values = values
+
+
+def same(stored: Float64, true: Float64) -> Array:
+    """Where numbers are equal but for the last bits of a factor that has no end in binary, such as 0.7."""
+    equal: Array = stored == true
+    if not equal.all():
+        with np.errstate(invalid="ignore"):
+            equal |= np.abs(stored - true) <= ALIKE * np.abs(true)
+    return equal
 
 
 @lru_cache(maxsize=32)

@@ -93,8 +93,9 @@ def _shares(modules: Sequence[Module], record: Record | None) -> Callable[[Modul
 
     def of(module: Module) -> Record | None:
         def own(error: float, norm: float) -> None:
-            if record is not None and norm > 0.0:
-                record(error / norm * norms()[module.name], sum(norms().values()))
+            if record is not None:
+                part, whole = norms()[module.name], sum(norms().values())
+                record(*((error / norm * part, whole) if norm and part else (error, 0.0)))
 
         return own
 

@@ -16,6 +16,7 @@ from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.surgery.blocks import member, parse_selection
+from lorasurgery.surgery.cast import BIAS
 from lorasurgery.surgery.parts import subset
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _times(module: Module, factor: float, adapter: Adapter, report: Pruned) -> M
         )  # fmt: skip
 
     def record(error: float, norm: float) -> None:
-        report.errors[f"{module.name} (bias)"] = (error, norm)
+        report.errors[BIAS.format(module.name)] = (error, norm)
 
     bias = None if module.bias is None else multiplied(module.bias, factor, record)
     if module.delta is None:

@@ -52,7 +52,7 @@ class ResizeReport:
     kept: list[tuple[str, str]] = field(default_factory=list)
     """(module, why it stays as it is)."""
     losses: Losses = field(default_factory=Losses)
-    """Squared rounding errors of the new factors, by module, estimated from every 16th element."""
+    """Rounding errors of the new factors, by module."""
     threshold: float | None = None
     """The score above which singular values stayed, where one decided for the whole file."""
     size: int | None = None

@@ -1,0 +1,157 @@
+"""What rounding costs: "exact" where the dense float64 change is the same, and an estimate near the truth everywhere else."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorasurgery.deltas.full import Full, stack_full
+from lorasurgery.deltas.hadamard import Hadamard
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.miss import Miss
+from lorasurgery.deltas.rounding import ROWS, WHOLE, multiplied, rounded
+from lorasurgery.io.tensors import of_array
+from lorasurgery.report import Losses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorasurgery.deltas.base import Delta, Record
+
+DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("f2"), "F32": np.dtype("f4")}
+FACTORS = (0.7, 1 / 3, 0.5, -2.0, 1.0 + 2.0**-30, 3.0, 1e-3)
+dtypes = st.sampled_from(sorted(DTYPES))
+
+
+class Heard(NamedTuple):
+    """A report that hears of roundings, and where it does."""
+
+    losses: Losses
+    record: Record
+
+    @property
+    def exact(self) -> bool:
+        return not self.losses.entries
+
+    @property
+    def error(self) -> float:
+        return self.losses.total()
+
+
+def heard() -> Heard:
+    losses = Losses()
+    return Heard(losses, lambda error, norm: losses.record("x", error, norm))
+
+
+# factors with structure ---------------------------------------------------------------------------------------------------
+
+
+class Pattern(NamedTuple):
+    """Which rows and columns of a random matrix are ordinary, and what the others are."""
+
+    seed: int
+    rows: tuple[str, str]
+    columns: tuple[str, str]
+
+
+ordinary = st.sampled_from(["all", "all", "some", "one", "every sixth"])
+others = st.sampled_from(["zero", "zero", "powers of two", "short"])
+patterns = st.builds(Pattern, st.integers(0, 2**32), st.tuples(ordinary, others), st.tuples(ordinary, others))
+
+
+def matrix(pattern: Pattern, height: int, width: int) -> np.ndarray:
+    """Random numbers, of which rows or columns are zero, short, or powers of two, which survive a power of two's scale."""
+    rng = np.random.default_rng(pattern.seed)
+    values = rng.standard_normal((height, width))
+    for how, other in (pattern.columns, pattern.rows):
+        values = values.T  # columns, then rows
+        count = len(values)
+        which = {
+            "all": np.ones(count, bool), "some": rng.random(count) < 0.5,
+            "one": np.arange(count) == rng.integers(count), "every sixth": np.arange(count) % 6 == 1,
+        }[how]  # fmt: skip
+        rest = values[~which]
+        values[~which] = {"zero": 0.0 * rest, "powers of two": np.exp2(np.round(np.clip(rest, -3.0, 3.0))), "short": rest * 2.0**-6}[other]
+    return values
+
+
+SIZES = {
+    "lora": {"up": (36, 5), "down": (5, 24)},
+    "lora of a high rank": {"up": (60, 20), "down": (20, 48)},
+    "loha": {"w1_a": (36, 3), "w1_b": (3, 24), "w2_a": (36, 4), "w2_b": (4, 24)},
+    "lokr": {"w1": (6, 4), "w2": (6, 6)},
+    "lokr of products": {"w1_a": (6, 2), "w1_b": (2, 4), "w2_a": (6, 3), "w2_b": (3, 6)},
+    "full": {"diff": (36, 24)},
+    "miss": {"block": (4, 36)},
+}
+MAKE: dict[str, Callable[..., Delta]] = {
+    "lora": LowRank, "loha": Hadamard, "lokr": Kronecker, "full": Full, "miss": lambda block: Miss(block).over((36, 24)),
+}  # fmt: skip
+four = st.lists(patterns, min_size=4, max_size=4)
+families = st.sampled_from(sorted(SIZES))
+
+
+def dense(family: str, slots: dict[str, np.ndarray]) -> np.ndarray:
+    """The change in float64, from first principles."""
+    f = {slot: values.astype("f8") for slot, values in slots.items()}
+    kind = family.split()[0]
+    if kind == "lora":
+        return f["up"] @ f["down"]
+    if kind == "loha":
+        return (f["w1_a"] @ f["w1_b"]) * (f["w2_a"] @ f["w2_b"])
+    if kind == "lokr":
+        return np.kron(*((f[w] if w in f else f[f"{w}_a"] @ f[f"{w}_b"]) for w in ("w1", "w2")))
+    if kind == "miss":
+        return f["block"].T[:, np.arange(24) % 4]
+    return f["diff"]
+
+
+def made(family: str, dtype: str, how: list[Pattern]) -> tuple[Delta, np.ndarray]:
+    """A delta and its dense change."""
+    sizes = SIZES[family].items()
+    slots = {slot: matrix(p, *size).astype(DTYPES[dtype]) for (slot, size), p in zip(sizes, how, strict=False)}
+    return MAKE[family.split()[0]](**{s: of_array(v, dtype) for s, v in slots.items()}), dense(family, slots)
+
+
+def stored(delta: Delta, family: str) -> np.ndarray:
+    """What the tensors mean that are written."""
+    names = {"miss_block": "block"}
+    return dense(family, {names.get(slot, slot): tensor.array() for slot, tensor in delta.tensors.items()})
+
+
+def judged(found: Heard, true: np.ndarray, exact: np.ndarray, within: float) -> None:
+    """Exact exactly when it is; else an error near the true one, and never 0."""
+    off, norm = float(np.linalg.norm(true - exact)), float(np.linalg.norm(exact))
+    assert found.exact == (off <= 2.0**-50 * norm), (off, norm, found.losses)
+    if not found.exact:
+        relative = off / norm if norm else 1.0
+        assert relative / within <= found.error <= relative * within
+
+
+FACTOR = {"lora of a high rank": 3.0}
+"""How near the estimate is, where it is more than a measurement: roundings of several factors may hang together."""
+
+
+@settings(max_examples=3000)
+@given(four, families, dtypes, st.sampled_from(FACTORS))
+def test_scaled(how: list[Pattern], family: str, dtype: str, factor: float) -> None:
+    delta, change = made(family, dtype, how)
+    found = heard()
+    scaled = delta.scaled(factor, found.record)
+    judged(found, stored(scaled, family), factor * change, FACTOR.get(family, 2.0))
+
+
+@settings(max_examples=3000)
+@given(four, families, dtypes, dtypes)
+def test_cast(how: list[Pattern], family: str, dtype: str, wanted: str) -> None:
+    delta, change = made(family, dtype, how)
+    found = heard()
+    cast = delta.cast(wanted, found.record)
+    judged(found, stored(cast, family), change, FACTOR.get(family, 2.0))

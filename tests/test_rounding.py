@@ -139,7 +139,7 @@ FACTOR = {"lora of a high rank": 3.0}
 """How near the estimate is, where it is more than a measurement: roundings of several factors may hang together."""
 
 
-@settings(max_examples=3000)
+@settings(max_examples=300)
 @given(four, families, dtypes, st.sampled_from(FACTORS))
 def test_scaled(how: list[Pattern], family: str, dtype: str, factor: float) -> None:
     delta, change = made(family, dtype, how)
@@ -148,7 +148,7 @@ def test_scaled(how: list[Pattern], family: str, dtype: str, factor: float) -> N
     judged(found, stored(scaled, family), factor * change, FACTOR.get(family, 2.0))
 
 
-@settings(max_examples=3000)
+@settings(max_examples=300)
 @given(four, families, dtypes, dtypes)
 def test_cast(how: list[Pattern], family: str, dtype: str, wanted: str) -> None:
     delta, change = made(family, dtype, how)

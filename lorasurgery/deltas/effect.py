@@ -79,9 +79,12 @@ def behind(other: Tensor, gain: float = 1.0) -> Effect:
 
     ``other``: (out, rank), its own rank the rows of x.
     """
+    import numpy as np
+
     from lorasurgery.deltas.rounding import row_blocks, wide
 
-    return Effect(gain, sum(_row_squares(block.astype(wide(other.dtype)).T) for _, block in row_blocks(other)))
+    blocks = (block.astype(wide(other.dtype)).T for _, block in row_blocks(other))
+    return Effect(gain, np.sum([_row_squares(columns) for columns in blocks], axis=0))
 
 
 def sketch_of(down: Tensor) -> tuple[Float64, Float64]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns, power_of_two, split_factor
-from lorasurgery.deltas.effect import Effect, before, behind, signs
+from lorasurgery.deltas.effect import EXACTLY, Effect, before, behind, signs
 from lorasurgery.deltas.rounding import multiplied, once, rounded, told_by_rows
 from lorasurgery.io.dtypes import numpy_dtype, widest
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from lorasurgery.deltas.base import Record
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
-
-LARGE = 48
-"""A rank above which errors of rounding both factors are estimated, to a few percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +132,7 @@ class LowRank:
 def told(record: Record, up: Array, down: Array, new_up: Array, new_down: Array) -> None:
     """Tell ``record`` of ||U' D' - U D||^2 and ||U D||^2, of matrices, where a number changed that the product depends on.
 
-    By Gram matrices; of ranks above :data:`LARGE`, where they would cost more than all else, with random vectors.
+    By Gram matrices up to rank 16, above it, where they would cost more than all else, with random vectors.
     """
     import numpy as np
 
@@ -143,7 +140,7 @@ def told(record: Record, up: Array, down: Array, new_up: Array, new_down: Array)
     off_up, off_down = new_up - up, new_down - down
     if not ((off_up.any(axis=0) & new_down.any(axis=1)) | (up.any(axis=0) & off_down.any(axis=1))).any():
         return
-    if len(down) > LARGE:
+    if len(down) > EXACTLY:
         vectors = signs(down.shape[1], "float64")
         off, whole = off_up @ (new_down @ vectors) + up @ (off_down @ vectors), up @ (down @ vectors)
         error, norm = float(np.vdot(off, off)), float(np.vdot(whole, whole))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from math import inf, sqrt
+from operator import mul
 from sys import float_info
 from typing import Any
 
@@ -51,10 +52,13 @@ class Losses:
 
     def total(self) -> float:
         """The relative Frobenius error over all modules that have one; no less than the largest of those without a norm."""
-        known = [(share, norm) for share, norm in self.entries.values() if norm]
-        norm = sum(norm for _, norm in known)
-        together = sum(share * (own / norm) for share, own in known)
-        return sqrt(max(together, *(share for share, norm in self.entries.values() if not norm), 0.0))
+        if not self.entries:
+            return 0.0
+        largest = max(norm for _, norm in self.entries.values()) or 1.0  # sums of norms themselves may be infinite
+        weights = [norm / largest for _, norm in self.entries.values()]
+        shares = [share for share, _ in self.entries.values()]
+        together = sum(map(mul, shares, weights)) / (sum(weights) or 1.0)
+        return sqrt(max(together, float_info.min, *(share for share, norm in self.entries.values() if not norm)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,13 @@ def distance(old: Delta, new: Delta, factor: float) -> tuple[float, float]:
     return (error if error > ALIKE**2 * norm else 0.0), norm
 
 
+def squared_norm(delta: Delta) -> float:
+    """``||delta||^2``, some rows at a time."""
+    rows, height = row_function(delta, "float64"), delta.shape[0]
+    step = max(SAMPLED // prod(delta.shape[1:]), 1)
+    return float(sum((rows(start, min(start + step, height)) ** 2).sum() for start in range(0, height, step)))
+
+
 def _apart(true: Rows, stored: Rows, start: int, stop: int) -> tuple[float, float]:
     """Squared norms of the difference and of what it should be, of some rows."""
     exact = true(start, stop)

@@ -9,6 +9,8 @@ from operator import mul
 from sys import float_info
 from typing import Any
 
+from lorasurgery.alerts import Alert, large_errors
+
 SCHEMA = 1
 """Version of the JSON form."""
 
@@ -45,6 +47,10 @@ class Losses:
         """Add the entries of another list."""
         for module, (share, norm) in other.entries.items():
             self.add(module, share, norm)
+
+    def alerts(self) -> list[Alert]:
+        """A warning, where an error is large."""
+        return large_errors(self.relative(), self.total())
 
     def relative(self) -> dict[str, float]:
         """Module -> relative Frobenius error."""

@@ -9,6 +9,7 @@ from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
+from lorasurgery.cli.render import announce
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.io.writer import check_output
 from lorasurgery.layouts.targets import is_written, layout
@@ -72,7 +73,7 @@ def write_part(adapter: Adapter, source: Path, out: Path, how: Writing) -> Repor
     second = SECOND_DENOISER in {site.component for site in adapter.modules}
     if second:
         _refuse_both(adapter, source)
-    options = SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run)
+    options = SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run, announce=announce)
     with advised({}):
         if target != adapter.layout or how.dtype != "keep" or second:  # convert writes the second expert as the first
             adapter, report = convert(adapter, target, Options(dtype=how.dtype))

@@ -6,6 +6,7 @@ What is kept is exact: a scale becomes part of alpha where the layout has one, a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.report import Losses
 from lorasurgery.surgery.blocks import member, parse_selection
 from lorasurgery.surgery.cast import BIAS
 from lorasurgery.surgery.parts import subset
@@ -73,8 +75,8 @@ class Pruned:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(module, reason)."""
     warnings: list[str] = field(default_factory=list)
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Module -> (squared error, squared norm) of a bias that was scaled."""
+    losses: Losses = field(default_factory=Losses)
+    """Of biases that were scaled."""
 
 
 def prune(adapter: Adapter, options: PruneOptions) -> tuple[Adapter, Pruned]:
@@ -182,10 +184,7 @@ def _times(module: Module, factor: float, adapter: Adapter, report: Pruned) -> M
             f"{module.name}: {what} is not scaled by any number in the file: its effect depends on the base weight",
             module=module.name, path=adapter.path, hint=f"--drop {FAMILY}{module.family} for these modules",
         )  # fmt: skip
-
-    def record(error: float, norm: float) -> None:
-        report.errors[BIAS.format(module.name)] = (error, norm)
-
+    record = partial(report.losses.record, BIAS.format(module.name))
     bias = None if module.bias is None else multiplied(module.bias, factor, record)
     if module.delta is None:
         return replace(module, bias=bias)

@@ -128,6 +128,7 @@ def _resized(
         raise RequestError(
             "no module would be left", path=found.adapter.path, hint="a lower threshold, min rank 1, or a rank above 0"
         )
+    report.warnings += report.alerts()
     report.seconds = time.perf_counter() - started
     return result, report
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
 
+from lorasurgery.alerts import Alert, large_errors
 from lorasurgery.report import Losses
 
 SCHEMA = 1
@@ -70,6 +71,10 @@ class ResizeReport:
     def energy(self) -> float:
         """Share of the squared norm that is kept, of all of them together."""
         return max(1.0 - self.relative_error**2, 0.0)
+
+    def alerts(self) -> list[Alert]:
+        """A warning, where the cut costs much."""
+        return large_errors({module.name: module.relative_error for module in self.modules}, self.relative_error)
 
     def worst(self) -> ModuleReport | None:
         """The module with the largest relative error."""

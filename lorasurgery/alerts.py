@@ -22,7 +22,7 @@ class Alert(str):
     __slots__ = ()
 
 
-def large_errors(errors: Mapping[str, float], total: float, of: str = "its change") -> list[Alert]:
+def large_errors(errors: Mapping[str, float], total: float, of: str = "the change") -> list[Alert]:
     """At most one warning, where a module (or all together) is off by more than 5 % of ``of``.
 
     ``errors``: module -> relative error; ``total``: of all together.
@@ -30,10 +30,10 @@ def large_errors(errors: Mapping[str, float], total: float, of: str = "its chang
     name, worst = max(errors.items(), key=lambda item: item[1], default=("", 0.0))
     if not max(worst, total) > LARGE_ERROR:
         return []
+    most = f", at worst {worst:.1%} ({name})" if name else ""
     many = sum(error > LARGE_ERROR for error in errors.values())
-    more = f", {many} of {len(errors)} are off by more than {LARGE_ERROR:.0%}" if many > 1 else ""
-    first = f"; the worst, {name}, by {worst:.1%} of {of}{more}" if name else ""
-    return [Alert(f"large error: the result is off by {total:.1%} in all{first}")]
+    share = f"; above {LARGE_ERROR:.0%} in {many} of {len(errors)} modules" if len(errors) > 1 else ""
+    return [Alert(f"large error: {total:.1%} of {of} in all{most}{share}")]
 
 
 def much_larger(tensors: Iterable[Tensor], inputs: Iterable[Path], smaller: str) -> list[Alert]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.alerts import much_larger
 from lorasurgery.architectures import named
-from lorasurgery.errors import BrokenModuleError, DroppedKeysError, RequestError
+from lorasurgery.errors import BrokenModuleError, DroppedKeysError, NotRepresentableError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder, write_peft_folder
@@ -158,12 +158,12 @@ def _refuse_dropped(report: Report) -> None:
 
 def _refuse_errors(report: Report) -> None:
     """``--strict``: no module may be off by more than a few percent, as far as that is known before it is written."""
-    for text in report.losses.alerts():
-        raise RequestError(
-            f"--strict: {text}",
-            path=report.input or None,
-            hint="without --strict, or a larger rank or energy where one is given",
-        )
+    worst, loud = report.worst(), report.losses.alerts()
+    if worst is not None and loud:
+        raise NotRepresentableError(
+            f"--strict: {loud[0]}", module=worst[0], path=report.input or None,
+            hint="without --strict, or a larger --rank or --energy",
+        )  # fmt: skip
 
 
 def _announce(emitted: Emitted, options: SaveOptions, report: Report) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lorasurgery
 from lorasurgery.adapter import Magnitude, Module, Scale, Site
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full
@@ -25,8 +26,11 @@ from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.fuse import stack_modules
 from lorasurgery.surgery.merge.add import Adding, added
 
+from tests.oracle import raw, read, write  # isort: skip
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from lorasurgery.deltas.base import Delta, Record
 
@@ -273,3 +277,27 @@ def test_errors_of_one_module_are_shares_of_their_own_norms() -> None:
     more = Losses()
     more.gather(losses)
     assert more == losses
+
+
+# files ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "alpha"), [(6, 2.8), (6, 4.0), (1, 2.8), (2, 2.0)])
+def test_a_folded_file_is_exact_only_where_it_is(every: int, alpha: float, tmp_path: Path) -> None:
+    """A scale of 0.7 folded into bf16, of which only every sixth row is not zero; a power of two changes nothing."""
+    rng, stem = np.random.default_rng(3), "diffusion_model.layers.0.attention.out"
+    up = np.zeros((3840, 4))
+    up[1 % every :: every] = rng.standard_normal(up[1 % every :: every].shape)
+    tensors = {"lora_A.weight": raw(rng.standard_normal((4, 3840)), "BF16"), "lora_B.weight": raw(up, "BF16")}
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    write(source, {f"{stem}.{key}": t for key, t in tensors.items()} | {f"{stem}.alpha": raw(alpha, "F32")})
+    report = lorasurgery.save(lorasurgery.load(source), out, layout="comfyui", options=lorasurgery.SaveOptions(alpha="fold"))
+    found = read(out)[0]
+    factors = {key.removeprefix(f"{stem}."): t.f64() for key, t in found.items() if not key.endswith(".alpha")}
+    up_key, down_key = sorted(factors, key=lambda key: factors[key].shape[0] != 3840)
+    scale = raw(alpha, "F32").item() / 4.0
+    exact = scale * tensors["lora_B.weight"].f64() @ tensors["lora_A.weight"].f64()
+    off = float(np.linalg.norm(factors[up_key] @ factors[down_key] - exact) / np.linalg.norm(exact))
+    assert report.exact == (off == 0.0) == (alpha in (2.0, 4.0))
+    assert report.losses.total() == pytest.approx(off, rel=0.05)
+    assert report.to_json()["exact"] == report.exact

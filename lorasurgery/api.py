@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.errors import BrokenModuleError, DroppedKeysError
+from lorasurgery.alerts import much_larger
+from lorasurgery.errors import BrokenModuleError, DroppedKeysError, NotRepresentableError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.peft_folder import write_peft_folder
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
@@ -19,7 +20,7 @@ from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
 from lorasurgery.surgery.convert import Options, convert
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lorasurgery.adapter import Adapter
     from lorasurgery.io.tensors import Tensor
@@ -46,6 +47,12 @@ class SaveOptions:
     """Replace an existing output."""
     dry_run: bool = False
     """Do everything but write."""
+    inputs: tuple[Path, ...] = ()
+    """All files that the result is made of, where they are not the report's ``input`` alone."""
+    smaller: str = "--rank N or --energy 0.99 (after --as lora, where the result is full differences)"
+    """What the warning of a large output advises."""
+    announce: Callable[[str], None] | None = None
+    """Told of an output much larger than its inputs before anything is computed or written."""
 
 
 def save(
@@ -82,6 +89,8 @@ def save(
     report.settle()
     if options.strict:
         refuse_lost(report)
+        _refuse_errors(report)
+    _announce(emitted, options, report)
     try:
         _check_values(emitted, options)
         metadata = _metadata(adapter, target, emitted, report, options)
@@ -90,6 +99,7 @@ def save(
             write(path, adapter, emitted, metadata)
     except BrokenModuleError as error:
         raise (blamed(error, Path(report.input)) if report.input else error) from error
+    report.warnings += report.losses.alerts()
     report.written = not options.dry_run
     report.seconds += time.perf_counter() - started
     return report
@@ -106,6 +116,25 @@ def refuse_lost(report: Report) -> None:
             path=report.input or None,
             hint="without --strict, or --drop REGEX for what you mean to leave out",
         )
+
+
+def _refuse_errors(report: Report) -> None:
+    """``--strict``: no module may be off by more than a few percent, as far as that is known before it is written."""
+    worst, loud = report.worst(), report.losses.alerts()
+    if worst is not None and loud:
+        raise NotRepresentableError(
+            f"--strict: {loud[0]}", module=worst[0], path=report.input or None,
+            hint="without --strict, or a larger --rank or --energy",
+        )  # fmt: skip
+
+
+def _announce(emitted: Emitted, options: SaveOptions, report: Report) -> None:
+    """Say so before the work begins where the output will be much larger than its inputs."""
+    inputs = options.inputs or ((Path(report.input),) if report.input else ())
+    for text in much_larger(emitted.tensors.values(), inputs, options.smaller):
+        report.warnings.append(text)
+        if options.announce is not None:
+            options.announce(text)
 
 
 def _check_values(emitted: Emitted, options: SaveOptions) -> None:

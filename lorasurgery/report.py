@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
+from operator import mul
+from sys import float_info
 from typing import TYPE_CHECKING, Any
+
+from lorasurgery.alerts import Alert, large_errors
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter
@@ -17,28 +21,54 @@ SCHEMA = 1
 
 @dataclass(slots=True)
 class Losses:
-    """Squared error and squared norm of every module that was not carried over exactly.
+    """What is not exact, by module: every entry is an error, and none is ever 0.
 
     Rounding errors arrive while the result is written, so a report is complete only after saving.
     """
 
     entries: dict[str, list[float]] = field(default_factory=dict)
+    """Module -> [squared relative error, squared norm of its change; 0: not known]."""
 
     def record(self, module: str, error: float, norm: float) -> None:
-        """Add a squared error of a module's delta; ``norm`` is the squared norm of the whole delta (the largest counts)."""
-        if error > 0.0:
-            entry = self.entries.setdefault(module, [0.0, 0.0])
-            entry[0] += error
-            entry[1] = max(entry[1], norm)
+        """Add a squared error of a module's delta, and the squared norm of the delta that it was measured against.
+
+        Errors of one module add up as shares of their own norms, for a factor's may be measured against that factor. What
+        has no norm to be a share of, or is no number, counts as the whole: there was no change, and now there is one.
+        Nothing is added for an error of 0.
+        """
+        if error == 0.0:
+            return
+        share = error / norm if norm > 0.0 else 1.0
+        self.add(module, share if 0.0 <= share < inf else 1.0, norm if 0.0 < norm < inf else 0.0)
+
+    def add(self, module: str, share: float, norm: float = 0.0) -> None:
+        """Add a squared relative error, of a change whose squared norm may be unknown (0)."""
+        entry = self.entries.setdefault(module, [0.0, 0.0])
+        entry[0] += max(share, float_info.min)
+        entry[1] = max(entry[1], norm)
+
+    def gather(self, other: Losses) -> None:
+        """Add the entries of another list."""
+        for module, (share, norm) in other.entries.items():
+            self.add(module, share, norm)
+
+    def alerts(self) -> list[Alert]:
+        """A warning, where an error is large."""
+        return large_errors(self.relative(), self.total())
 
     def relative(self) -> dict[str, float]:
         """Module -> relative Frobenius error."""
-        return {name: sqrt(error / norm) if norm else 0.0 for name, (error, norm) in self.entries.items()}
+        return {name: sqrt(share) for name, (share, _) in self.entries.items()}
 
     def total(self) -> float:
-        """The relative Frobenius error over all modules that have one."""
-        error, norm = (sum(entry[i] for entry in self.entries.values()) for i in (0, 1))
-        return sqrt(error / norm) if norm else 0.0
+        """The relative Frobenius error over all modules that have one; no less than the largest of those without a norm."""
+        if not self.entries:
+            return 0.0
+        largest = max(norm for _, norm in self.entries.values()) or 1.0  # sums of norms themselves may be infinite
+        weights = [norm / largest for _, norm in self.entries.values()]
+        shares = [share for share, _ in self.entries.values()]
+        together = sum(map(mul, shares, weights)) / (sum(weights) or 1.0)
+        return sqrt(max(together, float_info.min, *(share for share, norm in self.entries.values() if not norm)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.cli.render import SHOWN
-from lorasurgery.cli.resize_text import bytes_text, counts
+from lorasurgery.alerts import bytes_text
+from lorasurgery.cli.render import SHOWN, warning_lines
+from lorasurgery.cli.resize_text import counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 LEAST = 0.9
 """The part of the change below which what rounding keeps of it is worth advice."""
-NOTHING = 1e-6
-"""A change that is only the rounding of the calculation: what two adapters add and take away, say."""
 BAR = 24
 
 
@@ -32,7 +31,7 @@ def apply_lines(report: ApplyReport, *, verbose: bool) -> list[str]:
     lines += _blocks(report.blocks(), verbose=verbose)
     lines += _listed("not used", [f"{key}: {reason} ({Path(path).name})" for path, key, reason in report.unmatched])
     lines += _listed("left out", [f"{name}: {reason}" for name, reason in report.left_out])
-    return lines + [f"  note: {text}" for text in _notes(report)]
+    return lines + warning_lines(_notes(report))
 
 
 def _facts(report: ApplyReport) -> Iterator[tuple[str, str]]:
@@ -105,7 +104,9 @@ def _listed(label: str, lines: Sequence[str]) -> list[str]:
 
 
 def _notes(report: ApplyReport) -> Iterator[str]:
-    yield from report.warnings
+    from lorasurgery.surgery.apply.report import NOTHING
+
+    yield from (*report.warnings, *report.alerts())
     total = report.total
     if report.new_scales():
         yield f"{report.new_scales()} fp8 scales are new: values lie beyond the old ones, or --scales new asked for them"

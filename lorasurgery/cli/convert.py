@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lorasurgery.cli.batch import Job, jobs_for, run_batch
+from lorasurgery.cli.render import announce
 from lorasurgery.errors import OutputExistsError, RequestError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def convert(
     diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other.")] = "diffusion_model",
     fix_split_alpha: Annotated[bool, typer.Option("--fix-split-alpha", help="Mend the alpha of fused modules that sd-scripts' split_qkv saved too weak.")] = False,
     drop: Annotated[Optional[list[str]], typer.Option("--drop", help="Leave out te, unet, or modules whose name matches a regular expression. Repeatable.", show_default=False)] = None,  # noqa: UP045
-    strict: Annotated[bool, typer.Option("--strict", help="Fail when any key would be left out, and check every value for NaN and infinity.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when any key would be left out or a module would be off by more than 5 %, and check every value for NaN and infinity.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
@@ -86,7 +87,13 @@ def convert(
         prefix=diffusers_prefix, fix_split_alpha=fix_split_alpha,
     )  # fmt: skip
     writing = SaveOptions(
-        alpha=alpha, prefix=diffusers_prefix, lokr_factor=lokr_factor, strict=strict, force=force, dry_run=dry_run
+        alpha=alpha,
+        prefix=diffusers_prefix,
+        lokr_factor=lokr_factor,
+        strict=strict,
+        force=force,
+        dry_run=dry_run,
+        announce=announce,
     )
     _check(layout(target), how, writing, arch)
     files = jobs_for(paths or [], given, out, out_dir, folder_output=target == "peft")

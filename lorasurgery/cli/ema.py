@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorasurgery.cli.advice import advised
-from lorasurgery.cli.render import data, plain
+from lorasurgery.cli.render import data, plain, warning_lines
 from lorasurgery.cli.resize_text import dropped_lines
 from lorasurgery.errors import RequestError
 
@@ -127,7 +127,7 @@ def _lines(request: EmaRequest, done: Averaged) -> list[str]:
         lines.append(f"  {'distance':<9}{done.distance:.4f} from the average of the changes, which --on delta gives")
     if done.rounding:
         lines.append(f"  {'rounding':<9}{done.rounding:.1e} of the change")
-    lines += dropped_lines(done.dropped) + [f"  note: {text}" for text in _notes(request, done)]
+    lines += dropped_lines(done.dropped) + warning_lines(_notes(request, done))
     return [*lines, f"  {'time':<9}{done.seconds:.2f} s"]
 
 

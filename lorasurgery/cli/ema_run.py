@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.cli.files import expanded
+from lorasurgery.cli.render import announce
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.files.opened import open_together, read_any, together
 from lorasurgery.files.taken import Unparsed
@@ -115,7 +116,7 @@ def _tensors(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
         source = together([Unparsed(RawFile(last.path, averaged, kept))], base=request.base)[0]
         marked = replace(source, operation=_operation(request, done))
         result, report = convert(marked, request.target, Options(dtype=request.dtype))
-        save(result, out or last.path, options=_saving(request), report=report)
+        save(result, out or last.path, options=_saving(request, done), report=report)
         done.written, done.rounding = report.written, report.losses.total()
         done.dropped, done.warnings = report.dropped, report.warnings
         return
@@ -157,11 +158,11 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
         except SurgeryError as error:
             error.path = error.path or str(used[-1][0])
             raise
-    save(result, out or used[-1][0], options=_saving(request), report=report)
+    save(result, out or used[-1][0], options=_saving(request, done), report=report)
     done.written, done.tensors = report.written, sum(len(m.delta.tensors) for m in result.modules.values() if m.delta)
     done.rounding = max(merged.losses.total(), report.losses.total())
     done.resize = None if merged.resize is None else merged.resize.to_json()
-    done.dropped, done.warnings = [*merged.dropped, *report.dropped], [*merged.warnings, *report.warnings]
+    done.dropped, done.warnings = [*merged.dropped, *report.dropped], [*merged.warnings, *report.warnings, *merged.alerts()]
 
 
 def _sizes(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -169,8 +170,10 @@ def _sizes(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key.startswith("ss_network_")}
 
 
-def _saving(request: EmaRequest) -> SaveOptions:
-    return SaveOptions(force=request.force, strict=request.strict, dry_run=request.dry_run)
+def _saving(request: EmaRequest, done: Averaged) -> SaveOptions:
+    return SaveOptions(
+        force=request.force, strict=request.strict, dry_run=request.dry_run, inputs=tuple(done.paths), announce=announce
+    )
 
 
 def _operation(request: EmaRequest, done: Averaged) -> str:

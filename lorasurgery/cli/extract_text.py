@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasurgery.alerts import bytes_text
 from lorasurgery.cli.extract_progress import duration
-from lorasurgery.cli.render import SHOWN
-from lorasurgery.cli.resize_text import bytes_text, counts, histogram
+from lorasurgery.cli.render import SHOWN, warning_lines
+from lorasurgery.cli.resize_text import counts, histogram
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,7 @@ def report_lines(report: ExtractReport, *, verbose: bool) -> list[str]:
     shown += _left_out(report, verbose=verbose)
     if verbose:
         shown += _table(report)
-    return shown + [f"  note: {text}" for text in own.warnings]
+    return shown + warning_lines(own.warnings)
 
 
 def _blocks(report: ExtractReport, *, verbose: bool) -> list[str]:
@@ -97,7 +98,7 @@ def dry_lines(planned: Planned, *, verbose: bool) -> list[str]:
     for names, where in ((planned.only_base, "base"), (planned.only_tuned, "tuned")):
         if names:
             lines.append(f"  note: {len(names)} weights are in the {where} model only (first: {names[0]})")
-    lines += [f"  note: {text}" for text in planned.warnings]
+    lines += warning_lines(planned.warnings)
     if verbose:
         lines += [f"    {kind:<9}  {name}" for name, kind in planned.kinds.items()]
     return lines

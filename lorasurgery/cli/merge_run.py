@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.alerts import bytes_of
 from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
+from lorasurgery.cli.render import announce
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, OutputExistsError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Adapter
-    from lorasurgery.report import Losses, Report
+    from lorasurgery.report import Report
     from lorasurgery.surgery.merge import MergeOptions, MergeReport, Source, Wanted
 
 SPLIT, FUSED = (
@@ -37,6 +39,10 @@ HINTS = {
     "training run, or a weight of 0 for the module (FILE:1:re=REGEX:0)",
 }  # fmt: skip
 """The library's advice in the words of the command line."""
+
+
+SMALLER = "--rank N, or --size"
+"""What makes the result of a merge smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +85,17 @@ class Outcome:
         """What is not in the result."""
         return [*self.report.dropped, *self.writing.dropped]
 
+    @property
+    def warnings(self) -> list[str]:
+        """Of the merge and of the writing, each once."""
+        return list(dict.fromkeys([*self.report.warnings, *self.writing.warnings, *self.report.alerts()]))
+
     def to_json(self) -> dict[str, Any]:
         """A plain object for ``--json``."""
         found = self.report.to_json()
         found["ranks"] = {str(rank): count for rank, count in self.ranks.items()}
         found["dropped"] = [{"key": key, "reason": reason} for key, reason in self.dropped]
-        found["warnings"] = [*found["warnings"], *self.writing.warnings]
+        found["warnings"] = self.warnings
         return {"output": str(self.out), "written": self.writing.written, "bytes": self.size, **found}
 
 
@@ -121,27 +132,26 @@ def _written(how: Request, sources: Sequence[Source]) -> Outcome:
     except NotRepresentableError as error:
         error.path = error.path or _home(error.module, sources)
         raise
-    _gather(report.losses, writing.losses)
+    report.losses.gather(writing.losses)
     writing.losses = report.losses
     if report.dropped and how.strict:
         raise RequestError(f"--strict: {report.dropped[0][0]} would be left out ({report.dropped[0][1]})", hint="no --strict")
-    save(result, how.out, options=SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run), report=writing)
+    options = SaveOptions(
+        strict=how.strict, force=how.force, dry_run=how.dry_run, smaller=SMALLER, announce=announce,
+        inputs=tuple(Path(source.adapter.path) for source in sources if source.adapter.path is not None),
+    )  # fmt: skip
+    save(result, how.out, options=options, report=writing)
     if report.resize is not None:
-        _gather(report.losses, report.resize.losses)
+        report.losses.gather(report.resize.losses)
     report.seconds += writing.seconds
     ranks = report.ranks() if report.resize is not None else _ranks(result)
-    return Outcome(how.out, report, writing, _bytes(how.out) if writing.written else None, ranks)
+    return Outcome(how.out, report, writing, bytes_of(how.out) if writing.written else None, ranks)
 
 
 def _ranks(result: Adapter) -> dict[int, int]:
     """Rank -> number of modules, of what is written."""
     found = (module.delta.rank for module in result.modules.values() if module.delta is not None)
     return dict(sorted(Counter(rank for rank in found if rank is not None).items()))
-
-
-def _gather(into: Losses, more: Losses) -> None:
-    for name, (squared, norm) in more.entries.items():
-        into.record(name, squared, norm)
 
 
 def _blamed(error: BrokenModuleError, sources: Sequence[Source]) -> BrokenModuleError:
@@ -192,10 +202,3 @@ def _check_output(how: Request, inputs: Sequence[Path], *, folder: bool) -> None
             raise OutputExistsError("the output is in an input's folder", path=how.out, hint="another name")
     if not how.dry_run:
         check_output(how.out, list(inputs), force=how.force)
-
-
-def _bytes(path: Path) -> int:
-    """Of a file, or of the safetensors files in a PEFT folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob(f"*{SUFFIX}"))
-    return path.stat().st_size

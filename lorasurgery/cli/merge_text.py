@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lorasurgery.cli.resize_text import bytes_text, counts, dropped_lines
+from lorasurgery.alerts import bytes_text
+from lorasurgery.cli.render import warning_lines
+from lorasurgery.cli.resize_text import counts, dropped_lines
 
 if TYPE_CHECKING:
     from lorasurgery.cli.merge_run import Outcome
@@ -29,7 +31,7 @@ def merge_lines(found: Outcome, *, verbose: bool) -> list[str]:
     if verbose:
         lines += _table(report.modules)
     lines += dropped_lines(found.dropped)
-    return lines + [f"  note: {text}" for text in dict.fromkeys((*report.warnings, *writing.warnings))]
+    return lines + warning_lines(found.warnings)
 
 
 def _file(source: SourceReport) -> str:

@@ -9,6 +9,7 @@ from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
+from lorasurgery.cli.render import announce
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.files.opened import load
 from lorasurgery.io.writer import check_output
@@ -57,7 +58,7 @@ def write_part(adapter: Adapter, source: Path, out: Path, how: Writing) -> Repor
         check_output(out, [how.base], force=how.force)
     if how.target is not None and SECOND_DENOISER in {site.component for site in adapter.modules}:
         _refuse_both(adapter, source)
-    options = SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run)
+    options = SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run, announce=announce)
     with advised({}):
         if how.target is not None or how.dtype != "keep":  # convert writes the second expert as the first
             adapter, report = convert(adapter, how.target, Options(dtype=how.dtype))

@@ -12,7 +12,7 @@ from lorasurgery.cli.batch import Job, jobs_for
 from lorasurgery.cli.dry_run import dry_jobs
 from lorasurgery.cli.files import is_adapter
 from lorasurgery.cli.meta_files import Found, Shown, run_each
-from lorasurgery.cli.render import SHOWN
+from lorasurgery.cli.render import SHOWN, warning_lines
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter
@@ -94,10 +94,9 @@ def _one(job: Job, options: PruneOptions, how: Writing) -> Shown:
     adapter = how.read(job.source)
     result, found = pruned(adapter, options)
     report = write_part(result, job.source, job.target, how)
-    for name, (error, norm) in found.errors.items():
-        report.losses.record(name, error, norm)
+    report.losses.gather(found.losses)
     report.ledger = adapter.ledger.without([*found.dropped, *report.dropped])
-    report.warnings = list(dict.fromkeys([*adapter.warnings, *found.warnings, *report.warnings]))
+    report.warnings = list(dict.fromkeys([*adapter.warnings, *found.warnings, *report.warnings, *found.losses.alerts()]))
     return Shown(_json(adapter, result, options, found, report), _lines(adapter, result, options, found, report))
 
 
@@ -155,7 +154,7 @@ def _lines(adapter: Adapter, result: Adapter, options: PruneOptions, found: Prun
     lines += [f"  pruned: ... for {more} more reasons (--json lists every module)"] if more > 0 else []
     lines += [f"  left out: {key}: {reason}" for key, reason in report.dropped]
     lines += [f"  carried: {key}: {reason}" for key, reason in report.carried]
-    return lines + [f"  note: {text}" for text in report.warnings]
+    return lines + warning_lines(report.warnings)
 
 
 prune.__doc__ = "\n\n".join(p if p.startswith("  ") else " ".join(p.split()) for p in HELP.split("\n\n"))

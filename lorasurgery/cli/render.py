@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasurgery.alerts import Alert
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
 
     from lorasurgery.report import Report
@@ -53,15 +57,29 @@ def show_report(report: Report, *, one_line: bool = False) -> None:
     written = report.output if report.written else f"{report.output} (not written)"
     if one_line:
         print(plain(f"{report.input} -> {written}: {report.architecture}, {len(report.changes)} modules, {verdict}"))
-        for warning in report.warnings:
-            print(plain(f"  note: {warning}"))
+        for line in warning_lines(report.warnings):
+            print(plain(line))
         return
     print(plain(f"{Path(report.input).name} -> {written}"))
     for label, value in _lines(report, verdict):
         print(plain(f"  {label:<13}{value}"))
     _list("left out", [f"{key}: {reason}" for key, reason in report.dropped])
     _list("carried", [f"{key}: {reason}" for key, reason in report.carried])
-    _list("note", report.warnings)
+    _list("note", [text for text in report.warnings if not isinstance(text, Alert)])
+    for line in warning_lines([text for text in report.warnings if isinstance(text, Alert)]):
+        print(plain(line))
+
+
+def warning_lines(warnings: Iterable[str]) -> list[str]:
+    """Notes as they come, and then what must be seen."""
+    texts = list(dict.fromkeys(warnings))
+    loud = [f"  WARNING: {text}" for text in texts if isinstance(text, Alert)]
+    return [f"  note: {text}" for text in texts if not isinstance(text, Alert)] + loud
+
+
+def announce(text: str) -> None:
+    """Something to know before the work begins, to stderr."""
+    note(f"warning: {text}")
 
 
 def _verdict(report: Report) -> str:

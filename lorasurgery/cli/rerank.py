@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from lorasurgery.alerts import Alert, large_errors
 from lorasurgery.cli.batch import Job, jobs_for
 from lorasurgery.cli.dry_run import dry_jobs
 from lorasurgery.cli.meta_files import Found, Shown, run_each
+from lorasurgery.cli.render import warning_lines
 from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
@@ -139,7 +141,17 @@ def _json(nested: Nested, how: Request, results: list[tuple[Reranked, Path]], *,
             }
             for result, path in results
         ],
+        "warnings": _warnings(results),
     }
+
+
+def _warnings(results: list[tuple[Reranked, Path]]) -> list[Alert]:
+    """Of large errors, an output each."""
+    return [
+        Alert(f"rank {result.rank}: {text}")
+        for result, _ in results
+        for text in large_errors(dict([result.worst]), result.error)
+    ]
 
 
 def _lines(nested: Nested, how: Request, results: list[tuple[Reranked, Path]], *, written: bool) -> list[str]:
@@ -162,7 +174,7 @@ def _lines(nested: Nested, how: Request, results: list[tuple[Reranked, Path]], *
             lines.append(f"  {'':>4}  ... and {len(result.strengths) - 4} more groups of modules (--json lists all)")
     lines.append("  error: of the change at the file's own strength; best: the least at that rank; file, here: alpha / rank")
     notes = dict.fromkeys(note for result, _ in results for note in result.notes)
-    return lines + [f"  note: {note}" for note in notes]
+    return lines + warning_lines([*notes, *_warnings(results)])
 
 
 def _strength(of: Strength) -> str:

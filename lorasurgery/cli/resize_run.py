@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from lorasurgery.alerts import Alert, bytes_of
 from lorasurgery.cli.batch import SUFFIX, Job
 from lorasurgery.cli.meta_files import Shown
+from lorasurgery.cli.render import announce, warning_lines
 from lorasurgery.cli.resize_advice import Advice
 from lorasurgery.cli.resize_request import Request, cache_file
 from lorasurgery.cli.resize_text import dropped_lines, plan_lines, report_lines
@@ -84,9 +86,9 @@ def _resized(source: Path, target: Path, adapter: Adapter, how: Request, model: 
     result, writing = _converted(result, adapter, how)
     writing.input = str(source)
     report.size = file_size(result)
-    save(result, target, options=SaveOptions(force=how.force, dry_run=how.dry_run), report=writing)
+    save(result, target, options=SaveOptions(force=how.force, dry_run=how.dry_run, announce=announce), report=writing)
     if writing.written:
-        report.size = _bytes(target)
+        report.size = bytes_of(target)
     return _shown(source, target, adapter, how, planned, (report, writing))
 
 
@@ -103,20 +105,13 @@ def _converted(result: Adapter, adapter: Adapter, how: Request) -> tuple[Adapter
     return result, report
 
 
-def _bytes(path: Path) -> int:
-    """Of a file, or of the safetensors files in a PEFT folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob(f"*{SUFFIX}"))
-    return path.stat().st_size
-
-
 def _shown(
     source: Path, target: Path, adapter: Adapter, how: Request, planned: Plan | None, done: tuple[ResizeReport, Report] | None
 ) -> Shown:
     report, writing = done if done is not None else (None, None)
     written = writing is not None and writing.written
     warnings = list(dict.fromkeys([*adapter.warnings, *(writing.warnings if writing is not None else ())]))
-    before = _bytes(source)
+    before = bytes_of(source)
     found = {
         "schema": SCHEMA,
         "input": str(source),
@@ -130,7 +125,7 @@ def _shown(
         "resize": None if report is None else report.to_json(),
         "plan": None if planned is None else planned.to_json(),
         "dropped": [] if writing is None else [{"key": key, "reason": reason} for key, reason in writing.dropped],
-        "warnings": warnings,
+        "warnings": warnings + [text for text in (report.warnings if report else ()) if isinstance(text, Alert)],
     }
     lines = [f"{source.name} -> {target if written else f'{target} (not written)'}"]
     layout = adapter.layout if how.options.layout in (None, adapter.layout) else f"{adapter.layout} -> {how.options.layout}"
@@ -141,5 +136,5 @@ def _shown(
         lines += dropped_lines(writing.dropped)
     if how.base is not None and how.options.dora != "refuse":
         lines.append(f"  note: errors of DoRA modules are against what they do to {how.base.name}")
-    lines += [f"  note: {text}" for text in warnings]
+    lines += warning_lines(warnings)
     return Shown(found, lines + (plan_lines(planned) if planned is not None else []))

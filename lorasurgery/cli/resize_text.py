@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lorasurgery.cli.render import SHOWN
+from lorasurgery.alerts import bytes_text
+from lorasurgery.cli.render import SHOWN, warning_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,14 +18,6 @@ WIDTH, HEIGHT = 56, 10
 """Columns and rows of the curve."""
 RANK, SPREAD, BOTH = "o", "*", "@"
 """One rank for every module; the same bytes where they count most; both in one place."""
-
-
-def bytes_text(size: int) -> str:
-    """A size in the unit that suits it."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} B"
 
 
 def counts(counter: dict[str, int]) -> str:
@@ -56,7 +49,7 @@ def report_lines(report: ResizeReport, *, before: int, after: int, verbose: bool
         shown += _table(report.modules)
     for note, count in Counter(m.note for m in report.modules if m.note).items():
         shown.append(f"  note: {count} modules: {note}")
-    return shown + [f"  note: {text}" for text in report.warnings]
+    return shown + warning_lines(report.warnings)
 
 
 def dropped_lines(dropped: Sequence[tuple[str, str]]) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 
 from lorasurgery.cli.files import expanded
 from lorasurgery.cli.meta_files import Found, Shown, run_each
+from lorasurgery.cli.render import warning_lines
 from lorasurgery.cli.resize_text import dropped_lines
 from lorasurgery.errors import RequestError
 
@@ -156,7 +157,7 @@ def _lines(source: Path, adapter: Adapter, by: str, parts: dict[str, Adapter], r
     for report in reports.values():
         lines += [f"  carried: {key} ({reason}), to {Path(report.output).name}" for key, reason in report.carried]
         lines += dropped_lines(report.dropped)
-    return lines + [f"  note: {text}" for text in _warnings(adapter, reports)]
+    return lines + warning_lines(_warnings(adapter, reports))
 
 
 split.__doc__ = "\n\n".join(p if p.startswith("  ") else " ".join(p.split()) for p in HELP.split("\n\n"))

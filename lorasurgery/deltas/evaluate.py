@@ -16,6 +16,9 @@ from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import FEWEST, LEAST, SAMPLED, sampled, unit
+from lorasurgery.deltas.times import ALIKE
+from lorasurgery.io.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
     Work = NDArray[Any]
 
+MOST = 0.5
+"""A share of rows."""
 Rows = Callable[[int, int], "Work"]
 """(start, stop) -> those rows, (stop - start, in*k*k), in the working precision, a fresh array."""
 
@@ -46,6 +51,41 @@ def row_function(delta: Delta, work: str, factor: float = 1.0) -> Rows:
     if isinstance(delta, Opaque):
         raise CannotError(f"the change {delta.family.upper()} makes depends on the base weight")
     return _low_rank(delta.to_low_rank(), work, factor)
+
+
+def distance(old: Delta, new: Delta, factor: float) -> tuple[float, float]:
+    """(||new - factor old||^2, ||factor old||^2), of some rows where those speak for the others, else of all.
+
+    They do where they lost about what rounding can take, or most of them something.
+    The distance is 0 where no number changed that the delta depends on, as far as float64 tells.
+    """
+    true, stored = row_function(old, "float64", factor), row_function(new, "float64")
+    height, width = old.shape[0], prod(old.shape[1:])
+    rows = sampled(height, width, FEWEST)
+    if len(rows) < height:
+        some = np.array([_apart(true, stored, int(row), int(row) + 1) for row in rows])
+        error, norm = map(float, some.sum(axis=0) * (height / len(rows)))
+        largest = max(unit(numpy_dtype(tensor.dtype)) for tensor in new.tensors.values())
+        if error > (largest / LEAST) ** 2 * norm or (some[:, 0] > ALIKE**2 * some[:, 1]).mean() > MOST:
+            return error, norm
+    step = max(SAMPLED // width, 1)
+    every = [_apart(true, stored, start, min(start + step, height)) for start in range(0, height, step)]
+    error, norm = map(float, np.sum(every, axis=0))
+    return (error if error > ALIKE**2 * norm else 0.0), norm
+
+
+def squared_norm(delta: Delta) -> float:
+    """``||delta||^2``, some rows at a time."""
+    rows, height = row_function(delta, "float64"), delta.shape[0]
+    step = max(SAMPLED // prod(delta.shape[1:]), 1)
+    return float(sum((rows(start, min(start + step, height)) ** 2).sum() for start in range(0, height, step)))
+
+
+def _apart(true: Rows, stored: Rows, start: int, stop: int) -> tuple[float, float]:
+    """Squared norms of the difference and of what it should be, of some rows."""
+    exact = true(start, stop)
+    off = stored(start, stop) - exact
+    return float(np.vdot(off, off)), float(np.vdot(exact, exact))
 
 
 def flat(array: Work, work: str) -> Work:

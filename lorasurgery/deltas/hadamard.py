@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns
 from lorasurgery.deltas.low_rank import LowRank, used_columns
-from lorasurgery.deltas.rounding import factor_records, multiplied, rounded
+from lorasurgery.deltas.rounding import multiplied, rounded, told_by_rows
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
@@ -67,12 +67,14 @@ class Hadamard:
 
     def scaled(self, factor: float, record: Record | None = None) -> Hadamard:
         """Fold ``factor`` into w1_a."""
-        return self if factor == 1.0 else replace(self, w1_a=multiplied(self.w1_a, factor, record))
+        if factor == 1.0:
+            return self
+        return told_by_rows(self, replace(self, w1_a=multiplied(self.w1_a, factor)), factor, record)
 
     def cast(self, dtype: str, record: Record | None = None) -> Hadamard:
         """Every factor in ``dtype``."""
-        recorded = factor_records(record, list(self.tensors.values()))
-        return Hadamard(**{name: rounded(tensor, dtype, recorded) for name, tensor in self.tensors.items()})
+        cast = Hadamard(**{slot: rounded(tensor, dtype) for slot, tensor in self.tensors.items()})
+        return told_by_rows(self, cast, 1.0, record)
 
     def dense(self) -> Float64:
         """The product in float64, of shape :attr:`shape`."""

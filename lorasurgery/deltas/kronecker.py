@@ -8,12 +8,14 @@ Row o*out_k + p of the delta is block row o of w1 and row p of w2. Source: LyCOR
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.effect import Effect, before
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.deltas.rounding import factor_records, multiplied, rounded
+from lorasurgery.deltas.rounding import multiplied, rounded, watched
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
 if TYPE_CHECKING:
@@ -109,12 +111,18 @@ class Kronecker:
             return self
         names = ("w2", "w2_a") if self.blocks == 1 and self.t2 is None else ("w1", "w1_a")
         slot, tensor = next((name, found) for name in names if (found := getattr(self, name)) is not None)
-        return replace(self, **{slot: multiplied(tensor, factor, record)})
+        return replace(self, **{slot: multiplied(tensor, factor, record, partial(self._effect, slot))})
 
     def cast(self, dtype: str, record: Record | None = None) -> Kronecker:
         """Every factor in ``dtype``."""
-        recorded = factor_records(record, list(self.tensors.values()))
-        return Kronecker(**{slot: rounded(tensor, dtype, recorded) for slot, tensor in self.tensors.items()})
+        cast = Kronecker(**{slot: rounded(tensor, dtype) for slot, tensor in self.tensors.items()})
+        return watched(self, cast, lambda new: _tell(record, self, new)) if record is not None else cast
+
+    def _effect(self, slot: str) -> Effect:
+        """What a change of the factor that a scale is folded into does to the whole: the other side multiplies its norm."""
+        gain = float(((self.inner_array() if slot.startswith("w1") else self.outer_array()) ** 2).sum())
+        b = {"w1_a": self.w1_b, "w2_a": self.w2_b}.get(slot)
+        return Effect(gain) if b is None else before(b.reshape(b.shape[0], b.size // b.shape[0]), gain)
 
     def outer_array(self) -> Float64:
         """w1 in float64, (out_l, in_m)."""
@@ -175,6 +183,19 @@ class Kronecker:
             return product
 
         return (a.shape[1], a.shape[0], lambda: a.f64().T), (core.shape[0], b.shape[1], right)
+
+
+def _tell(record: Record, old: Kronecker, new: Kronecker) -> None:
+    """Of ``kron(W1', W2') - kron(W1, W2) = kron(D1, W2') + kron(W1, D2)``, where that is not 0."""
+    import numpy as np
+
+    (w1, w2), (new_1, new_2) = ((delta.outer_array().ravel(), delta.inner_array().ravel()) for delta in (old, new))
+    off_1, off_2 = new_1 - w1, new_2 - w2
+    size_1, size_2 = float(np.vdot(w1, w1)), float(np.vdot(new_2, new_2))
+    apart = float(np.vdot(off_1, off_1)) * size_2 + size_1 * float(np.vdot(off_2, off_2))
+    if apart > 0.0:
+        error = apart + 2.0 * float(np.vdot(off_1, w1)) * float(np.vdot(off_2, new_2))
+        record(error if error > 0.0 else apart, size_1 * float(np.vdot(w2, w2)))
 
 
 _Factor = tuple[int, int, "Callable[[], Float64]"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns, power_of_two, split_factor
-from lorasurgery.deltas.rounding import factor_records, multiplied, once, rounded, signs, sketch_of, wide
+from lorasurgery.deltas.effect import EXACTLY, Effect, before, behind, signs
+from lorasurgery.deltas.rounding import multiplied, once, rounded, told_by_rows
 from lorasurgery.io.dtypes import numpy_dtype, widest
 from lorasurgery.io.tensors import Tensor, computed, same_values, stack, zeros
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
     from lorasurgery.deltas.base import Record
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
-
-LARGE = 512
-"""A rank above which errors of rounding are estimated, to a few percent: that of a full difference as a LoRA, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +63,10 @@ class LowRank:
             return self
         remainder, exponent = split_factor(factor)
         share = exponent // 2 if self.up.dtype == "F16" else 0
-        sketch = self._sketch if self.mid is None else None
         return replace(
             self,
-            up=multiplied(self.up, remainder * power_of_two(exponent - share), record, sketch),
-            down=multiplied(self.down, power_of_two(share), record),
+            up=multiplied(self.up, remainder * power_of_two(exponent - share), record, lambda: self._effect("up")),
+            down=multiplied(self.down, power_of_two(share), record, lambda: self._effect("down")),
         )
 
     def times(self, factor: float) -> LowRank:
@@ -80,29 +77,31 @@ class LowRank:
         whole = self.scaled(power_of_two(exponent))
         return replace(whole, up=multiplied(rounded(whole.up, "F64"), remainder))
 
-    def _sketch(self) -> Array:
-        """What a change of ``up`` is measured with."""
-        return sketch_of(self.down.reshape(self.rank, self.down.size // self.rank))
+    def _effect(self, slot: str) -> Effect:
+        """What a change of one factor, flat after its first axis, does to the whole; of ``down`` only without a core."""
+        if slot == "down":
+            return behind(self.up.reshape(self.up.shape[0], self.up.shape[1]))
+        down = self.to_low_rank().down
+        return before(down.reshape(down.shape[0], down.size // down.shape[0]))
 
     def cast(self, dtype: str, record: Record | None = None) -> LowRank:
-        """Every factor in ``dtype``; ``record`` gets the error of the product (for Tucker, the sum of the factors')."""
+        """Every factor in ``dtype``; ``record`` gets the error of the product."""
         if self.mid is not None:
-            recorded = factor_records(record, list(self.tensors.values()))
-            return LowRank(**{slot: rounded(tensor, dtype, recorded) for slot, tensor in self.tensors.items()})
-        down = rounded(self.down, dtype)
-        up = self.up if self.up.dtype == dtype and self.down.dtype == dtype else self._cast_up(dtype, once(record))
-        return LowRank(up, down)
+            return told_by_rows(self, LowRank(**{s: rounded(t, dtype) for s, t in self.tensors.items()}), 1.0, record)
+        if dtype not in (self.up.dtype, self.down.dtype):
+            return LowRank(self._cast_up(dtype, once(record)), rounded(self.down, dtype))
+        up = rounded(self.up, dtype, record, lambda: self._effect("up"))
+        return LowRank(up, rounded(self.down, dtype, record, lambda: self._effect("down")))
 
     def _cast_up(self, dtype: str, record: Record | None) -> Tensor:
         """``up`` in ``dtype``, and both factors' rounding measured as ||U' D' - U D||^2."""
 
         def values() -> Array:
-            up, down = (t.array().astype(wide(t.dtype)).reshape(t.shape[0], -1) for t in (self.up, self.down))
-            new_up = up.astype(numpy_dtype(dtype))
+            up, down = (t.array().reshape(t.shape[0], -1) for t in (self.up, self.down))
+            new = up.astype(numpy_dtype(dtype))
             if record is not None:
-                new_down = down.astype(numpy_dtype(dtype)).astype(down.dtype)
-                record(*_rounding(up, down, new_up.astype(up.dtype) - up, new_down))
-            return new_up.reshape(self.up.shape)
+                told(record, up, down, new, down.astype(numpy_dtype(dtype)))
+            return new.reshape(self.up.shape)
 
         return computed(dtype, self.up.shape, values)
 
@@ -130,19 +129,32 @@ class LowRank:
         return LowRank(self.up, computed("F64", shape, folded))
 
 
-def _rounding(up: Array, down: Array, off_up: Array, new_down: Array) -> tuple[float, float]:
-    """||(up + off_up) @ new_down - up @ down||^2 and ||up @ down||^2, of matrices.
+def told(record: Record, up: Array, down: Array, new_up: Array, new_down: Array) -> None:
+    """Tell ``record`` of ||U' D' - U D||^2 and ||U D||^2, of matrices, where a number changed that the product depends on.
 
-    By Gram matrices; of ranks above :data:`LARGE`, where they would cost more than all else, with random vectors.
+    By Gram matrices up to rank 16, above it, where they would cost more than all else, with random vectors.
     """
-    off_down = new_down - down
-    if len(down) > LARGE:
-        vectors = signs(down.shape[1], str(down.dtype))
+    import numpy as np
+
+    up, down, new_up, new_down = (side.astype(np.float64) for side in (up, down, new_up, new_down))
+    off_up, off_down = new_up - up, new_down - down
+    if not ((off_up.any(axis=0) & new_down.any(axis=1)) | (up.any(axis=0) & off_down.any(axis=1))).any():
+        return
+    if len(down) > EXACTLY:
+        vectors = signs(down.shape[1], "float64")
         off, whole = off_up @ (new_down @ vectors) + up @ (off_down @ vectors), up @ (down @ vectors)
-        return float((off * off).sum()), float((whole * whole).sum())
-    error = _inner(off_up, new_down, off_up, new_down) + _inner(up, off_down, up, off_down)
-    error += 2.0 * _inner(off_up, new_down, up, off_down)
-    return max(error, 0.0), _inner(up, down, up, down)
+        error, norm = float(np.vdot(off, off)), float(np.vdot(whole, whole))
+    else:
+        error = _inner(off_up, new_down, off_up, new_down) + _inner(up, off_down, up, off_down)
+        error, norm = error + 2.0 * _inner(off_up, new_down, up, off_down), _inner(up, down, up, down)
+    if error <= 0.0:  # it cancels, as far as these numbers tell: what it is where the parts do not hang together
+        error = _apart(off_up, new_down) + _apart(up, off_down)
+    record(error, norm)
+
+
+def _apart(up: Array, down: Array) -> float:
+    """The squared norms of columns times those of rows, added up."""
+    return float(((up * up).sum(axis=0) * (down * down).sum(axis=1)).sum())
 
 
 def _inner(up: Array, down: Array, other_up: Array, other_down: Array) -> float:

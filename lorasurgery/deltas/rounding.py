@@ -1,67 +1,154 @@
-"""Numbers folded into a factor and rounded once, and what that costs the change."""
+"""Numbers folded into a factor and rounded once, and what that costs the change.
+
+One mechanism for every verb: whether anything was rounded is decided by every value, how much it costs is measured on all
+values of small tensors and on some rows of large ones, and on all rows where those do not speak for the rest. ``record``
+hears of a rounding exactly when a stored value that the change depends on is not the number it stands for, and then never
+of an error of zero.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from lorasurgery.deltas.effect import Effect
 from lorasurgery.io.dtypes import numpy_dtype
 from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lorasurgery.deltas.base import Record
+    import numpy as np
+
+    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.effect import Felt
     from lorasurgery.deltas.times import Times
-    from lorasurgery.io.tensors import Array, Tensor
+    from lorasurgery.io.tensors import Array, Float64, Tensor
+
+Changed = TypeVar("Changed", bound="Delta")
+CHUNK = 1 << 17
+"""Elements converted at a time."""
+WHOLE = 1 << 17
+"""Elements of a tensor that is measured whole."""
+ROWS, FEWEST, SAMPLED = 256, 32, 1 << 19
+"""Of a larger one so many rows are measured at first, fewer where they are long: about so many elements, but no fewer rows."""
+COMPUTED = 2.0**-106
+"""The squared relative error that numbers have which were computed anew in float64, by a decomposition say."""
+LEAST = 8.0
+"""Rows that lost less than this part of what rounding can take at most do not speak for the others: then all are measured."""
 
 
-def multiplied(
-    tensor: Tensor, factor: float, record: Record | None = None, sketch: Callable[[], Array] | None = None
-) -> Tensor:
+def multiplied(tensor: Tensor, factor: float, record: Record | None = None, effect: Callable[[], Felt] | None = None) -> Tensor:
     """``tensor`` times ``factor``, computed in float32 (float64 for F32 and F64 tensors) and rounded once to its dtype.
 
-    ``record`` gets the squared rounding error and the squared norm of the product when it is first computed; ``sketch``
-    as in :class:`Rounding`.
+    ``record`` gets the squared rounding error and the squared norm of the product when it is first computed; ``effect``,
+    made when it is needed, is what a change of this tensor does to the weight.
     """
-    if factor == 1.0:
-        return tensor
+    return tensor if factor == 1.0 else _converted(tensor, factor, tensor.dtype, record, effect)
+
+
+def rounded(tensor: Tensor, dtype: str, record: Record | None = None, effect: Callable[[], Felt] | None = None) -> Tensor:
+    """``tensor`` in ``dtype``; ``record`` and ``effect`` as in :func:`multiplied`."""
+    return tensor if dtype == tensor.dtype else _converted(tensor, 1.0, dtype, record, effect)
+
+
+def watched(old: Changed, new: Changed, tell: Callable[[Changed], None]) -> Changed:
+    """``new``, of which some tensors are others than ``old``'s; ``tell(new)`` is called once, when one of them is computed."""
+    slot = next((slot for slot, tensor in new.tensors.items() if tensor is not old.tensors[slot]), None)
+    if slot is None:
+        return new
+    tensor = new.tensors[slot]
+    called: list[bool] = []
+
+    def values() -> Array:
+        if not called:
+            called.append(True)
+            tell(new)
+        return tensor.array()
+
+    return replace(new, **{slot: computed(tensor.dtype, tensor.shape, values)})  # type: ignore[type-var]  # a dataclass
+
+
+def told_by_rows(old: Changed, new: Changed, factor: float, record: Record | None) -> Changed:
+    """``new``, which should be ``factor`` times ``old``, in those tensors that are others; ``record`` hears what it is not.
+
+    Judged by rows of both, where any number is not what it should be.
+    """
+    from lorasurgery.deltas.evaluate import distance
+    from lorasurgery.deltas.times import same
+
+    if record is None:
+        return new
+
+    def tell(made: Changed) -> None:
+        pairs = [(was, made.tensors[slot]) for slot, was in old.tensors.items() if made.tensors[slot] is not was]
+        if all(same(own.f64(), was.f64() * factor).all() for was, own in pairs):
+            return
+        error, norm = distance(old, made, factor)
+        if error > 0.0:
+            record(error, norm)
+
+    return watched(old, new, tell)
+
+
+def _converted(tensor: Tensor, factor: float, dtype: str, record: Record | None, effect: Callable[[], Felt] | None) -> Tensor:
     recorded = once(record)
-    return computed(tensor.dtype, tensor.shape, lambda: _converted(tensor, tensor.dtype, factor, Rounding(recorded, sketch)))
+    shape = (tensor.shape[0], prod(tensor.shape[1:])) if tensor.shape else (1, 1)
+    part = tensor.reshape(*shape), factor
+    return computed(dtype, tensor.shape, lambda: beside([part], dtype, recorded, effect).reshape(tensor.shape))
 
 
-def rounded(tensor: Tensor, dtype: str, record: Record | None = None) -> Tensor:
-    """``tensor`` in ``dtype``; ``record`` gets the squared rounding error and the squared norm when first computed."""
-    if dtype == tensor.dtype:
-        return tensor
-    recorded = once(record)
-    return computed(dtype, tensor.shape, lambda: _converted(tensor, dtype, 1.0, Rounding(recorded)))
+def beside(
+    parts: Sequence[tuple[Tensor, float]], dtype: str, record: Record | None, effect: Callable[[], Felt] | None = None
+) -> Array:
+    """Matrices (rows, columns_i), each times its factor, beside each other in ``dtype``; ``record`` hears of the rounding.
 
-
-def _converted(tensor: Tensor, dtype: str, factor: float, rounding: Rounding) -> Array:
-    """``tensor`` times ``factor`` in ``dtype``, some rows at a time: they stay in the cache, and wide copies stay small."""
+    Some rows at a time: they stay in the cache, and wide copies stay small.
+    """
     import numpy as np
 
     from lorasurgery.deltas.times import times
 
-    shape = (tensor.shape[0], prod(tensor.shape[1:])) if tensor.shape else (1, 1)
-    result, way = np.empty(shape, numpy_dtype(dtype)), times(tensor.dtype, dtype, factor)
-    for start, block in row_blocks(tensor.reshape(*shape)):
-        own = result[start : start + len(block)]
-        way.into(block, own)
-        rounding.look(start, len(result), block, own, way)
-    rounding.tell()
-    return result.reshape(tensor.shape)
+    edges = np.cumsum([0, *(tensor.shape[1] for tensor, _ in parts)])
+    columns = [slice(int(first), int(last)) for first, last in pairwise(edges)]
+    made = [_Part(times(tensor.dtype, dtype, factor), own) for (tensor, factor), own in zip(parts, columns, strict=True)]
+    tensors = [_at_hand(tensor) for tensor, _ in parts]
+    result = np.empty((tensors[0].shape[0], int(edges[-1])), numpy_dtype(dtype))
+    rounding = None if record is None else _Rounding(made, result, effect)
+    for start, blocks in _blocks(tensors):
+        for (way, own), block in zip(made, blocks, strict=True):
+            way.into(block, result[start : start + len(block), own])
+        if rounding is not None:
+            rounding.look(start, blocks)
+    if record is not None and rounding is not None and rounding.felt:
+        record(*rounding.measured(lambda: _blocks(tensors)))
+    return result
+
+
+def _at_hand(tensor: Tensor) -> Tensor:
+    """What is computed is computed once: the whole, of which rows are taken then."""
+    if tensor.compute is None:
+        return tensor
+    array = tensor.array()
+    return computed(tensor.dtype, tensor.shape, lambda: array)
+
+
+def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Array]]]:
+    """(first row, those rows of every matrix), about :data:`CHUNK` elements at a time."""
+    height, rows = tensors[0].shape[0], max(CHUNK // max(sum(tensor.shape[1] for tensor in tensors), 1), 1)
+    wholes = [None if tensor.compute is None else tensor.array() for tensor in tensors]
+    for start in range(0, height, rows):
+        own = [(start, min(start + rows, height))]
+        yield start, [t.rows(own).array() if w is None else w[slice(*own[0])] for t, w in zip(tensors, wholes, strict=True)]
 
 
 def row_blocks(tensor: Tensor) -> Iterator[tuple[int, Array]]:
     """(first row, values) of a matrix, about :data:`CHUNK` elements at a time."""
-    rows = max(CHUNK // max(tensor.shape[1], 1), 1)
-    whole = None if tensor.compute is None else tensor.array()
-    for start in range(0, tensor.shape[0], rows):
-        stop = min(start + rows, tensor.shape[0])
-        yield start, tensor.rows([(start, stop)]).array() if whole is None else whole[start:stop]
+    for start, blocks in _blocks([tensor]):
+        yield start, blocks[0]
 
 
 def wide(dtype: str) -> str:
@@ -69,79 +156,86 @@ def wide(dtype: str) -> str:
     return "float64" if dtype in ("F32", "F64") else "float32"
 
 
-CHUNK = 1 << 17
-"""Elements converted at a time."""
-ROWS = 512
-"""Rows that are enough to measure a rounding error by."""
+class _Part(NamedTuple):
+    """Columns of a result and how they are made."""
+
+    way: Times
+    columns: slice
 
 
-class Rounding:
-    """Measures what rounding a tensor costs while it is converted, and tells ``record`` its square and that of the norm.
+class _Rounding:
+    """Looks at a matrix while it is written: whether a value was rounded that is felt, and what that costs the weight."""
 
-    ``sketch``, a matrix M (columns, m) made when needed, measures x as ||x M||^2: the effect on a product x D instead of
-    on one factor, see :func:`sketch_of`. Of many rows, 512 evenly spread ones stand for all. Nothing is told when nothing
-    was rounded, which is decided by every value.
-    """
+    def __init__(self, parts: Sequence[_Part], result: Array, effect: Callable[[], Felt] | None) -> None:
+        self._parts, self._result, self._make = parts, result, effect
+        self._rows = sampled(*result.shape)
+        self._samples: list[tuple[Float64, Float64]] = []
+        self.felt = False
 
-    def __init__(self, record: Record | None, sketch: Callable[[], Array] | None = None) -> None:
-        self._record, self._sketch = record, sketch
-        self._happened = False
-        self._samples: list[tuple[Array, Array]] = []
-        self._step = 1
+    @cached_property
+    def _effect(self) -> Felt:
+        return Effect() if self._make is None else self._make()
 
-    def look(self, start: int, total: int, block: Array, result: Array, way: Times) -> None:
-        """Rows from ``start`` of ``total``: before they were multiplied, and as they are stored."""
-        if self._record is None:
-            return
-        self._step = max(total // ROWS, 1)
-        first = -start % self._step
-        sample = way.exact(block[first :: self._step])
-        off = result[first :: self._step].astype(sample.dtype) - sample
-        self._samples.append((sample, off))
-        self._happened = self._happened or bool(off.any()) or not way.is_exact(block, result)
-
-    def tell(self) -> None:
-        """All rows have been looked at."""
-        if self._record is None or not self._happened:
-            return
+    def look(self, start: int, blocks: Sequence[Array]) -> None:
+        """Rows from ``start`` of every part, as they were before they were multiplied."""
         import numpy as np
 
-        whole, off = (np.concatenate(side) for side in zip(*self._samples, strict=True))
-        if self._sketch is not None:
-            matrix = self._sketch()
-            whole, off = whole @ matrix, off @ matrix
-        self._record(float((off * off).sum()) * self._step, float((whole * whole).sum()) * self._step)
+        rows = np.arange(start, start + len(blocks[0]))
+        own = self._rows[slice(*np.searchsorted(self._rows, (rows[0], rows[-1] + 1)))]
+        if own.size:
+            self._samples.append(self._off([block[own - start] for block in blocks], own))
+        if not self.felt:
+            result = self._result[start : start + len(rows)]
+            kept = [way.kept(block, result[:, own]) for (way, own), block in zip(self._parts, blocks, strict=True)]
+            if not all(own.all() for own in kept):
+                self.felt = self._effect.felt(~np.hstack(kept), rows)
+
+    def measured(self, again: Callable[[], Iterator[tuple[int, list[Array]]]]) -> tuple[float, float]:
+        """(squared error, squared norm) of the weight, when all rows have been looked at; ``again`` gives them once more."""
+        import numpy as np
+
+        off, true = (np.concatenate(side) for side in zip(*self._samples, strict=True))
+        error, norm = self._effect.squared(off, self._rows), self._effect.squared(true, self._rows)
+        whole = len(self._result) / len(self._rows)
+        if whole == 1.0 or error > (unit(self._result.dtype) / LEAST) ** 2 * norm:
+            return error * whole, norm * whole
+        error = norm = 0.0
+        for start, blocks in again():
+            rows = np.arange(start, start + len(blocks[0]))
+            off, true = self._off(blocks, rows)
+            error, norm = error + self._effect.squared(off, rows), norm + self._effect.squared(true, rows)
+        return error, norm
+
+    def _off(self, blocks: Sequence[Array], rows: Array) -> tuple[Float64, Float64]:
+        """What rounding took from these rows, and what they stand for."""
+        import numpy as np
+
+        trues = [way.true(block) for (way, _), block in zip(self._parts, blocks, strict=True)]
+        true = trues[0] if len(trues) == 1 else np.hstack(trues)
+        with np.errstate(invalid="ignore"):
+            return self._result[rows].astype(np.float64) - true, true
 
 
-EXACTLY, PROBES = 16, 8
-"""Up to this rank a product is measured exactly, above it with so many random vectors."""
+def unit(dtype: np.dtype[Any]) -> float:
+    """The largest relative error of rounding to a float dtype; 1 for integers."""
+    import ml_dtypes
+
+    if dtype.kind in "iub":
+        return 1.0
+    return float(ml_dtypes.finfo(dtype).eps) / 2.0  # type: ignore[no-untyped-call]  # ml_dtypes tells no types
 
 
-def sketch_of(down: Tensor) -> Array:
-    """M (rank, m) with ||x M||^2 = ||x down||^2: exact up to rank 16, else estimated with 8 random vectors of signs.
-
-    ``down``: (rank, in), read some rows at a time. The estimate is Hutchinson's, unbiased, with the same vectors every
-    time; of two norms taken with it the ratio is good to a few percent.
-    """
+@lru_cache(maxsize=64)
+def sampled(height: int, width: int, most: int = ROWS) -> Array:
+    """The rows of a matrix that are measured at first: all of a small one, else one at random of each of equal runs."""
     import numpy as np
 
-    if down.shape[0] <= EXACTLY:
-        rows = down.array().astype(wide(down.dtype))
-        values, vectors = np.linalg.eigh(rows @ rows.T)
-        exact: Array = vectors * np.sqrt(np.maximum(values, 0.0))
-        return exact
-    dtype = wide(down.dtype)
-    return np.concatenate([block.astype(dtype) @ signs(down.shape[1], dtype) for _, block in row_blocks(down)])
-
-
-@lru_cache(maxsize=8)
-def signs(size: int, dtype: str) -> Array:
-    """(size, 8) random signs over sqrt(8)."""
-    import numpy as np
-
-    signs = np.random.default_rng(0).integers(0, 2, (size, PROBES), dtype=np.int8).astype(dtype)
-    scaled: Array = (signs - 0.5) * (2.0 / PROBES**0.5)
-    return scaled
+    rows = max(min(most, SAMPLED // max(width, 1)), FEWEST)
+    if height * width <= WHOLE or height <= rows:
+        return np.arange(height)
+    edges = np.arange(rows + 1) * height // rows
+    found: Array = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    return found
 
 
 def once(record: Record | None) -> Record | None:
@@ -156,21 +250,3 @@ def once(record: Record | None) -> Record | None:
             record(error, norm)
 
     return first
-
-
-def factor_records(record: Record | None, factors: Sequence[Tensor]) -> Record | None:
-    """For a delta that is a product of several rounded factors: its squared relative error is the sum of theirs.
-
-    To first order, for independent roundings. The norm reported is the product of the factors' squared norms.
-    """
-    if record is None:
-        return None
-    norms: list[float] = []
-
-    def own(error: float, norm: float) -> None:
-        if not norms:
-            norms.append(prod(float((tensor.f64() ** 2).sum()) for tensor in factors))
-        if norm > 0.0:
-            record(error / norm * norms[0], norms[0])
-
-    return own

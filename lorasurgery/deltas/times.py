@@ -11,10 +11,14 @@ from lorasurgery.deltas.rounding import wide
 from lorasurgery.io.dtypes import BITS, numpy_dtype
 
 if TYPE_CHECKING:
-    from lorasurgery.io.tensors import Array
+    from lorasurgery.io.tensors import Array, Float64
 
 SMALL = 16
 """Bits of the dtypes that tables are made for."""
+
+
+ALIKE = 2.0**-50
+"""A relative difference that is none: four units in the last place of float64."""
 
 
 class Times:
@@ -30,18 +34,12 @@ class Times:
         self._exact: Array | None = None
         self._seen = 0
 
-    def exact(self, array: Array) -> Array:
-        """The products, in the dtype to calculate in."""
-        exact = array.astype(wide(self._source))
-        exact *= exact.dtype.type(self._factor)
-        return exact
-
     def into(self, array: Array, result: Array) -> None:
         """Write the products into ``result``, of the same shape. What is beyond its range becomes infinite."""
         self._seen += array.size
         if BITS[self._source] != SMALL or self._seen < 1 << SMALL:
             with np.errstate(over="ignore", invalid="ignore"):  # refused with its key when it is written
-                result[...] = self.exact(array)
+                result[...] = self._product(array)
             return
         if self._values is None:
             self._tabulate()
@@ -49,20 +47,39 @@ class Times:
         bits = f"u{result.itemsize}"
         result.view(bits)[...] = self._values.view(bits).take(array.view(np.uint16), mode="clip")
 
-    def is_exact(self, array: Array, result: Array) -> bool:
-        """Whether ``result``, as :meth:`into` made it, is the product itself everywhere."""
+    def true(self, array: Array) -> Float64:
+        """The products in float64, whatever they were calculated in: what a rounding error is measured against."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            product: Float64 = array.astype(np.float64)
+            product *= self._factor
+        return product
+
+    def kept(self, array: Array, result: Array) -> Array:
+        """Where ``result``, as :meth:`into` made it, is the product itself, as far as float64 tells: a boolean array."""
         if self._exact is not None:
-            return bool(self._exact.take(array.view(np.uint16), mode="clip").all())
-        exact = self.exact(array)
-        return np.array_equal(result.astype(exact.dtype), exact)
+            return self._exact.take(array.view(np.uint16), mode="clip")
+        return same(result.astype(np.float64), self.true(array))
+
+    def _product(self, array: Array) -> Array:
+        product = array.astype(wide(self._source))
+        product *= product.dtype.type(self._factor)
+        return product
 
     def _tabulate(self) -> None:
         every = np.arange(1 << SMALL, dtype=np.uint32).astype(np.uint16).view(numpy_dtype(self._source))
         with np.errstate(all="ignore"):
-            exact = self.exact(every)
-            values = exact.astype(self._dtype)
-            self._exact = (values.astype(exact.dtype) == exact) & np.isfinite(exact)
+            values = self._product(every).astype(self._dtype)
+            self._exact = same(values.astype(np.float64), self.true(every))
         self._values = values
+
+
+def same(stored: Float64, true: Float64) -> Array:
+    """Where numbers are equal but for the last bits of a factor that has no end in binary, such as 0.7."""
+    equal: Array = stored == true
+    if not equal.all():
+        with np.errstate(invalid="ignore"):
+            equal |= np.abs(stored - true) <= ALIKE * np.abs(true)
+    return equal
 
 
 @lru_cache(maxsize=32)

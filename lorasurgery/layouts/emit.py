@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod, sqrt
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,10 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
             tensors[keys.get(slot) or keys.get(slot.lstrip(".")) or stem + _suffix(delta, slot, words)] = tensor
         if alpha is not None:
             tensors[keys.get("alpha", f"{stem}.alpha")] = alpha
+            stored = alpha.item() / (sqrt(delta.rank or 1) if target.rslora else delta.rank or 1)
+            own = alpha is module.scale.alpha or alpha is module.scale.stored
+            if not own and scale not in (1.0, stored):
+                report.losses.add(module.name, (stored / scale - 1.0) ** 2)  # alpha is a float32 of scale times rank
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)
     if module.magnitude is not None:
         # transformers 5 loads text encoders' adapters itself and, unlike PEFT, wants the parameter's whole name.
@@ -158,10 +163,7 @@ def _fitted(delta: LowRank, slot: str, tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def _recorder(report: Report, name: str) -> Callable[[float, float], None]:
-    def record(error: float, norm: float) -> None:
-        report.losses.record(name, error, norm)
-
-    return record
+    return partial(report.losses.record, name)
 
 
 def _scaled(

@@ -12,10 +12,11 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Leftover, Magnitude, Module, Site
+from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Leftover, Module, Site
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.errors import NotRepresentableError, RequestError, UnknownArchitectureError
 from lorasurgery.layouts.targets import namings, written_in
+from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.families import held, uniform
 from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
@@ -102,7 +103,7 @@ def _run(job: Job) -> Adapter:
             f"{job.target.reader} reads: {reason}; --qkv fuse makes them LoRA"
         )
     if job.options.dtype != "keep":
-        result = [_cast(job, module) for module in result]
+        result = [cast_module(module, DTYPES[job.options.dtype], job.recorder_of) for module in result]
     made = {module.site: module for module in result}
     spelled = job.adapter.spelling if job.target.own else None
     return replace(
@@ -179,16 +180,3 @@ def _components(job: Job, modules: list[Module]) -> list[Module]:
     load = " (load_lora_weights(..., load_into_transformer_2=True))" if job.target.id == "diffusers" else ""
     job.report.warnings.append(f"these are the modules of Wan 2.2's second expert; load the result into it{load}")
     return [m if m.site.component != SECOND_DENOISER else replace(m, site=Site(DENOISER, m.site.spans)) for m in modules]
-
-
-def _cast(job: Job, module: Module) -> Module:
-    """Every factor, magnitude and bias in the asked dtype; alphas keep theirs."""
-    dtype = DTYPES[job.options.dtype]
-    record = job.recorder(module)
-    magnitude, bias = module.magnitude, module.bias
-    return replace(
-        module,
-        delta=None if module.delta is None else module.delta.cast(dtype, record),
-        magnitude=None if magnitude is None else Magnitude(magnitude.tensor.cast(dtype), magnitude.axis),
-        bias=None if bias is None else bias.cast(dtype),
-    )

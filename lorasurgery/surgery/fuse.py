@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Magnitude, Module, Scale, Site
@@ -93,8 +92,9 @@ def _shares(modules: Sequence[Module], record: Record | None) -> Callable[[Modul
 
     def of(module: Module) -> Record | None:
         def own(error: float, norm: float) -> None:
-            if record is not None and norm > 0.0:
-                record(error / norm * norms()[module.name], sum(norms().values()))
+            if record is not None:
+                part, whole = norms()[module.name], sum(norms().values())
+                record(*((error / norm * part, whole) if norm and part else (error, 0.0)))
 
         return own
 
@@ -102,13 +102,18 @@ def _shares(modules: Sequence[Module], record: Record | None) -> Callable[[Modul
 
 
 def _squared_norm(delta: Delta) -> float:
-    """The squared norm of a delta: exact for LoRA, full and whole Kronecker ones, an expectation for other products."""
-    if isinstance(delta, LowRank) and delta.mid is None:
+    """The squared norm of a delta, in float64, of large ones never formed as a whole."""
+    if isinstance(delta, Kronecker):
+        return float((delta.outer_array() ** 2).sum() * (delta.inner_array() ** 2).sum())
+    if isinstance(delta, LowRank):
         from lorasurgery.linalg.low_rank import product_norm
 
-        up, down = (tensor.f64().reshape(tensor.shape[0], -1) for tensor in (delta.up, delta.down))
+        low = delta.to_low_rank()
+        up, down = (tensor.f64().reshape(tensor.shape[0], -1) for tensor in (low.up, low.down))
         return product_norm(up, down) ** 2
-    return prod(float((tensor.f64() ** 2).sum()) for tensor in delta.tensors.values()) / (delta.rank or 1)
+    from lorasurgery.deltas.evaluate import squared_norm
+
+    return squared_norm(delta)
 
 
 _STACKS: Mapping[type[Delta], Callable[[Any], Delta]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import NotRepresentableError
@@ -42,11 +43,11 @@ class Job:
 
     def recorder(self, module: Module) -> Record:
         """Where the rounding errors of a module go."""
+        return self.recorder_of(module.name)
 
-        def record(error: float, norm: float) -> None:
-            self.report.losses.record(module.name, error, norm)
-
-        return record
+    def recorder_of(self, name: str) -> Record:
+        """Where the rounding errors go of a module, or a part of one, by name."""
+        return partial(self.report.losses.record, name)
 
     def refusal(self, module: Module, reason: str, hint: str) -> NotRepresentableError:
         """The error that says why this module cannot be written, and which options would do it."""

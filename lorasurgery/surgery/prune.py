@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.report import Losses
 from lorasurgery.surgery.blocks import member, parse_selection
+from lorasurgery.surgery.cast import BIAS
 from lorasurgery.surgery.parts import subset
 
 if TYPE_CHECKING:
@@ -73,8 +76,8 @@ class Pruned:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(module, reason)."""
     warnings: list[str] = field(default_factory=list)
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Module -> (squared error, squared norm) of a bias that was scaled."""
+    losses: Losses = field(default_factory=Losses)
+    """Of biases that were scaled."""
 
 
 def prune(adapter: Adapter, options: PruneOptions) -> tuple[Adapter, Pruned]:
@@ -217,10 +220,7 @@ def _times(module: Module, factor: float, adapter: Adapter, report: Pruned) -> M
             f"{module.name}: {what} is not scaled by any number in the file: its effect depends on the base weight",
             module=module.name, path=adapter.path, hint=f"--drop {FAMILY}{module.family} for these modules",
         )  # fmt: skip
-
-    def record(error: float, norm: float) -> None:
-        report.errors[f"{module.name} (bias)"] = (error, norm)
-
+    record = partial(report.losses.record, BIAS.format(module.name))
     bias = None if module.bias is None else multiplied(module.bias, factor, record)
     if module.delta is None:
         return replace(module, bias=bias)

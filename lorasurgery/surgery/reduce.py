@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
+from lorasurgery.deltas.rounding import COMPUTED
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.finite import is_finite
 from lorasurgery.io.tensors import of_array
@@ -68,7 +69,7 @@ def to_lora(members: Sequence[Member], budget: Budget, dtype: str, record: Recor
     norm = _norm(factors)
     delta = LowRank(up.reshape(up.shape[0], rank, *(1 for _ in shape[2:])), down.reshape(rank, shape[1], *shape[2:]))
     rounding = _rounding(factors, up, down)
-    return Reduced(delta, factors.relative_error**2 * norm + rounding, norm)
+    return Reduced(delta, (factors.relative_error**2 + COMPUTED) * norm + max(rounding, 0.0), norm)
 
 
 def _exact(members: Sequence[Member], dtype: str, record: Record) -> LowRank | None:

@@ -10,7 +10,7 @@ from lorasurgery.adapter import Scale
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.deltas.rounding import rounded
+from lorasurgery.deltas.rounding import COMPUTED, rounded
 from lorasurgery.io.tensors import computed, of_array
 from lorasurgery.surgery.refamily_made import Made, dtype_of, refuse_not_finite
 
@@ -78,7 +78,7 @@ def _nearest(job: Job, module: Module, delta: Delta, of: Approximated, rank: int
     w1_b, w2_a, w2_b = (of_array(arm, dtype) for arm in arms[1:])
     made = Hadamard(w1_a, w1_b, w2_a, w2_b)
     stored = Arms(w1_a.f64() / scale, w1_b.f64(), w2_a.f64(), w2_b.f64()) if scale else arms
-    error = hadamard_error(of, stored) * scale**2
+    error = max(hadamard_error(of, stored), COMPUTED * of.norm) * scale**2
     return Made(replace(module, delta=made, scale=Scale(1.0, module.scale.source)), error, of.norm * scale**2)
 
 

@@ -10,7 +10,7 @@ from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.io.tensors import of_array
 from lorasurgery.layouts.peft_config import factorization
-from lorasurgery.surgery.refamily_made import Made, dtype_of, refuse_not_finite, shape_of
+from lorasurgery.surgery.refamily_made import INVISIBLE, Made, dtype_of, refuse_not_finite, rounding_of, shape_of
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
@@ -35,13 +35,17 @@ def to_lokr(job: Job, module: Module, delta: Delta) -> Made:
     found = nearest_kronecker(of, rank=how.rank, energy=how.energy)
     dtype = dtype_of(job, module, delta)
     w1 = of_array(found.w1 * scale, dtype)
+    rounding = rounding_of((w1, found.w1 * scale))
     if found.w2_b is None:
         w2 = of_array(found.w2.reshape(out // outer[0], inputs // outer[1], *kernel), dtype)
         made, right = Kronecker(w1=w1, w2=w2), w2.f64().reshape(of.inner)
+        rounding += rounding_of((w2, found.w2))
     else:
         w2_a, w2_b = of_array(found.w2, dtype), of_array(found.w2_b, dtype)
         made, right = Kronecker(w1=w1, w2_a=w2_a, w2_b=w2_b), w2_a.f64() @ w2_b.f64()
-    error = kronecker_error(of, w1.f64() / scale, right) * scale**2 if scale else 0.0
+        rounding += rounding_of((w2_a, found.w2), (w2_b, found.w2_b))
+    error = kronecker_error(of, w1.f64() / scale, right) if scale else 0.0
+    error = max(error, min(rounding, INVISIBLE) * of.norm) * scale**2  # a small one is lost in the difference of large norms
     return Made(replace(module, delta=made, scale=Scale(1.0, module.scale.source)), error, of.norm * scale**2)
 
 

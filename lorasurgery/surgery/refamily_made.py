@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorasurgery.deltas.rounding import COMPUTED
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.finite import is_finite
 from lorasurgery.layouts.detect import expected_shape
@@ -12,7 +13,7 @@ from lorasurgery.layouts.detect import expected_shape
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
     from lorasurgery.deltas.base import Delta
-    from lorasurgery.io.tensors import Shape
+    from lorasurgery.io.tensors import Float64, Shape, Tensor
     from lorasurgery.surgery.job import Job
 
 
@@ -34,6 +35,19 @@ def shape_of(job: Job, module: Module, delta: Delta) -> Shape:
     """The weight's shape where the delta, which may be flat, has its size; else the delta's own."""
     shape = expected_shape(job.arch, module.site)
     return shape if prod(shape) == prod(delta.shape) else delta.shape
+
+
+INVISIBLE = 1e-13
+"""A squared relative error below which differences of squared norms in float64 do not show it."""
+
+
+def rounding_of(*pairs: tuple[Tensor, Float64]) -> float:
+    """Squared relative errors of tensors that were computed anew and rounded, added up; never less than float64's own."""
+    total = COMPUTED
+    for tensor, exact in pairs:
+        norm = float((exact**2).sum())
+        total += float(((tensor.f64() - exact.reshape(tensor.shape)) ** 2).sum()) / norm if norm else 0.0
+    return total
 
 
 def refuse_not_finite(delta: Delta) -> None:

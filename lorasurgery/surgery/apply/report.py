@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.alerts import Alert, large_errors
 from lorasurgery.surgery.apply.tally import Norms
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.apply.verify import Verified
 
 SCHEMA = 1
+NOTHING = 1e-6
+"""A change that is only the rounding of the calculation: what two adapters add and take away, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,12 @@ class ApplyReport:
         """The tensor of which rounding took the largest share of the change."""
         return max(self.tensors, key=lambda tally: tally.norms.relative_loss, default=None)
 
+    def alerts(self) -> list[Alert]:
+        """A warning, where rounding took much of a change that is more than the rounding of the calculation."""
+        changed = [tally for tally in self.tensors if tally.norms.relative_change > NOTHING]
+        total = Norms.together(tally.norms for tally in changed)
+        return large_errors({tally.name: tally.norms.relative_loss for tally in changed}, total.relative_loss)
+
     def new_scales(self) -> int:
         """fp8 scales that are new."""
         return sum(tally.scales for tally in self.tensors)
@@ -102,7 +111,7 @@ class ApplyReport:
             "dropped_metadata": self.dropped_metadata,
             "verified": [own.to_json() for own in self.verified],
             "lycoris": [own.to_json() for own in self.lycoris],
-            "warnings": self.warnings,
+            "warnings": [*self.warnings, *self.alerts()],
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
         }

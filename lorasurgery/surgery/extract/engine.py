@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.alerts import Alert, bytes_of
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.report import Report
@@ -174,18 +175,12 @@ def _written(
     writing.losses = made.resizing.losses
     save(adapter, output, options=SaveOptions(force=True), report=writing)
     report = _reported(models, pairs, store, made, options)
-    report.output, report.written, report.size = str(output), True, file_bytes(output)
+    report.output, report.written, report.size = str(output), True, bytes_of(output)
     report.dropped, report.losses = writing.dropped, writing.losses
-    report.warnings += [*pairs.notes(options.cut), *made.resizing.warnings, *writing.warnings]
+    resizing = [text for text in made.resizing.warnings if not isinstance(text, Alert)]  # of all modules below
+    report.warnings += [*pairs.notes(options.cut), *resizing, *writing.warnings]
     report.warn()
     return report
-
-
-def file_bytes(path: Path) -> int:
-    """Of a file, or of the safetensors files in a PEFT folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-    return path.stat().st_size
 
 
 def _reported(

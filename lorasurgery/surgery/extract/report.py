@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.alerts import large_errors
 from lorasurgery.report import Losses
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class ExtractReport:
                 f"{foreign} of {len(matrices)} matrices changed strongly and at full rank, as between unrelated models: "
                 "this is probably not the base that was tuned"
             )
+        self.warnings += large_errors({m.name: m.relative_error for m in self.modules}, self.relative_error)
         if self.only_tuned:
             self.warnings.append(
                 f"{len(self.only_tuned)} weights are in the tuned model only (first: {self.only_tuned[0]}) and stay behind"

@@ -201,7 +201,7 @@ class _Making:
             parts["up"] = up.reshape(*up.shape[:2], *ones)
             parts["down"] = down.reshape(down.shape[0], *(pair.shape[1:] if "mid" not in parts else (pair.shape[1], *ones)))
         delta = kind(**parts).cast(dtype, self._recorder(pair))
-        return delta, None if magnitude is None else Magnitude(magnitude.cast(dtype), "out")
+        return delta, None if magnitude is None else Magnitude(rounded(magnitude, dtype, self._recorder(pair)), "out")
 
     def _with_alpha(self, module: Module, pair: Pair) -> Module:
         """The alpha that is asked for, the effect unchanged."""

@@ -26,7 +26,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import factor_records, rounded
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import computed, same_values
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
@@ -135,11 +135,8 @@ def _shared(terms: Sequence[Term], how: Adding) -> _Found | None:
         return None
     common = 1.0 if isinstance(head, Full) else _common(terms, how.dtype)
     whole = _sum([(t.delta.tensors[slot], t.factor / common) for t in terms])
-    record = factor_records(how.record, list(slots.values()))
-    tensor = rounded(whole, how.dtype, record)
-    rest = head.cast(how.dtype, how.record)
-    made = replace(rest, **{_FIELDS.get(slot, slot): tensor})  # type: ignore[arg-type]  # a slot is a field of its class
-    return _Found(made, common, ADDED if isinstance(head, Full) else SHARED)
+    exact = replace(head, **{_FIELDS.get(slot, slot): whole})  # type: ignore[arg-type]  # a slot is a field of its class
+    return _Found(exact.cast(how.dtype, how.record), common, ADDED if isinstance(head, Full) else SHARED)
 
 
 LINEAR = (LowRank, Hadamard, Kronecker, Full, Miss)
@@ -191,7 +188,11 @@ def _dense(terms: Sequence[Term], how: Adding) -> _Found | None:
 def _side_by_side(terms: Sequence[Term], how: Adding) -> _Found:
     common = _common(terms, how.dtype)
     low = [_low_rank(t, t.factor / common, how) for t in terms]
-    joined = side_by_side(low, how)
+    if all(_is_written(one, how) for one in low):
+        joined = side_by_side(low, how)
+    else:  # in float64 on the way, and rounded once, both factors together
+        wide = [Low(one.up.cast("F64"), one.down.cast("F64"), one.factor) for one in low]
+        joined = side_by_side(wide, replace(how, dtype="F64")).cast(how.dtype, how.record)
     if joined.rank <= min(how.shape[0], prod(how.shape[1:])) or how.any_rank:
         return _Found(joined, common, SIDE_BY_SIDE)
     cut = to_lora([(joined, common, how.shape[0])], Budget(), how.dtype, how.record)
@@ -212,16 +213,16 @@ def _common(terms: Sequence[Term], dtype: str) -> float:
 
 
 def _low_rank(term: Term, factor: float, how: Adding) -> Low:
-    """A member's factors; what is not in the dtype of the result yet is multiplied in a wide one and rounded once."""
+    """A member's factors, with as many axes as the layer."""
     low = term.delta.to_low_rank()
-    own = widest([low.up.dtype, low.down.dtype])
-    if own != how.dtype and not (how.any_rank and own in NARROW):
-        whole = widest([own, "F32"])
-        low = LowRank(low.up.cast(whole), low.down.cast(whole)).scaled(factor).cast(how.dtype, how.record)
-        factor = 1.0
     ones = tuple(1 for _ in how.shape[2:])
-    up = low.up.reshape(how.shape[0], low.rank, *ones)
-    return Low(up, low.down.reshape(low.rank, *how.shape[1:]), factor)
+    return Low(low.up.reshape(how.shape[0], low.rank, *ones), low.down.reshape(low.rank, *how.shape[1:]), factor)
+
+
+def _is_written(low: Low, how: Adding) -> bool:
+    """Whether a member's ``down`` may stay as it is beside others of the result's dtype."""
+    own = widest([low.up.dtype, low.down.dtype])
+    return own == how.dtype or (how.any_rank and own in NARROW)
 
 
 def _biases(modules: Sequence[Module]) -> Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.alerts import Alert, large_errors
 from lorasurgery.report import Losses
 
 if TYPE_CHECKING:
@@ -86,6 +87,13 @@ class MergeReport:
             return None
         norm = sum(n for _, n in known)
         return sqrt(sum(e * e * n for e, n in known) / norm) if norm else 0.0
+
+    def alerts(self) -> list[Alert]:
+        """What must be seen of a cut, and of another program's way."""
+        errors = {module.name: module.error for module in self.modules if module.error is not None}
+        return large_errors(errors, self.deviation or 0.0, "the sum") + (
+            self.resize.alerts() if self.resize is not None else []
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A plain object for ``--json``."""

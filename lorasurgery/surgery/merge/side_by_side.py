@@ -6,24 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lorasurgery.deltas.effect import before
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.deltas.rounding import CHUNK, once, wide
-from lorasurgery.deltas.times import times
-from lorasurgery.io.dtypes import numpy_dtype
+from lorasurgery.deltas.rounding import beside, once
 from lorasurgery.io.tensors import computed, stack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Record
     from lorasurgery.io.tensors import Array, Tensor
     from lorasurgery.surgery.merge.add import Adding
-
-
-ROWS, COLUMNS = 128, 64
-"""Enough of a product to measure a rounding error by."""
-EPSILON = 1e-12
-"""A relative error too small for the sample to show."""
 
 
 class Low(NamedTuple):
@@ -43,9 +35,8 @@ def side_by_side(members: Sequence[Low], how: Adding) -> LowRank:
     if all(factor == 1.0 for _, factor in flat) and len({tensor.dtype for tensor, _ in flat}) == 1:
         up = computed(flat[0][0].dtype, shape, lambda: _beside([tensor for tensor, _ in flat]))
     else:
-        record = once(how.record)
-        downs = [low.down.reshape(low.down.shape[0], low.down.size // low.down.shape[0]) for low in members]
-        up = computed(how.dtype, shape, lambda: _scaled(flat, downs, how.dtype, record))
+        record, wide = once(how.record), down.reshape(rank, down.size // rank)
+        up = computed(how.dtype, shape, lambda: beside(flat, how.dtype, record, lambda: before(wide)))
     return LowRank(up.reshape(how.shape[0], rank, *(1 for _ in how.shape[2:])), down)
 
 
@@ -55,33 +46,3 @@ def _beside(tensors: Sequence[Tensor]) -> Array:
     bits = np.dtype(f"uint{8 * arrays[0].dtype.itemsize}")
     joined: Array = np.concatenate([array.view(bits) for array in arrays], axis=1).view(arrays[0].dtype)
     return joined
-
-
-def _scaled(parts: Sequence[tuple[Tensor, float]], downs: Sequence[Tensor], dtype: str, record: Record | None) -> Array:
-    """The same times a number each, calculated in float32 (or float64) and rounded once.
-
-    What that costs the product with ``downs`` is measured on evenly spread rows and columns.
-    """
-    height, width = parts[0][0].shape[0], sum(tensor.shape[1] for tensor, _ in parts)
-    result = np.empty((height, width), numpy_dtype(dtype))
-    step, at, samples, exactly = max(height // ROWS, 1), 0, [], True
-    rounds = any(wide(tensor.dtype) != result.dtype.name for tensor, _ in parts)
-    for tensor, factor in parts:
-        array, own, way = tensor.array(), result[:, at : at + tensor.shape[1]], times(tensor.dtype, dtype, factor)
-        rows = max(CHUNK // tensor.shape[1], 1)
-        for start in range(0, height, rows):
-            way.into(array[start : start + rows], own[start : start + rows])
-        at += tensor.shape[1]
-        if record is None or not rounds:
-            continue
-        samples.append(way.exact(array[::step]))
-        exactly = exactly and np.array_equal(samples[-1], own[::step].astype(samples[-1].dtype)) and way.is_exact(array, own)
-    if exactly or record is None:
-        return result
-    exact = np.hstack(samples)
-    off = result[::step].astype(exact.dtype) - exact
-    every = max(downs[0].shape[1] // COLUMNS, 1)
-    probe = np.vstack([down.array()[:, ::every] for down in downs]).astype(exact.dtype)
-    error, norm = (float(np.sum((side @ probe) ** 2)) * step * every for side in (off, exact))
-    record(error or EPSILON**2 * norm, norm)
-    return result

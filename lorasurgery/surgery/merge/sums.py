@@ -10,6 +10,7 @@ from lorasurgery.deltas.rounding import rounded
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.io.dtypes import widest
 from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.surgery.cast import BIAS
 from lorasurgery.surgery.merge.add import Adding, Sum, added, nonlinear, refuse_nonlinear
 from lorasurgery.surgery.merge.inputs import times
 from lorasurgery.surgery.merge.report import MergedModule
@@ -109,7 +110,7 @@ class Sums:
     def _with_bias(self, members: Sequence[Weighted], module: Module, bias: Tensor) -> Module:
         own = next((m.original.bias.dtype for m in members if m.original.bias is not None), self.run.dtype)
         dtype = own if self.run.options.dtype == "keep" else DTYPES[self.run.options.dtype]
-        return replace(module, bias=rounded(bias, dtype, self.run.recorder(f"{members[0].original.name} bias")))
+        return replace(module, bias=rounded(bias, dtype, self.run.recorder(BIAS.format(members[0].original.name))))
 
 
 def _as_stored(only: Weighted) -> Weighted:

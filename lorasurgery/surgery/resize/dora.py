@@ -18,6 +18,7 @@ import numpy as np
 
 from lorasurgery.adapter import Magnitude
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.tensors import of_array
 from lorasurgery.surgery.resize.families import subject_of
 from lorasurgery.surgery.resize.sources import Slot, dense_source
@@ -73,7 +74,7 @@ def recomputed_subject(
 
     def renewed(cut: Cut) -> Magnitude:
         values = after(cut)[1].reshape(magnitude.tensor.shape)
-        return Magnitude(of_array(values, magnitude.tensor.dtype), magnitude.axis)
+        return Magnitude(rounded(of_array(values, "F64"), magnitude.tensor.dtype, cut.record), magnitude.axis)
 
     @cache
     def effect() -> float:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
+from lorasurgery.adapter import Adapter, Module, Scale
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.io.tensors import computed, of_array, stack, zeros
 from lorasurgery.linalg.threads import map_threads
+from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.block_args import with_block_args
 from lorasurgery.surgery.resize.choose import Choice, choose, cost_of, fixed_choice
@@ -126,6 +128,7 @@ def _resized(
         raise RequestError(
             "no module would be left", path=found.adapter.path, hint="a lower threshold, min rank 1, or a rank above 0"
         )
+    report.warnings += report.alerts()
     report.seconds = time.perf_counter() - started
     return result, report
 
@@ -183,10 +186,7 @@ def _cut(subject: Subject, choice: Choice, options: ResizeOptions, report: Resiz
     """How to cut; ``factor`` goes into the factors and comes off the scale, so that the effect stays."""
     module, wanted = subject.module, DTYPES.get(options.dtype, "keep")
     assert module.delta is not None  # noqa: S101  it is a subject
-
-    def record(error: float, norm: float) -> None:
-        report.losses.record(module.name, error, norm)
-
+    record = partial(report.losses.record, module.name)
     old, factor = module.scale.value * _rescale(options), _rescale(options)
     if options.alpha != KEEP_RATIO and old != 0.0 and choice.rank:
         factor = old if options.alpha == "rank" else old * choice.rank / float(options.alpha)
@@ -216,17 +216,7 @@ def _cast(module: Module, options: ResizeOptions, report: ResizeReport) -> Modul
     """Everything that is not in the asked dtype yet."""
     if options.dtype == "keep":
         return module
-    dtype, magnitude = DTYPES[options.dtype], module.magnitude
-
-    def record(error: float, norm: float) -> None:
-        report.losses.record(module.name, error, norm)
-
-    return replace(
-        module,
-        delta=None if module.delta is None else module.delta.cast(dtype, record),
-        magnitude=None if magnitude is None else Magnitude(magnitude.tensor.cast(dtype), magnitude.axis),
-        bias=None if module.bias is None else module.bias.cast(dtype),
-    )
+    return cast_module(module, DTYPES[options.dtype], lambda name: partial(report.losses.record, name))
 
 
 def _reported(subject: Subject, choice: Choice, cut: Cut) -> ModuleReport:

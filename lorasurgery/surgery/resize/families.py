@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import computed
 from lorasurgery.surgery.resize.hadamard import loha_subject
@@ -109,10 +109,10 @@ def _lokr(module: Module, delta: Kronecker, shape: Shape, needed: int | None, dt
 
     def build(cut: Cut) -> Delta:
         left, right = low_rank_factors(source, cut, (out_k, cut.rank), (cut.rank, sides[1]))
-        kept = Kronecker(w1=delta.w1, w1_a=delta.w1_a, w1_b=delta.w1_b)
+        kept = {slot: tensor for slot, tensor in delta.tensors.items() if slot.startswith("w1")}
         if cut.dtype != dtype_of(delta, "keep"):
-            kept = kept.cast(cut.dtype, cut.record)
-        return replace(kept, w2_a=left, w2_b=right)
+            kept = {slot: rounded(tensor, cut.dtype, cut.record) for slot, tensor in kept.items()}
+        return Kronecker(**kept, w2_a=left, w2_b=right)
 
     return Subject(module, source, "lokr", old, limit, sides, build, shape, gain=gain, note=GIVEN_W1)
 

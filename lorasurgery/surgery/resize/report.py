@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
 
+from lorasurgery.alerts import Alert, large_errors
 from lorasurgery.report import Losses
 
 SCHEMA = 1
@@ -52,7 +53,7 @@ class ResizeReport:
     kept: list[tuple[str, str]] = field(default_factory=list)
     """(module, why it stays as it is)."""
     losses: Losses = field(default_factory=Losses)
-    """Squared rounding errors of the new factors, by module, estimated from every 16th element."""
+    """Rounding errors of the new factors, by module."""
     threshold: float | None = None
     """The score above which singular values stayed, where one decided for the whole file."""
     size: int | None = None
@@ -70,6 +71,10 @@ class ResizeReport:
     def energy(self) -> float:
         """Share of the squared norm that is kept, of all of them together."""
         return max(1.0 - self.relative_error**2, 0.0)
+
+    def alerts(self) -> list[Alert]:
+        """A warning, where the cut costs much."""
+        return large_errors({module.name: module.relative_error for module in self.modules}, self.relative_error)
 
     def worst(self) -> ModuleReport | None:
         """The module with the largest relative error."""

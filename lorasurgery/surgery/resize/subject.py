@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.dtypes import BITS, cast_array
+from lorasurgery.io.finite import all_finite
 from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from lorasurgery.linalg.policies.budget import Indices
     from lorasurgery.surgery.resize.sources import Source
 
-SAMPLED = 16
 LINEAR, CONV, POINTWISE = "linear", "conv", "1x1"
 
 
@@ -141,13 +142,9 @@ def _padded(array: AnyArray, rank: int, axis: int) -> AnyArray:
 
 
 def _finished(array: AnyArray, shape: Shape, cut: Cut) -> AnyArray:
-    """In the file's shape and dtype; what rounding costs is recorded, judged by every 16th element."""
-    result = cast_array(array, cut.dtype)
-    if result is array:
-        return result.reshape(shape)
-    sample = array.ravel()[::SAMPLED]
-    error = result.ravel()[::SAMPLED].astype(array.dtype) - sample
-    squared = float(error @ error)
-    if squared > 0.0:
-        cut.record(SAMPLED * squared, SAMPLED * float(sample @ sample))
+    """In the file's shape and dtype; what rounding costs is recorded, as the factor's own relative error."""
+    exact = computed("F64" if array.dtype == np.float64 else "F32", array.shape, lambda: array)
+    result = rounded(exact, cut.dtype, cut.record).array()
+    if not all_finite(cut.dtype, np.ascontiguousarray(result).reshape(-1).view(np.uint8).data):
+        result = cast_array(array, cut.dtype)  # raises, unless the numbers were so before
     return result.reshape(shape)

@@ -12,10 +12,11 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.layouts.detect import detect, fits
-from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.foreign import refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
+from lorasurgery.layouts.numbered import named_keys
 from lorasurgery.layouts.scales import PeftConfig, header_configs
 from lorasurgery.layouts.words import ALPHA
 
@@ -108,9 +109,8 @@ def subject_of(
     raw: RawFile, *, among: Iterable[Architecture] | None = None, configs: Mapping[str, PeftConfig] | None = None
 ) -> Subject:
     """Take a file apart; a module that is broken is kept with its problem."""
-    named_raw = named_modules(raw)
-    groups, others = group(named_raw)
-    refuse_other_models(named_raw, groups)
+    groups, others = group(raw)
+    refuse_other_models(raw, groups)
     built = {stem: _built(own, raw.path) for stem, own in groups.items()}
     shapes = {stem: None if delta is None else delta.shape for stem, (delta, _) in built.items()}
     best, ties = detect(shapes, raw.metadata, among=among, path=raw.path)
@@ -118,7 +118,14 @@ def subject_of(
     items = tuple(_item(own, *built[stem], best.architecture, rules) for stem, own in groups.items())
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
-        raw.path, best.architecture, tuple(kin), configs is not None, named_raw is not raw, items, tuple(others), raw.metadata
+        raw.path,
+        best.architecture,
+        tuple(kin),
+        configs is not None,
+        bool(named_keys(raw.tensors)),
+        items,
+        tuple(others),
+        raw.metadata,
     )
 
 
@@ -137,4 +144,4 @@ def _item(own: Group, delta: Delta | None, problem: str, arch: Architecture, rul
     misfit = ""
     if found is not None and delta is not None and not fits(delta.shape, found.shape):
         misfit = f"its shape is {list(delta.shape)}, {arch.name} has {list(found.shape)}"
-    return Item(own.stem, own, delta, problem, None if found is None else found.site, scale.value, misfit)
+    return Item(own.spelled, own, delta, problem, None if found is None else found.site, scale.value, misfit)

@@ -13,7 +13,7 @@ from lorasurgery.inspection.description import Finding, ModuleInfo
 from lorasurgery.inspection.modules import unknown_layout, unknown_module
 from lorasurgery.inspection.tolerant import TOP_LEVEL, Parts, built, grouped, header_rules, parsed
 from lorasurgery.layouts.detect import detect, same_results
-from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.foreign import refuse_other_models
 from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.parse import layout_of, warnings_of
@@ -54,7 +54,6 @@ class Structure(NamedTuple):
 
 def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None, *, keep: bool = False) -> Structure:
     """Understand the keys of ``raw``; ``configs`` are a PEFT folder's, ``keep`` fills ``sources``. Raises NotAnAdapterError."""
-    raw = named_modules(raw)
     findings: list[Finding] = []
     groups, others = grouped(raw, findings)
     refuse_other_models(raw, groups)

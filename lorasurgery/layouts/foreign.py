@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import NotAnAdapterError
 from lorasurgery.layouts.words import split_key
 
@@ -47,8 +45,6 @@ _TOKENS = re.compile(
 
 _TWICE = re.compile(r"^(lora_unet_|lora_te\d?_|unet[._]|transformer[._])(?:(?:unet|transformer)[._]|\1)+")
 """A prefix put before a name that had one."""
-
-_INDEXED = re.compile(r"^(unet|text_encoder):(\d+):(up|down)$")
 
 
 def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
@@ -109,44 +105,3 @@ def expected_key(key: str) -> str:
     if match[1].startswith(("hada", "lokr")):
         return f"{stem}.{match[1]}"
     return f"{stem}.lora_{re.split('[._]', match[1])[-1]}.weight"
-
-
-def named_modules(raw: RawFile) -> RawFile:
-    """cloneofsimo/lora numbers its modules instead of naming them: give ``unet:3:up`` its name.
-
-    The number counts the targets in the order of Stable Diffusion 1's module tree: in every attention block q, k, v, out
-    of attn1, the GEGLU projection, then attn2 (down blocks, up blocks, middle block); CLIP's self-attention in the order
-    k, v, q, out. Source: cloneofsimo/lora ``lora_diffusion/lora.py`` (``_find_modules_v2``) and Diffusers 0.9's classes.
-    """
-    if not any(_INDEXED.match(key) for key in raw.tensors):
-        return raw
-    orders = {"unet": _unet_order(), "text_encoder": _clip_order()}
-    tensors = {}
-    for key, tensor in raw.tensors.items():
-        match = _INDEXED.match(key)
-        if match is None or int(match[2]) >= len(orders[match[1]]):
-            tensors[key] = tensor
-            continue
-        component, number, side = match.groups()
-        tensors[f"{component}.{orders[component][int(number)]}.lora.{side}.weight"] = tensor
-    return replace(raw, tensors=tensors)
-
-
-def _unet_order() -> list[str]:
-    from lorasurgery.architectures import named
-
-    names = list(named("sd1")[0].namings[DIFFUSERS])
-    blocks = list(dict.fromkeys(n.split(".transformer_blocks.0.")[0] for n in names if ".transformer_blocks.0." in n))
-    stages = ("down_blocks", "up_blocks", "mid_block")
-    blocks.sort(key=lambda b: (stages.index(b.split(".")[0]), [int(p) for p in b.split(".") if p.isdigit()]))
-    leaves = (
-        *(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")),
-        "ff.net.0.proj",
-        *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")),
-    )
-    return [f"{block}.transformer_blocks.0.{leaf}" for block in blocks for leaf in leaves]
-
-
-def _clip_order() -> list[str]:
-    sides = ("k_proj", "v_proj", "q_proj", "out_proj")
-    return [f"text_model.encoder.layers.{i}.self_attn.{side}" for i in range(12) for side in sides]

@@ -64,7 +64,7 @@ def module_of(own: Group, delta: Delta | None, place: Found, arch: Architecture,
         scale,
         _magnitude(own, delta, place.shape[0], path),
         None if bias is None else _bias(bias, scale),
-        {} if extra is None else {extra.key[len(own.stem) :]: extra.tensor},
+        {} if extra is None else {extra.suffix: extra.tensor},
     )
     expected = place.shape
     if delta is not None and not fits(delta.shape, expected):

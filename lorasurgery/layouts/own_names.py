@@ -16,7 +16,7 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, RequestError, UnknownArchitectureError
 from lorasurgery.layouts.detect import fits
 from lorasurgery.layouts.emit import emit
-from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.foreign import refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import module_of, scale_rules
 from lorasurgery.layouts.names import Found
@@ -133,7 +133,7 @@ def read_by_names(files: Sequence[Unread], base: Architecture | None = None) -> 
 
 
 def _taken_apart(file: Unread) -> _File:
-    raw = named_modules(file.raw)
+    raw = file.raw
     groups, others = group(raw)
     refuse_other_models(raw, groups)
     return _File(raw, file.configs, groups, others, {stem: build(own, raw.path) for stem, own in groups.items()})

@@ -11,7 +11,7 @@ from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.layouts.detect import detect, same_results
-from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.foreign import refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of, scale_rules
 from lorasurgery.layouts.names import index
@@ -41,7 +41,6 @@ def parse(
     configurations by component. Keys that no table explains become leftovers with their reason.
     Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
     """
-    raw = named_modules(raw)
     groups, others = group(raw)
     refuse_other_models(raw, groups)
     deltas = {stem: build(own, raw.path) for stem, own in groups.items()}

@@ -78,7 +78,9 @@ TABLES = (
         name="LTX-2",
         source="ComfyUI comfy/ldm/lightricks/av_model.py (2026-05), Diffusers LTX2VideoTransformer3DModel 0.42",
         diffusers_roots=(("connectors.", "connectors"),),
+        bare=("text_embedding_projection.",),
         rows=(
+            row("text_embedding_projection.aggregate_embed", (TEXT, 49 * TEXT), "connectors.text_proj_in"),
             row("patchify_proj", (VIDEO, 128), "proj_in"),
             row("audio_patchify_proj", (AUDIO, 128), "audio_proj_in"),
             *_modulation("adaln_single", "time_embed", VIDEO, 6),

@@ -22,6 +22,7 @@ from lorasurgery.architectures.rows import (
     NAMINGS,
     ORIGINAL,
     SD_SCRIPTS,
+    Alias,
     Base,
     Block,
     Names,
@@ -31,6 +32,7 @@ from lorasurgery.architectures.rows import (
     Span,
     Spans,
     block,
+    cut,
     expand,
     flat,
     join,
@@ -84,15 +86,19 @@ class Architecture:
     encoders: tuple[Encoder, ...] = ()
     diffusers_encoders: tuple[str, ...] = ()
     """The encoders whose LoRA the Diffusers pipeline loads (``_lora_loadable_modules``); it ignores the others."""
-    aliases: tuple[tuple[str, str], ...] = ()
-    """Further names in files: (template, name in any naming); ``{i}`` runs over :attr:`alias_range`."""
+    aliases: tuple[Alias, ...] = ()
+    """Further names in files; ``{i}`` runs over :attr:`alias_range`."""
     alias_range: int = 64
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
+    bare: tuple[str, ...] = ()
+    """How the names begin of modules that stand beside the denoiser: no dotted layout but Diffusers' puts a prefix there."""
     precedence: int = 0
     """Of tables that explain a file equally well, the one with the highest counts (the more common model)."""
     widened: tuple[str, ...] = ()
     """Weights with more input columns than the plain base model's, which a reader must pad first (control LoRAs)."""
+    replaced_norms: tuple[str, ...] = ()
+    """How the names of the norms end that Diffusers' loader replaces, from a plain ``.weight`` beside LoRA keys."""
     only_prefix: str | None = None
     """For a model known by its adapters alone: what stands before their names, which are no other program's."""
     metadata_names: tuple[str, ...] = ()
@@ -127,10 +133,11 @@ class Architecture:
         known = {**self.namings[SD_SCRIPTS], **self.namings[DIFFUSERS], **self.namings[ORIGINAL]}
         found: dict[str, Spans] = {}
         for alias, target in self.aliases:
+            name, rows = (target, None) if isinstance(target, str) else target
             for i in range(self.alias_range) if "{i}" in alias else (0,):
-                spans = known.get(target.format(i=i))
+                spans = known.get(name.format(i=i))
                 if spans is not None:
-                    found[alias.format(i=i)] = spans
+                    found[alias.format(i=i)] = spans if rows is None else cut(spans, *rows)
         return MappingProxyType(found)
 
     @cached_property
@@ -210,6 +217,6 @@ def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
 
 
 __all__ = [
-    "DIFFUSERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Architecture", "Base", "Block", "Encoder", "EncoderTable", "Names",
+    "DIFFUSERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Alias", "Architecture", "Base", "Block", "Encoder", "EncoderTable", "Names",
     "Part", "Row", "Shape", "Span", "Spans", "block", "flat", "name_pattern", "row",
 ]  # fmt: skip

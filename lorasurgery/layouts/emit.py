@@ -19,7 +19,7 @@ from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.module import LARGEST_SCALE
 from lorasurgery.layouts.scales import LARGEST_ALPHA
-from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
+from lorasurgery.layouts.targets import OWN, PEFT, SUFFIXES, Layout, Speller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,7 +98,7 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
         for slot, tensor in delta.tensors.items():
             if isinstance(delta, LowRank) and not target.any_shape:
                 tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
-            tensors[stem + _suffix(delta, slot, words)] = tensor
+            tensors[stem + _suffix(delta, slot, words, target)] = tensor
         if alpha is not None:
             tensors[f"{stem}.alpha"] = alpha
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)
@@ -107,7 +107,7 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
         whole = ".weight" if target.id == "diffusers" and module.site.component in TEXT_ENCODERS else ""
         tensors[stem + words["magnitude"] + whole] = _magnitude(module, module.magnitude, target)
     if module.bias is not None:
-        family = "norm bias" if module.family == "norm" else "bias"
+        family = "norm bias" if f"{stem}.w_norm" in tensors else "bias"
         bias = module.bias
         if target.words == PEFT and scale != 1.0:  # PEFT multiplies lora_B's bias by the scale too
             bias = multiplied(bias, 1.0 / scale, record)
@@ -179,9 +179,11 @@ def _whole_kronecker(
     return delta.scaled(module.scale.value, record), neutral, 1.0
 
 
-def _suffix(delta: Delta, slot: str, words: Mapping[str, str]) -> str:
+def _suffix(delta: Delta, slot: str, words: Mapping[str, str], target: Layout) -> str:
     if isinstance(delta, Opaque):
-        return ".set_weight" if delta.family == "set" else slot  # BFL's own word, `.scale`, is understood in its files only
+        return words["set"] if delta.family == "set" else slot  # BFL's own word, `.scale`, is understood in its files only
+    if delta.family == "norm" and target.denoiser.flat and OWN not in target.id:
+        return words["norm"]  # LyCORIS' word; ComfyUI reads it and ``diff``
     if isinstance(delta, Hadamard):
         return f".hada_{slot}"
     if isinstance(delta, Kronecker):

@@ -35,7 +35,7 @@ PLAIN = frozenset({"lora", "dora"})
 """What that configuration can describe."""
 _NOT_PEFT = frozenset({"full", "norm", "set", "bias"})
 """Families that PEFT has no words for; a file that has them has ComfyUI's."""
-_HELD = EVERYTHING | {"miss", "bat"}
+_HELD = EVERYTHING | {"miss", "bat", "sparse"}
 
 
 @cache

@@ -80,6 +80,8 @@ _LISTS = re.compile(r"(?P<stem>.+)(?P<suffix>\.(?:oft_blocks\.(?P<rotation>\d+)|
 """Lists of tensors for consecutive rows of one weight: sd-scripts' OFT of FLUX's fused layers (``networks/oft_flux.py``), and
 LongCat-Video's up factors (``modules/lora_utils.py``, ``LoRAUPParallel``)."""
 
+_XLABS = (".qkv", ".proj")
+"""What XLabs' processors of single blocks are for; Diffusers' are for ``to_q`` and the like."""
 _NAMED = ("lora_A", "lora_B", "lora_magnitude_vector", "oft_R")
 """PEFT's parameters that carry an adapter's name in a raw state dict: ``lora_A.default.weight``."""
 _NAMED_PREFIXES = ("hada_", "lokr_", "boft_", "oft_r", "oft_s", "ia3_", "miss_", "bone_")
@@ -146,7 +148,8 @@ def _split_at_longest(key: str) -> Split | None:
     plain = ".".join(tail)
     if plain.endswith(("_lora.down.weight", "_lora.up.weight")):
         suffix = plain[plain.rindex("_lora.") :]
-        return _split(key, plain[: -len(suffix)], WORDS[suffix], adapter)
+        stem, word = plain[: -len(suffix)], WORDS[suffix]
+        return _split(key, stem, word._replace(dialect="xlabs") if stem.endswith(_XLABS) else word, adapter)
     if plain.endswith("_norm.scale"):  # BFL's control files hold whole RMS norm gains
         return _split(key, plain[: -len(".scale")], Word(SET, "set_weight", "bfl"), adapter)
     for length in (3, 2, 1):

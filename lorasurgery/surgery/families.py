@@ -64,6 +64,8 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 
 
 def _holds(job: Job, module: Module) -> bool:
+    if module.family == "set" and job.target.id == "diffusers":
+        return module.site.spans[0].weight.endswith(job.adapter.architecture.replaced_norms)
     if module.family not in job.target.holds or _is_configured(job, module):
         return False
     return module.magnitude is None or module.family == "dora" or job.target.id != "peft"

@@ -40,7 +40,6 @@ def cut(spans: Spans, start: int, stop: int) -> Spans:
     return tuple(found)
 
 
-
 class Part(NamedTuple):
     """One module stacked into a fused weight: its name and its number of rows."""
 

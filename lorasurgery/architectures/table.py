@@ -217,6 +217,6 @@ def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
 
 
 __all__ = [
-    "DIFFUSERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Alias", "Architecture", "Base", "Block", "Encoder", "EncoderTable", "Names",
-    "Part", "Row", "Shape", "Span", "Spans", "block", "flat", "name_pattern", "row",
+    "DIFFUSERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Alias", "Architecture", "Base", "Block", "Encoder", "EncoderTable",
+    "Names", "Part", "Row", "Shape", "Span", "Spans", "block", "flat", "name_pattern", "row",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.numbered import named_keys
 from lorasurgery.layouts.scales import PeftConfig, header_configs
+from lorasurgery.layouts.widened import as_wide
 from lorasurgery.layouts.words import ALPHA
 
 if TYPE_CHECKING:
@@ -112,14 +113,15 @@ def subject_of(
     groups, others = group(raw)
     refuse_other_models(raw, groups)
     built = {stem: _built(own, raw.path) for stem, own in groups.items()}
-    shapes = {stem: None if delta is None else delta.shape for stem, (delta, _) in built.items()}
+    shapes = {stem: groups[stem].tableless(None if delta is None else delta.shape) for stem, (delta, _) in built.items()}
     best, ties = detect(shapes, raw.metadata, among=among, path=raw.path)
     rules = scale_rules(raw, header_configs(raw.metadata) if configs is None else configs)
-    items = tuple(_item(own, *built[stem], best.architecture, rules) for stem, own in groups.items())
+    arch = as_wide((m.architecture for m in (best, *ties)), groups)
+    items = tuple(_item(own, *built[stem], arch, rules) for stem, own in groups.items())
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
         raw.path,
-        best.architecture,
+        arch,
         tuple(kin),
         configs is not None,
         bool(named_keys(raw.tensors)),

@@ -17,6 +17,7 @@ from lorasurgery.layouts.foreign import refuse_other_models
 from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.parse import layout_of, warnings_of
+from lorasurgery.layouts.widened import as_wide
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +60,7 @@ def read_structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None = None
     refuse_other_models(raw, groups)
     rules = scale_rules(raw, header_rules(raw, findings) if configs is None else configs)
     parts = Parts(raw, groups, *built(groups, raw), rules)
-    shapes = {stem: None if (delta := parts.deltas.get(stem)) is None else delta.shape for stem in groups}
+    shapes = {stem: own.tableless(None if (d := parts.deltas.get(stem)) is None else d.shape) for stem, own in groups.items()}
     embeddings = tuple(key for key in others if key.startswith(EMBEDDINGS))
     lost = [(k, "not part of any module") for k in others if k not in TOP_LEVEL and k not in embeddings]
     try:
@@ -83,7 +84,8 @@ class _Rest(NamedTuple):
 def _explained(parts: Parts, matches: tuple[Match, list[Match]], rest: _Rest, *, keep: bool) -> Structure:
     """The structure of a file whose architecture is known."""
     best, ties = matches
-    arch, groups = best.architecture, parts.groups
+    groups = parts.groups
+    arch = as_wide((m.architecture for m in (best, *ties)), groups)
     names = index(arch)
     found = {stem: names.find(stem) for stem in groups}
     rows, modules = parsed(parts, arch, found, keep=keep)

@@ -55,13 +55,6 @@ class Group:
         """A key to name in messages."""
         return next(iter(self.entries.values())).key
 
-    @property
-    def reshaped(self) -> Shape | None:
-        """The shape that the base weight is widened to before the delta is added (ComfyUI's ``reshape_weight``).
-
-        None where the file does not say so, or says what is no shape.
-        """
-        entry = self.modifier(EXTRA)
-        if entry is None or len(entry.tensor.shape) != 1 or not entry.tensor.dtype.startswith(("I", "U")):
-            return None
-        return tuple(int(n) for n in entry.tensor.array())
+    def tableless(self, shape: Shape | None) -> Shape | None:
+        """The shape by which a table is found for a delta of ``shape``; None where the table's is to be widened."""
+        return None if self.modifier(EXTRA) is not None else shape

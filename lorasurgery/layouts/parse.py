@@ -16,6 +16,7 @@ from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of, scale_rules
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.scales import header_configs
+from lorasurgery.layouts.widened import as_wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -44,9 +45,11 @@ def parse(
     groups, others = group(raw)
     refuse_other_models(raw, groups)
     deltas = {stem: build(own, raw.path) for stem, own in groups.items()}
-    shapes: dict[str, Shape | None] = {stem: None if d is None else d.shape for stem, d in deltas.items()}
+    shapes: dict[str, Shape | None] = {
+        stem: groups[stem].tableless(None if d is None else d.shape) for stem, d in deltas.items()
+    }
     best, ties = detect(shapes, raw.metadata, among=among, path=raw.path)
-    arch = best.architecture
+    arch = as_wide((m.architecture for m in (best, *ties)), groups)
     names = index(arch)
     found = {stem: names.find(stem) for stem in groups}
     rules = scale_rules(raw, header_configs(raw.metadata) if configs is None else configs)

@@ -2,7 +2,8 @@
 
 ``values`` (n,) stand at ``indices`` (2, n), row and column of the matrix ``size`` (out, in*k*k). What is added to the weight is
 the scale times the sum of both: ``(up @ down + sparse) * alpha / rank``. Sources: LyCORIS 4.1 ``utils/__init__.py``
-(``extract_diff``, which writes alpha = rank), AUTOMATIC1111 ``extensions-builtin/Lora/network.py`` (``finalize_updown``).
+(``extract_diff``, which writes alpha = rank), AUTOMATIC1111 ``extensions-builtin/Lora/network.py`` (``finalize_updown`` adds
+before it scales).
 """
 
 from __future__ import annotations

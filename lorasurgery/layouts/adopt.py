@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.table import flat
+from lorasurgery.io.tensors import computed
 from lorasurgery.layouts.entry import Entry, Group
-from lorasurgery.layouts.words import LORA, MAGNITUDE, SET, Word
+from lorasurgery.layouts.words import ALPHA, LORA, MAGNITUDE, SET, Word
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.io.tensors import Tensor
+    from lorasurgery.io.tensors import Float64, Tensor
 
 WEIGHT = ".weight"
 
@@ -21,9 +23,29 @@ def adopt(groups: dict[str, Group], others: dict[str, Tensor], inside: Mapping[s
 
     ``inside``: name as spelled -> name without what stands around it.
     """
+    _strengths(groups)
     _vectors(groups, others)
     _magnitudes(groups)
     _norms(groups, others, inside)
+
+
+def _strengths(groups: Mapping[str, Group]) -> None:
+    """LongCat-Video keeps alpha / rank; every other file alpha, which is exact in float64.
+
+    Source: ``longcat_video/modules/lora_utils.py`` (``alpha_scale``).
+    """
+    for own in groups.values():
+        entry, down = own.entries.get((ALPHA, "scale")), own.entries.get((LORA, "down"))
+        if entry is None or down is None or entry.tensor.size != 1 or (ALPHA, "alpha") in own.entries:
+            continue
+        alpha = computed("F64", (), partial(_times, entry.tensor, down.tensor.shape[0]))
+        del own.entries[ALPHA, "scale"]
+        own.entries[ALPHA, "alpha"] = entry._replace(tensor=alpha)
+
+
+def _times(scale: Tensor, rank: int) -> Float64:
+    product: Float64 = scale.f64().reshape(()) * rank
+    return product
 
 
 def _vectors(groups: Mapping[str, Group], others: dict[str, Tensor]) -> None:

@@ -71,6 +71,10 @@ def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
     return groups, others
 
 
+LIST = "oft_blocks.0"
+"""The first of sd-scripts' rotations of a fused layer of FLUX."""
+
+
 def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:
     """The delta of a module, or None when it has only a bias.
 
@@ -157,6 +161,8 @@ _BUILDERS = {LORA: _low_rank, LOHA: _hadamard, LOKR: _kronecker, FULL: _full, NO
 
 
 def _opaque(own: Group, family: str, slots: Mapping[str, Tensor]) -> Opaque:
+    if family == "oft" and set(slots) == {LIST}:  # of one part
+        return Opaque(family, ((f".{LIST.partition('.')[0]}", slots[LIST]),))
     if family == "oft" and "oft_blocks" in slots and len(slots["oft_blocks"].shape) == 4:
         family = "boft"
     named = tuple(

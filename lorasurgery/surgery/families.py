@@ -66,7 +66,7 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 def _holds(job: Job, module: Module) -> bool:
     if module.family == "set" and job.target.id == "diffusers":
         return module.site.spans[0].weight.endswith(job.adapter.architecture.replaced_norms)
-    if module.family not in job.target.holds or _is_configured(job, module):
+    if module.family not in job.target.holds or _is_configured(job, module) or _is_list(job, module):
         return False
     return module.magnitude is None or module.family == "dora" or job.target.id != "peft"
 
@@ -75,6 +75,12 @@ def _is_configured(job: Job, module: Module) -> bool:
     """Whether it is PEFT's OFT, of which only the configuration tells how the rotations are made, on its way elsewhere."""
     slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
     return bool({".oft_R.weight", ".oft_r"} & set(slots)) and job.adapter.layout == "peft" and OWN not in job.target.id
+
+
+def _is_list(job: Job, module: Module) -> bool:
+    """Whether it is sd-scripts' OFT of a fused layer, a list of rotations that no other program reads."""
+    slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
+    return ".oft_blocks.0" in slots and job.target.id != "sd-scripts" and OWN not in job.target.id
 
 
 def _as_lora(job: Job, module: Module) -> Module | None:

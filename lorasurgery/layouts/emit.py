@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.deltas.dora import magnitude_shape
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
@@ -105,7 +106,7 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
     if module.magnitude is not None:
         # transformers 5 loads text encoders' adapters itself and, unlike PEFT, wants the parameter's whole name.
         whole = ".weight" if target.id == "diffusers" and module.site.component in TEXT_ENCODERS else ""
-        tensors[stem + words["magnitude"] + whole] = _magnitude(module, module.magnitude, target)
+        tensors[stem + words["magnitude"] + whole] = _magnitude(module.magnitude, shape, target)
     if module.bias is not None:
         family = "norm bias" if f"{stem}.w_norm" in tensors else "bias"
         bias = module.bias
@@ -193,14 +194,11 @@ def _suffix(delta: Delta, slot: str, words: Mapping[str, str], target: Layout) -
     return words.get(slot, f".{slot}")
 
 
-def _magnitude(module: Module, magnitude: Magnitude, target: Layout) -> Tensor:
-    """In the reader's shape: (out, 1...) or (1, in...) for dora_scale, (out,) or (1, out, 1, 1) for PEFT."""
-    size, delta = magnitude.tensor.size, module.delta
-    kernel = delta.shape[2:] if delta is not None else ()
-    ones = tuple(1 for _ in kernel)
-    if target.words != PEFT:
-        return magnitude.tensor.reshape(*((size, 1) if magnitude.axis == "out" else (1, size)), *ones)
-    return magnitude.tensor.reshape(*((1, size, *ones) if kernel else (size,)))
+def _magnitude(magnitude: Magnitude, shape: Shape, target: Layout) -> Tensor:
+    """In the reader's shape, for a weight of ``shape``, which may be flat where only flat factors tell it."""
+    tensor = magnitude.tensor
+    axes = max(len(shape), len(tensor.shape)) if OWN in target.id else len(shape)
+    return tensor.reshape(*magnitude_shape(tensor.size, magnitude.axis, axes, peft=target.words == PEFT))
 
 
 def _complete_biases(result: Emitted, target: Layout) -> None:

@@ -11,7 +11,7 @@ from lorasurgery.architectures import architectures, plugins
 from lorasurgery.architectures.table import NAMINGS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.errors import UnknownArchitectureError
-from lorasurgery.layouts.foreign import unmangled
+from lorasurgery.layouts.foreign import known_unmangled
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.near import near
 
@@ -179,7 +179,8 @@ def _unknown(stems: Mapping[str, Shape | None], matches: list[Match], path: Path
     candidates = [(m.architecture.key, m.share) for m in ranked if m.named]
     first = next(iter(stems), "")
     if not candidates:
-        mangled = f"; it looks mangled, expected {unmangled(first)}" if unmangled(first) != first else ""
+        expected = known_unmangled(first)
+        mangled = f"; it looks mangled, expected {expected}" if expected else ""
         return UnknownArchitectureError(
             f"no known architecture has a module called {first}{mangled} ({len(stems)} modules in the file)",
             path=path,

@@ -49,7 +49,7 @@ def _undone(stem: str) -> str:
 def _wrapper(names: Collection[str]) -> str:
     """What nearly all of these names begin with and tables do not know, its dot included; empty where there is none."""
     needed = COMMON * len(names)
-    if not names or sum(map(_is_known, names)) >= KNOWN * len(names):
+    if not names or sum(map(is_known, names)) >= KNOWN * len(names):
         return ""
     best, most, prefix = "", 0, ""
     while True:
@@ -58,7 +58,7 @@ def _wrapper(names: Collection[str]) -> str:
         if not head or head.isdigit() or count < needed:
             return best if most >= KNOWN * len(names) else ""
         prefix += head + "."
-        known = sum(_is_known(name[len(prefix) :]) for name in names if name.startswith(prefix))
+        known = sum(is_known(name[len(prefix) :]) for name in names if name.startswith(prefix))
         if known > most:
             best, most = prefix, known
 
@@ -73,7 +73,8 @@ def _inside(name: str, wrapper: str) -> str:
     return name
 
 
-def _is_known(name: str) -> bool:
+def is_known(name: str) -> bool:
+    """Whether a table may have a module that is spelled so: its numbers do not count."""
     return bool(name) and stem_pattern(name) in _patterns()
 
 

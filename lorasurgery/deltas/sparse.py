@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.rounding import multiplied, rounded
+from lorasurgery.io.dtypes import INTEGERS
 from lorasurgery.io.tensors import computed, of_array
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Sparse:
         """Those rows of both: exact. The numbers' places are read."""
         import numpy as np
 
-        places = _places(self.indices)
+        places = self._places()
         found: list[Array] = []
         start = 0
         for low, high in ranges:
@@ -86,10 +87,20 @@ class Sparse:
         """Add ``factor`` times the sparse matrix' rows from ``start`` on to ``block`` (rows, in*k*k), in place."""
         import numpy as np
 
-        rows, columns = _places(self.indices)
+        rows, columns = self._places()
         chosen = (rows >= start) & (rows < start + len(block))
         values = self.values.f64().reshape(-1)[chosen] * factor
         np.add.at(block, (rows[chosen] - start, columns[chosen]), values.astype(block.dtype))
+
+    def _places(self) -> Array:
+        """Rows and columns of the numbers, (2, n); raises CannotError for one that the matrix does not have."""
+        import numpy as np
+
+        places: Array = self.indices.array().astype(np.int64)
+        limits = np.array([[self.shape[0]], [prod(self.shape[1:])]])
+        if ((places < 0) | (places >= limits)).any():
+            raise CannotError(f"bias_indices name places outside of {limits.reshape(-1).tolist()}")
+        return places
 
     def dense(self) -> Float64:
         """The sum in float64, of shape :attr:`shape`."""
@@ -110,7 +121,7 @@ def sparse(slots: Mapping[str, Tensor], inner: Delta | None) -> Sparse:
     if missing is not None:
         raise CannotError(f"it has no {missing}")
     indices, values, size = slots["bias_indices"], slots["bias_values"], slots["bias_size"]
-    if size.shape != (2,) or indices.shape != (2, values.size):
+    if not {size.dtype, indices.dtype} <= INTEGERS or size.shape != (2,) or indices.shape != (2, values.size):
         raise CannotError(
             f"bias_indices {list(indices.shape)}, bias_values {list(values.shape)} and bias_size {list(size.shape)} make no"
             " sparse matrix"
@@ -119,14 +130,4 @@ def sparse(slots: Mapping[str, Tensor], inner: Delta | None) -> Sparse:
     shape = (out, columns) if inner is None else inner.shape
     if (out, columns) != (shape[0], prod(shape[1:])):
         raise CannotError(f"bias_size says {[out, columns]}, its factors are {list(shape)}")
-    rows, places = _places(indices)
-    if values.size and (rows.min() < 0 or places.min() < 0 or rows.max() >= out or places.max() >= columns):
-        raise CannotError(f"bias_indices name places outside of {[out, columns]}")
     return Sparse(indices, values, size, shape, inner)
-
-
-def _places(indices: Tensor) -> Array:
-    import numpy as np
-
-    places: Array = indices.array().astype(np.int64)
-    return places

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.from_base import resized
 from lorasurgery.architectures.table import ORIGINAL
+from lorasurgery.io.dtypes import INTEGERS
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.words import EXTRA
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from lorasurgery.architectures.table import Architecture, Shape
     from lorasurgery.layouts.entry import Group
-
-_INTEGERS = frozenset({"I64", "I32", "I16"})
 
 
 def as_wide(architectures: Iterable[Architecture], groups: Mapping[str, Group]) -> Architecture:
@@ -37,7 +36,7 @@ def widened(architecture: Architecture, groups: Mapping[str, Group]) -> Architec
     wider: dict[str, Shape] = {}
     for stem, own in groups.items():
         entry, place = own.modifier(EXTRA), None
-        if entry is not None and entry.tensor.dtype in _INTEGERS:
+        if entry is not None and entry.tensor.dtype in INTEGERS:
             place = index(architecture).find(stem)
         if entry is None or place is None or place.site.component != DENOISER or len(place.site.spans) != 1:
             continue

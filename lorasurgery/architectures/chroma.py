@@ -12,6 +12,7 @@ TABLES = (
         variant="",
         name="Chroma",
         source="ComfyUI comfy/ldm/chroma/model.py (2026-05), Diffusers ChromaTransformer2DModel 0.42",
+        no_bias=r"_norm$|\.norms\.\d+$",
         comfyui_split="transformer.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
         metadata_names=("chroma",),

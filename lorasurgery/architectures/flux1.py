@@ -48,6 +48,7 @@ TABLES = tuple(
         variant=variant,
         name=f"FLUX.1 {variant}",
         source="ComfyUI comfy/ldm/flux/model.py (2026-05), Diffusers FluxTransformer2DModel 0.42",
+        no_bias=r"_norm$",
         comfyui_split="transformer.",
         diffusers_encoders=("text_encoder",),
         encoders=(Encoder("clip_l", "lora_te1", "text_encoder", "text_encoders.clip_l.transformer"), T5),

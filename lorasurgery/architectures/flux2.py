@@ -55,6 +55,7 @@ TABLES = tuple(
         variant=variant,
         name=f"FLUX.2 {variant}",
         source="ComfyUI comfy/ldm/flux/model.py (2026-05), Diffusers Flux2Transformer2DModel 0.42",
+        no_bias=r"^",
         comfyui_split="transformer.",
         onetrainer="dotted",
         metadata_names=known_as,

@@ -12,6 +12,7 @@ this target module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,6 +72,8 @@ class Architecture:
     rows: tuple[Row | Block, ...]
     source: str
     """Where the names and shapes were read."""
+    no_bias: str | None = None
+    """A pattern found in the original names of the weights that have no bias beside them, and in no others; None: not known."""
     sd_scripts: str = ORIGINAL
     """The naming sd-scripts or musubi-tuner trains: ``original``, ``diffusers``, or ``sd_scripts`` (its own names)."""
     has_comfyui: bool = True
@@ -145,6 +148,10 @@ class Architecture:
         """Every name of every naming, flattened, its numbers replaced by ``#``: a cheap first look at a file."""
         return patterns(self.rows) | {name_pattern(alias.format(i=0)) for alias, _ in self.aliases}
 
+    def has_bias(self, weight: str) -> bool | None:
+        """Whether the model has a bias beside an original weight; None where that is not known."""
+        return None if self.no_bias is None or weight not in self.shapes else re.search(self.no_bias, weight) is None
+
     def module_shape(self, spans: Spans) -> Shape:
         """(out, in[, k...]) of the module that stands for ``spans``; raises KeyError for an unknown weight."""
         return (sum(s.stop - s.start for s in spans), *self.shapes[spans[0].weight][1:])
@@ -157,6 +164,12 @@ class EncoderTable:
     id: str
     rows: tuple[Row | Block, ...]
     source: str
+    no_bias: str
+    """As of :class:`Architecture`."""
+
+    def has_bias(self, weight: str) -> bool | None:
+        """Whether the encoder has a bias beside a weight; None for one that is not in the table."""
+        return re.search(self.no_bias, weight) is None if weight in self.shapes else None
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:

@@ -66,20 +66,27 @@ T5 = (
     row("encoder.final_layer_norm", (T5_D,)),
 )
 
+CLIP, NONE = r"_embedding$|^text_projection$", r"^"
+"""What has no bias."""
 TEXT_ENCODERS: Mapping[str, EncoderTable] = MappingProxyType(
     {
         table.id: table
         for table in (
-            EncoderTable("clip_l", _clip(768, 12), "transformers CLIPTextModel, openai/clip-vit-large-patch14"),
+            EncoderTable("clip_l", _clip(768, 12), "transformers CLIPTextModel, openai/clip-vit-large-patch14", CLIP),
             EncoderTable(
                 "clip_g",
                 (*_clip(1280, 32), row("text_projection", (1280, 1280))),
                 "transformers CLIPTextModelWithProjection, OpenCLIP bigG",
+                CLIP,
             ),
-            EncoderTable("clip_h", _clip(1024, 23), "transformers CLIPTextModel, OpenCLIP ViT-H less its last layer"),
-            EncoderTable("t5_xxl", T5, "transformers T5EncoderModel, google/t5-v1_1-xxl"),
-            EncoderTable("qwen3_06b", _decoder(151936, 1024, 2048, 1024, 3072, 28, HEADS), "transformers Qwen3Model, 0.6B"),
-            EncoderTable("gemma2_2b", _decoder(256000, 2304, 2048, 1024, 9216, 26, AROUND), "transformers Gemma2Model, 2B"),
+            EncoderTable("clip_h", _clip(1024, 23), "transformers CLIPTextModel, OpenCLIP ViT-H less its last layer", CLIP),
+            EncoderTable("t5_xxl", T5, "transformers T5EncoderModel, google/t5-v1_1-xxl", NONE),
+            EncoderTable(
+                "qwen3_06b", _decoder(151936, 1024, 2048, 1024, 3072, 28, HEADS), "transformers Qwen3Model, 0.6B", NONE
+            ),
+            EncoderTable(
+                "gemma2_2b", _decoder(256000, 2304, 2048, 1024, 9216, 26, AROUND), "transformers Gemma2Model, 2B", NONE
+            ),
         )
     }
 )

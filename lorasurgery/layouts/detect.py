@@ -49,6 +49,12 @@ def expected_shape(architecture: Architecture, site: Site) -> Shape:
     return architecture.module_shape(site.spans)
 
 
+def has_bias(architecture: Architecture, site: Site) -> bool | None:
+    """Whether the model has a bias beside the weight a site stands for; None where that is not known."""
+    table = TEXT_ENCODERS.get(site.component, architecture)
+    return table.has_bias(site.spans[0].weight)
+
+
 def fits(shape: Shape, expected: Shape) -> bool:
     """Whether a delta of ``shape`` can be added to ``expected``; flat convolutions count as their kernel's size."""
     if not shape or shape == expected:

@@ -10,6 +10,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
+from lorasurgery.layouts.detect import has_bias
 from lorasurgery.layouts.targets import KOHYA, OWN, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
@@ -37,6 +38,11 @@ def held(job: Job, module: Module) -> Module | None:
         return None
     if module.bias is not None and job.target.words == PEFT and not isinstance(module.delta, LowRank):
         _leave_out(job, module, f"a bias beside {_name(module.family)} factors")
+        module = replace(module, bias=None)
+    if module.bias is not None and job.target.words != PEFT and has_bias(job.arch, module.site) is False:
+        _leave_out(job, module, "a bias for a layer that has none (PEFT, which makes one, does)")
+        if module.delta is None:
+            return None
         module = replace(module, bias=None)
     if module.magnitude is not None and module.magnitude.axis == "in" and not job.target.in_axis_dora:
         return without_magnitude(job, module, f"{job.target.reader} only knows DoRA magnitudes per output row")

@@ -27,27 +27,33 @@ if TYPE_CHECKING:
 def as_wide(architectures: Iterable[Architecture], groups: Mapping[str, Group]) -> Architecture:
     """Of tables that fit equally well the first that is as wide as ``groups`` say; else the first one, widened."""
     first, *others = architectures
-    found = widened(first, groups)
-    return found if found is first else next((own for own in others if widened(own, groups) is own), found)
+    if not any(own.modifier(EXTRA) for own in groups.values()):
+        return first
+    said = _said(first, groups)
+    exact = (arch for arch in (first, *others) if all(arch.shapes.get(weight) == shape for weight, shape in said.items()))
+    found = next(exact, first)
+    wider = tuple((weight, shape) for weight, shape in said.items() if _is_wider(shape, found.shapes.get(weight, ())))
+    return wider_table(found, wider) if wider else found
 
 
-def widened(architecture: Architecture, groups: Mapping[str, Group]) -> Architecture:
-    """``architecture`` with the weights as wide as ``groups`` say; itself where none says more than the table."""
-    wider: dict[str, Shape] = {}
+def _said(architecture: Architecture, groups: Mapping[str, Group]) -> dict[str, Shape]:
+    """Weight -> the shape that the file says it has; weights that are whole modules only."""
+    found: dict[str, Shape] = {}
     for stem, own in groups.items():
         entry, place = own.modifier(EXTRA), None
-        if entry is not None and entry.tensor.dtype in INTEGERS:
+        if entry is not None and entry.tensor.dtype in INTEGERS and len(entry.tensor.shape) == 1:
             place = index(architecture).find(stem)
         if entry is None or place is None or place.site.component != DENOISER or len(place.site.spans) != 1:
             continue
         weight = place.site.spans[0].weight
-        shape = architecture.shapes[weight]
-        if place.shape != shape or entry.tensor.shape != (len(shape),) or len(shape) < 2:
-            continue
-        told = tuple(int(n) for n in entry.tensor.array())
-        if told[1] > shape[1] and (told[0], *told[2:]) == (shape[0], *shape[2:]):
-            wider[weight] = told
-    return wider_table(architecture, tuple(wider.items())) if wider else architecture
+        if place.shape == architecture.shapes[weight]:
+            found[weight] = tuple(int(n) for n in entry.tensor.array())
+    return found
+
+
+def _is_wider(shape: Shape, own: Shape) -> bool:
+    """Whether a weight of ``shape`` is one of shape ``own`` with more input channels."""
+    return len(shape) == len(own) > 1 and shape[1] > own[1] and (shape[0], *shape[2:]) == (own[0], *own[2:])
 
 
 @lru_cache(maxsize=32)

@@ -76,6 +76,8 @@ WORDS = MappingProxyType(
 )
 """Suffix -> word. A key is split at its longest suffix in here."""
 
+_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
+"""What names begin with that have underscores for dots."""
 _LISTS = re.compile(r"(?P<stem>.+)(?P<suffix>\.(?:oft_blocks\.(?P<rotation>\d+)|lora_up\.blocks\.(?P<up>\d+)\.weight))")
 """Lists of tensors for consecutive rows of one weight: sd-scripts' OFT of FLUX's fused layers (``networks/oft_flux.py``), and
 LongCat-Video's up factors (``modules/lora_utils.py``, ``LoRAUPParallel``)."""
@@ -121,7 +123,7 @@ def split_key(key: str) -> Split | None:
         return Split(key[:at], own, "", key[at:])
     split = _split_at_longest(key)
     if split is not None and split.suffix == ".diff_m":  # the difference of a block's bare parameter
-        return split._replace(stem=f"{split.stem}{'.' if '.' in split.stem else '_'}modulation")
+        return split._replace(stem=f"{split.stem}{'_' if split.stem.startswith(_FLAT) else '.'}modulation")
     return split or _split_list(key)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures
 from lorasurgery.errors import RequestError
+from lorasurgery.layouts.group import group
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.widened import wider_table
-from lorasurgery.layouts.words import LORA, split_key
+from lorasurgery.layouts.words import LORA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -60,11 +61,11 @@ def _known(architecture: Architecture) -> dict[str, set[int]]:
 
 
 def _downs(raw: RawFile) -> Iterator[tuple[str, int]]:
-    """(module as spelled, columns of its down factor)."""
-    for key, tensor in raw.tensors.items():
-        split = split_key(key)
-        if split is not None and split.word[:2] == (LORA, "down") and len(tensor.shape) > 1:
-            yield split.stem, prod(tensor.shape[1:])
+    """(module, columns of its down factor)."""
+    for stem, own in group(raw)[0].items():
+        down = own.entries.get((LORA, "down"))
+        if down is not None and len(down.tensor.shape) > 1:
+            yield stem, prod(down.tensor.shape[1:])
 
 
 def check_width(plan: Plan, *, undo: bool) -> list[str]:

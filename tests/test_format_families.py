@@ -6,6 +6,7 @@ import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.dora import magnitude_shape
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.kronecker import Kronecker
@@ -28,6 +30,9 @@ from lorasurgery.io.tensors import of_array, scalar
 from lorasurgery.layouts.detect import expected_shape, has_bias
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.parse import parse
+from lorasurgery.surgery.apply import dense_multiplied, turned
+from lorasurgery.surgery.apply.rules import Rules
+from lorasurgery.surgery.apply.step import Wanted
 from tests.format_files import RNG, file, lora, some, wan_control, written
 from tests.test_architectures import REFERENCES
 
@@ -274,6 +279,22 @@ def test_sd_scripts_oft_of_fused_layers() -> None:
         assert np.allclose(ours, torch.cat(expected).numpy(), rtol=0, atol=1e-12)
         turn_parts(ours, [clamped_rotations(p.f64(), alpha * p.shape[0] * p.shape[1], strength) for p in parts], undo=True)
         assert np.allclose(ours, weight, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("alpha", "strength"), [(0.02, 1.0), (5.0, 0.5), (0.0, 1.0)])
+def test_oft_of_fused_layers_is_applied(alpha: float, strength: float) -> None:
+    """The step that is taken and the formula that ``--verify`` has."""
+    parts = [some(4, n, n) for n in (3, 3, 3, 7)]
+    delta = Opaque("oft", tuple((f".oft_blocks.{i}", part) for i, part in enumerate(parts)))
+    module: Any = SimpleNamespace(scale=SimpleNamespace(alpha=scalar(alpha)), out=64)
+    placed: Any = SimpleNamespace(module=module, strength=strength)
+    weight = RNG.standard_normal((64, 10))
+    ours = weight.copy()
+    wanted = Wanted(64, 10, 10, False, "float64", strength, False, "interpolate", Rules(), None)
+    turned.oft(module, delta, wanted).change(ours, 0)
+    assert np.allclose(ours, dense_multiplied.multiplied(placed, delta, weight, (0, 64)), rtol=0, atol=1e-13)
+    with pytest.raises(CannotError, match="make 64 rows, the layer has 63"):
+        turned.oft(module, delta, wanted._replace(out=63))
 
 
 def test_oft_lists_stay_with_sd_scripts() -> None:

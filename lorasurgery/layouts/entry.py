@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Shape, Tensor
     from lorasurgery.layouts.words import Word
 
+COMPOSED = "longcat"
+"""The dialect of words that no other program has."""
 _MODIFIERS = (ALPHA, MAGNITUDE, BIAS, EXTRA)
 _SLOTS = {EXTRA: "reshape_weight"}
 
@@ -54,6 +56,14 @@ class Group:
     def key(self) -> str:
         """A key to name in messages."""
         return next(iter(self.entries.values())).key
+
+    @property
+    def composed(self) -> bool:
+        """Whether its delta or its alpha is put together from tensors that are not themselves a factor or the alpha.
+
+        LongCat-Video's several up factors and its alpha / rank: what is cut or scaled cannot be written under their keys.
+        """
+        return any(entry.word.dialect == COMPOSED for entry in self.entries.values())
 
     def tableless(self, shape: Shape | None) -> Shape | None:
         """The shape by which a table is found for a delta of ``shape``; None where the table's is to be widened."""

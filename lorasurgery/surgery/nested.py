@@ -88,7 +88,7 @@ def nested_modules(raw: RawFile) -> tuple[list[NestedModule], list[str]]:
     found, others = [], []
     for stem, own in groups.items():
         delta = build(own, raw.path)
-        if isinstance(delta, LowRank):
+        if isinstance(delta, LowRank) and not own.composed:
             found.append(_module(own, delta, rules, raw))
         else:
             others.append(stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Float64, Ranges, Shape
 
 
-_PARAMETERS = ("modulation", "scale_shift_table", "modulate_table")
-"""How the names of bare parameters end that have more than one axis and no factors: Wan's, LTX's and PixArt's, Helios'."""
+_PARAMETER = re.compile(r"(modulation|modulate_table|scale_shift_table\w*|registers|pad_token|padding|special_tokens?)$")
+"""How the names of bare parameters end that have more than one axis, in Wan, LTX, PixArt, Kandinsky and their kin."""
 
 
 def is_gain(name: str, shape: Shape) -> bool:
@@ -27,7 +28,7 @@ def is_gain(name: str, shape: Shape) -> bool:
 
     ``name`` is the module's as spelled. One axis is no layer's, and no layer of one row has three.
     """
-    return len(shape) < 2 or (len(shape) == 3 and shape[0] == 1) or name.endswith(_PARAMETERS)
+    return len(shape) < 2 or (len(shape) == 3 and shape[0] == 1) or _PARAMETER.search(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

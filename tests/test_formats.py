@@ -137,7 +137,8 @@ def test_an_added_branch_is_no_wrapper() -> None:
         ("blocks.0.cross_attn.norm_k_img", (5120,), True), ("blocks.0.modulation", (1, 6, 5120), True),
         ("lora_unet_blocks_0_modulation", (6, 5120), True), ("transformer_blocks.0.scale_shift_table", (6, 2048), True),
         ("blocks.0.self_attn.q", (5120, 5120), False), ("conv", (320, 320, 3, 3), False), ("conv1d", (8, 4, 3), False),
-        ("single_blocks.0.modulation.lin", (9216, 3072), False), ("x.scale_shift_table_a2v_ca_video", (5, 4096), True), ("gate", (), True),
+        ("single_blocks.0.modulation.lin", (9216, 3072), False), ("gate", (), True),
+        ("x.scale_shift_table_a2v_ca_video", (5, 4096), True),
     ],
 )  # fmt: skip
 def test_differences_of_norms(name: str, shape: tuple[int, ...], is_one: bool) -> None:

@@ -74,6 +74,16 @@ class LayerBias(NamedTuple):
     scale: float
 
 
+class Composed(NamedTuple):
+    """A module whose change is put together from tensors that are not themselves its factors (LongCat-Video's)."""
+
+    delta: Delta
+    factors: Mapping[str, Tensor]
+    """Key -> tensor, as the file has them; what they make is ``delta``."""
+    strength: tuple[str, Tensor] | None
+    """The key and the tensor of alpha / rank, the scale itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Module:
     """Everything a file says about one module."""
@@ -92,6 +102,7 @@ class Module:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Slot (the delta's, ``alpha``, ``magnitude``, ``bias``, or an extra's suffix) -> key as the file spells it."""
     layer_bias: LayerBias | None = None
+    composed: Composed | None = None
 
     @property
     def out(self) -> int:

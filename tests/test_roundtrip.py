@@ -287,8 +287,9 @@ def test_comfyui_accepts_every_denoiser_key(key: str) -> None:
         result, report = lorasurgery.convert(adapter, "comfyui")
         stems = {w.stem for w in emit(result, layout("comfyui"), report).written}
         denoiser = {s for s in stems if not s.startswith("text_encoders.")}
+        beside = {s for s in denoiser if s.startswith(arch.bare)}
         assert len(denoiser) == len(arch.shapes)
-        assert denoiser <= accepted.keys()
+        assert denoiser - beside <= accepted.keys()
     assert arch.namings[ORIGINAL].keys() == arch.shapes.keys()
 
 

@@ -116,7 +116,7 @@ COMPLETE = {
         "flux1-control",
         "bfl",
         {"lora": 314, "set": 152},
-        refusals={"diffusers": "does not load", "peft": "does not load"},
+        refusals={"peft": "does not load"},
     ),
     "invoke_flux_dora_onetrainer_format": Known(
         "flux1-dev",

@@ -35,6 +35,7 @@ TABLES = (
         variant="",
         name="AuraFlow",
         source="ComfyUI comfy/ldm/aura/mmdit.py (2026-05), Diffusers AuraFlowTransformer2DModel 0.42",
+        no_bias=r"^(?!init_x_linear$|t_embedder\.)",
         comfyui_split="transformer.",
         rows=(
             row("t_embedder.mlp.0", (D, 256), "time_step_proj.linear_1"),

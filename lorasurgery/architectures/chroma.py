@@ -1,6 +1,6 @@
 """Chroma: FLUX.1's blocks without modulation weights, which a small guidance network computes instead."""
 
-from lorasurgery.architectures.flux1 import DOUBLE, SINGLE, D
+from lorasurgery.architectures.flux1 import DOUBLE, QKV, SINGLE, WHOLE_NORMS, D
 from lorasurgery.architectures.table import Architecture, Encoder, block, row
 
 G = 5120
@@ -12,9 +12,12 @@ TABLES = (
         variant="",
         name="Chroma",
         source="ComfyUI comfy/ldm/chroma/model.py (2026-05), Diffusers ChromaTransformer2DModel 0.42",
+        no_bias=r"_norm$|\.norms\.\d+$",
         comfyui_split="transformer.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
         metadata_names=("chroma",),
+        aliases=(QKV,),
+        replaced_norms=WHOLE_NORMS,
         rows=(
             row("img_in", (D, 64), "x_embedder"),
             row("txt_in", (D, 4096), "context_embedder"),

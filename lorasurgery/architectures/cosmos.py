@@ -63,6 +63,7 @@ TABLES = (
         variant="",
         name="Anima",
         source=f"{SOURCE} and AnimaTextConditioner",
+        no_bias=r"^(?!llm_adapter\.(blocks\.\d+\.mlp\.|out_proj$))",
         encoders=(Encoder("qwen3_06b", "lora_te", "text_encoder", "text_encoders.qwen3_06b.transformer.model"),),
         diffusers_roots=(("llm_adapter.", "text_conditioner"),),
         metadata_names=("anima", "anima-preview", "anima-unknown"),
@@ -80,6 +81,7 @@ TABLES = (
             variant=f"{size}{task}",
             name=f"Cosmos-Predict2 {size.upper()}{' Video2World' if task else ' Text2Image'}",
             source=SOURCE,
+            no_bias=r"^",
             rows=_rows(d, layers, channels),
         )
         for task, channels in (("", 17), ("-video", 18))

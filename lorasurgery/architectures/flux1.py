@@ -35,6 +35,10 @@ SINGLE = (
     row("norm.key_norm", (128,), "attn.norm_k"),
 )
 EMBEDDERS = (("time_in", "timestep_embedder", 256), ("vector_in", "text_embedder", 768))
+QKV = ("single_blocks.{i}.linear1_qkv", ("single_blocks.{i}.linear1", (0, 3 * D)))
+"""ComfyUI's name for a part of the fused weight. Source: ``comfy/lora.py`` (``model_lora_keys_unet``, 2026-05)."""
+WHOLE_NORMS = ("query_norm", "key_norm")
+"""Source: Diffusers 0.42 ``FluxLoraLoaderMixin._control_lora_supported_norm_keys``."""
 GUIDED = (*EMBEDDERS, ("guidance_in", "guidance_embedder", 256))
 T5 = Encoder("t5_xxl", "lora_te3", "text_encoder_2", "text_encoders.t5xxl.transformer", onetrainer="lora_te2")
 
@@ -44,17 +48,21 @@ TABLES = tuple(
         variant=variant,
         name=f"FLUX.1 {variant}",
         source="ComfyUI comfy/ldm/flux/model.py (2026-05), Diffusers FluxTransformer2DModel 0.42",
+        no_bias=r"_norm$",
         comfyui_split="transformer.",
         diffusers_encoders=("text_encoder",),
         encoders=(Encoder("clip_l", "lora_te1", "text_encoder", "text_encoders.clip_l.transformer"), T5),
-        aliases=(  # XLabs
+        aliases=(  # XLabs and ComfyUI
             *(
                 (f"double_blocks.{{i}}.processor.{p}_lora{n}", f"double_blocks.{{i}}.{s}_attn.{p}")
                 for n, s in ((1, "img"), (2, "txt"))
                 for p in ("qkv", "proj")
             ),
-            ("single_blocks.{i}.processor.proj_lora", "single_blocks.{i}.linear2"),
+            ("single_blocks.{i}.processor.qkv", ("single_blocks.{i}.linear1", (0, 3 * D))),
+            ("single_blocks.{i}.processor.proj", "single_blocks.{i}.linear2"),
+            QKV,
         ),
+        replaced_norms=WHOLE_NORMS,
         widened=("img_in",) if variant == "control" else (),
         metadata_names=("flux1", "flux-1", *known_as),
         rows=(

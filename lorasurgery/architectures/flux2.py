@@ -55,14 +55,16 @@ TABLES = tuple(
         variant=variant,
         name=f"FLUX.2 {variant}",
         source="ComfyUI comfy/ldm/flux/model.py (2026-05), Diffusers Flux2Transformer2DModel 0.42",
+        no_bias=r"^",
         comfyui_split="transformer.",
         onetrainer="dotted",
         metadata_names=known_as,
+        aliases=(("single_blocks.{i}.linear1_qkv", ("single_blocks.{i}.linear1", (0, 3 * d))),),  # ComfyUI
         rows=rows,
     )
-    for variant, known_as, rows in (
-        ("dev", ("flux_2_dev", "Flux.2-dev"), _rows(6144, 15360, 8, 48, ("time", "guidance"))),
-        ("klein-9b", ("flux_2_klein_9b", "Flux.2-klein-9b"), _rows(4096, 12288, 8, 24, ("time",))),
-        ("klein-4b", ("flux_2_klein_4b", "Flux.2-klein-4b"), _rows(3072, 7680, 5, 20, ("time",))),
+    for variant, d, known_as, rows in (
+        ("dev", 6144, ("flux_2_dev", "Flux.2-dev"), _rows(6144, 15360, 8, 48, ("time", "guidance"))),
+        ("klein-9b", 4096, ("flux_2_klein_9b", "Flux.2-klein-9b"), _rows(4096, 12288, 8, 24, ("time",))),
+        ("klein-4b", 3072, ("flux_2_klein_4b", "Flux.2-klein-4b"), _rows(3072, 7680, 5, 20, ("time",))),
     )
 )

@@ -40,6 +40,7 @@ TABLES = (
         variant="",
         name="FramePack",
         source="Diffusers HunyuanVideoFramepackTransformer3DModel 0.42",
+        no_bias=r"\.attn\.norm_",
         sd_scripts="diffusers",
         has_comfyui=False,
         metadata_names=("framepack",),

@@ -58,6 +58,7 @@ TABLES = (
             variant=variant,
             name=f"LTX-Video {variant.upper()}",
             source="ComfyUI comfy/ldm/lightricks/model.py (2026-05), Diffusers LTXVideoTransformer3DModel 0.42",
+            no_bias=r"_norm$",
             rows=(
                 row("patchify_proj", (d, 128), "proj_in"),
                 *_modulation("adaln_single", "time_embed", d, 6),
@@ -77,8 +78,11 @@ TABLES = (
         variant="",
         name="LTX-2",
         source="ComfyUI comfy/ldm/lightricks/av_model.py (2026-05), Diffusers LTX2VideoTransformer3DModel 0.42",
+        no_bias=r"_norm$|^text_embedding_projection\.",
         diffusers_roots=(("connectors.", "connectors"),),
+        bare=("text_embedding_projection.",),
         rows=(
+            row("text_embedding_projection.aggregate_embed", (TEXT, 49 * TEXT), "connectors.text_proj_in"),
             row("patchify_proj", (VIDEO, 128), "proj_in"),
             row("audio_patchify_proj", (AUDIO, 128), "audio_proj_in"),
             *_modulation("adaln_single", "time_embed", VIDEO, 6),

@@ -35,6 +35,7 @@ TABLES = (
         variant="",
         name="Mochi 1",
         source="Diffusers MochiTransformer3DModel and convert_mochi_transformer_checkpoint_to_diffusers 0.42",
+        no_bias=r"_norm_[xy]$|\.qkv_[xy]$|\.mlp_[xy]\.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
         rows=(
             row("x_embedder.proj", (H, 12, 2, 2), "patch_embed.proj"),

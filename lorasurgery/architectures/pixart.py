@@ -25,6 +25,7 @@ TABLES = tuple(
         variant=variant,
         name=f"PixArt-{variant.title()}",
         source="ComfyUI comfy/utils.py pixart_to_diffusers (2026-05), Diffusers PixArtTransformer2DModel 0.42",
+        no_bias=r"(?!)",
         comfyui_split="transformer.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
         rows=(

@@ -22,6 +22,7 @@ TABLES = (
         variant="",
         name="Qwen-Image",
         source="ComfyUI comfy/ldm/qwen_image/model.py (2026-05), Diffusers QwenImageTransformer2DModel 0.42",
+        no_bias=r"norm(_(added_)?[qk])?$",
         onetrainer="dotted",
         metadata_names=(
             "qwen_image",

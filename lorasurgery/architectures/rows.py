@@ -25,6 +25,20 @@ class Span(NamedTuple):
 
 Spans = tuple[Span, ...]
 
+Alias = tuple[str, "str | tuple[str, tuple[int, int]]"]
+"""(template of a further name, a name in any naming or (such a name, (first row, row after the last)) of its module)."""
+
+
+def cut(spans: Spans, start: int, stop: int) -> Spans:
+    """Rows ``start:stop`` of the module that stands for ``spans``."""
+    found, at = [], 0
+    for span in spans:
+        low, high = max(start, at), min(stop, at + span.stop - span.start)
+        if low < high:
+            found.append(Span(span.weight, span.start + low - at, span.start + high - at))
+        at += span.stop - span.start
+    return tuple(found)
+
 
 class Part(NamedTuple):
     """One module stacked into a fused weight: its name and its number of rows."""

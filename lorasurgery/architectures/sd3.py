@@ -66,6 +66,7 @@ TABLES = tuple(
         variant=variant,
         name=name,
         source="ComfyUI comfy/ldm/modules/diffusionmodules/mmdit.py (2026-05), Diffusers SD3Transformer2DModel 0.42",
+        no_bias=r"\.ln_[qk]$",
         comfyui_split="transformer.",
         diffusers_encoders=("text_encoder", "text_encoder_2"),
         encoders=(

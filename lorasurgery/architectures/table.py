@@ -12,6 +12,7 @@ this target module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from lorasurgery.architectures.rows import (
     NAMINGS,
     ORIGINAL,
     SD_SCRIPTS,
+    Alias,
     Base,
     Block,
     Names,
@@ -32,6 +34,7 @@ from lorasurgery.architectures.rows import (
     Span,
     Spans,
     block,
+    cut,
     expand,
     flat,
     join,
@@ -88,6 +91,8 @@ class Architecture:
     rows: tuple[Row | Block, ...]
     source: str
     """Where the names and shapes were read."""
+    no_bias: str | None = None
+    """A pattern found in the original names of the weights that have no bias beside them, and in no others; None: not known."""
     sd_scripts: str = ORIGINAL
     """The naming sd-scripts or musubi-tuner trains: ``original``, ``diffusers``, or ``sd_scripts`` (its own names)."""
     has_comfyui: bool = True
@@ -103,15 +108,19 @@ class Architecture:
     encoders: tuple[Encoder, ...] = ()
     diffusers_encoders: tuple[str, ...] = ()
     """The encoders whose LoRA the Diffusers pipeline loads (``_lora_loadable_modules``); it ignores the others."""
-    aliases: tuple[tuple[str, str], ...] = ()
-    """Further names in files: (template, name in any naming); ``{i}`` runs over :attr:`alias_range`."""
+    aliases: tuple[Alias, ...] = ()
+    """Further names in files; ``{i}`` runs over :attr:`alias_range`."""
     alias_range: int = 64
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
+    bare: tuple[str, ...] = ()
+    """How the names begin of modules that stand beside the denoiser: no dotted layout but Diffusers' puts a prefix there."""
     precedence: int = 0
     """Of tables that explain a file equally well, the one with the highest counts (the more common model)."""
     widened: tuple[str, ...] = ()
     """Weights with more input columns than the plain base model's, which a reader must pad first (control LoRAs)."""
+    replaced_norms: tuple[str, ...] = ()
+    """How the names of the norms end that Diffusers' loader replaces, from a plain ``.weight`` beside LoRA keys."""
     only_prefix: str | None = None
     """For a model known by its adapters alone: what stands before their names, which are no other program's."""
     own: tuple[Own, ...] = ()
@@ -166,16 +175,22 @@ class Architecture:
         known = {**self.namings[SD_SCRIPTS], **self.namings[DIFFUSERS], **self.namings[ORIGINAL]}
         found: dict[str, Spans] = {}
         for alias, target in self.aliases:
+            name, rows = (target, None) if isinstance(target, str) else target
             for i in range(self.alias_range) if "{i}" in alias else (0,):
-                spans = known.get(target.format(i=i))
+                spans = known.get(name.format(i=i))
                 if spans is not None:
-                    found[alias.format(i=i)] = spans
+                    found[alias.format(i=i)] = spans if rows is None else cut(spans, *rows)
         return MappingProxyType(found)
 
     @cached_property
     def patterns(self) -> frozenset[str]:
         """Every name of every naming, flattened, its numbers replaced by ``#``: a cheap first look at a file."""
         return patterns(self.rows) | {name_pattern(alias.format(i=0)) for alias, _ in self.aliases}
+
+    def has_bias(self, weight: str) -> bool | None:
+        """Whether the model has a bias beside an original weight; None where that is not known."""
+        known = weight in self.shapes and not any(own.name == weight for own in self.own)
+        return None if self.no_bias is None or not known else re.search(self.no_bias, weight) is None
 
     def module_shape(self, spans: Spans) -> Shape:
         """(out, in[, k...]) of the module that stands for ``spans``; raises KeyError for an unknown weight."""
@@ -189,6 +204,12 @@ class EncoderTable:
     id: str
     rows: tuple[Row | Block, ...]
     source: str
+    no_bias: str
+    """As of :class:`Architecture`."""
+
+    def has_bias(self, weight: str) -> bool | None:
+        """Whether the encoder has a bias beside a weight; None for one that is not in the table."""
+        return re.search(self.no_bias, weight) is None if weight in self.shapes else None
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -250,25 +271,6 @@ def _naming(arch: Architecture, naming: str) -> dict[str, Spans]:
 
 
 __all__ = [
-    "DENOISERS",
-    "DIFFUSERS",
-    "NAMINGS",
-    "ORIGINAL",
-    "SD_SCRIPTS",
-    "Architecture",
-    "Base",
-    "Block",
-    "Encoder",
-    "EncoderTable",
-    "Names",
-    "Own",
-    "Part",
-    "Row",
-    "Shape",
-    "Span",
-    "Spans",
-    "block",
-    "flat",
-    "name_pattern",
-    "row",
+    "DENOISERS", "DIFFUSERS", "NAMINGS", "ORIGINAL", "SD_SCRIPTS", "Alias", "Architecture", "Base", "Block", "Encoder",
+    "EncoderTable", "Names", "Own", "Part", "Row", "Shape", "Span", "Spans", "block", "flat", "name_pattern", "row",
 ]  # fmt: skip

@@ -60,6 +60,7 @@ TABLES = tuple(
         variant=variant,
         name=name,
         source="ComfyUI comfy/ldm/wan/model.py (2026-05), Diffusers WanTransformer3DModel 0.42",
+        no_bias=r"\.norm_",
         metadata_names=("wan", "wan2.1"),
         rows=rows,
     )

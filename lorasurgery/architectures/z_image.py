@@ -22,6 +22,7 @@ TABLES = (
         variant="",
         name="Z-Image",
         source="ComfyUI comfy/ldm/lumina/model.py (2026-05), Diffusers ZImageTransformer2DModel 0.40",
+        no_bias=r"norm\d?$|\.(attention|feed_forward)\.|^cap_embedder\.0$",
         sd_scripts="diffusers",
         comfyui_split="diffusion_model.",
         onetrainer="dotted",

@@ -32,7 +32,7 @@ def effect(
     families = {e.word.family for e in unread}
     core = [e for e in unread if e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE)]
     if core:
-        suffix = core[0].key[len(item.stem) :]
+        suffix = core[0].suffix
         return Finding(item.stem, IGNORED, "suffix", f"{consumer.name} does not read {suffix}")
     if item.delta is None and BIAS in families:
         return Finding(item.stem, IGNORED, "suffix", f"{consumer.name} does not read these biases")
@@ -82,9 +82,9 @@ def _source(item: Item) -> str:
 
 def _dora(item: Item, consumer: Consumer, route: Route) -> Finding | None:
     entry = item.group.modifier(MAGNITUDE)
-    if entry is None or (entry.key[len(item.stem) :] in route.reads and not re.search(route.deletes, entry.key)):
+    if entry is None or (entry.suffix in route.reads and not re.search(route.deletes, entry.key)):
         return None
-    suffix = entry.key[len(item.stem) :]
+    suffix = entry.suffix
     return Finding(item.stem, CHANGED, "dora", f"the DoRA magnitude is lost: {consumer.name} does not read {suffix}")
 
 

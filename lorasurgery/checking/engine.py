@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lorasurgery.checking.names import Known
     from lorasurgery.checking.rules import Consumer, Has, Route
     from lorasurgery.checking.subject import Item, Subject
-    from lorasurgery.layouts.group import Entry
 
 HARMLESS = frozenset({"lokr_factor", "use_rslora_flag", "use_dora_flag"})
 """Top-level tensors that change nothing when they are not read."""
@@ -135,7 +134,7 @@ def _judge(item: Item, job: Job) -> Finding:
     """The verdict of one module; what makes the loader refuse the file goes to ``refusals``."""
     route = job.route
     entries = [e for e in item.group.entries.values() if not re.search(route.deletes, e.key)]
-    unread = [e for e in entries if _suffix(item, e) not in route.reads]
+    unread = [e for e in entries if e.suffix not in route.reads]
     for strange in (e.key for e in unread if not re.search(route.ignores_words, e.key)):
         job.refuse(f"{route.error} for keys it does not read", strange)
     site = job.known.sites.get(item.stem)
@@ -163,10 +162,6 @@ def _misplaced(item: Item, site: Site | None, job: Job) -> Finding | None:
         if first != item.stem:
             return Finding(item.stem, IGNORED, "twice", "one of two names for the same weight is lost")
     return None
-
-
-def _suffix(item: Item, entry: Entry) -> str:
-    return entry.key[len(item.stem) :]
 
 
 def _broken(item: Item, job: Job) -> Finding:

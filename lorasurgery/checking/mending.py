@@ -90,7 +90,7 @@ def _reads_encoder(table: str, routes: Sequence[Route]) -> bool:
 
 def _suffixes(item: Item, family: str) -> set[str]:
     """The words of a module's own family, as the file spells them."""
-    return {entry.key[len(item.stem) :] for (own, _), entry in item.group.entries.items() if own == family}
+    return {entry.suffix for (own, _), entry in item.group.entries.items() if own == family}
 
 
 def _output(subject: Subject, target: str, consumer: Consumer) -> str:

@@ -13,6 +13,8 @@ from lorasurgery.files.opened import read_unparsed
 from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.layouts.detect import detect, fits
 from lorasurgery.layouts.names import index
+from lorasurgery.layouts.numbered import named_keys
+from lorasurgery.layouts.widened import as_wide
 from lorasurgery.layouts.words import ALPHA
 
 if TYPE_CHECKING:
@@ -100,13 +102,13 @@ def subject_of(
 ) -> Subject:
     """Take a file apart; a module that is broken is kept with its problem."""
     taken = taken_apart(Unparsed(raw, configs), tolerant=True)
-    best, ties = detect(taken.shapes, taken.raw.metadata, among=among, path=taken.raw.path)
-    items = tuple(_item(stem, taken, best.architecture) for stem in taken.groups)
+    best, ties = detect(taken.shapes, raw.metadata, among=among, path=raw.path)
+    arch = as_wide((m.architecture for m in (best, *ties)), taken.groups)
+    items = tuple(_item(stem, taken, arch) for stem in taken.groups)
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
-        raw.path, best.architecture, tuple(kin), configs is not None, taken.raw is not raw, items,
-        tuple(taken.others), taken.raw.metadata,
-    )  # fmt: skip
+        raw.path, arch, tuple(kin), configs is not None, bool(named_keys(raw.tensors)), items, tuple(taken.others), raw.metadata
+    )
 
 
 def _item(stem: str, taken: Taken, arch: Architecture) -> Item:
@@ -118,4 +120,4 @@ def _item(stem: str, taken: Taken, arch: Architecture) -> Item:
     misfit = ""
     if found is not None and delta is not None and not fits(delta.shape, found.shape):
         misfit = f"its shape is {list(delta.shape)}, {arch.name} has {list(found.shape)}"
-    return Item(stem, own, delta, problem, None if found is None else found.site, scale.value, misfit)
+    return Item(own.spelled, own, delta, problem, None if found is None else found.site, scale.value, misfit)

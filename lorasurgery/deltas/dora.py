@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from lorasurgery.io.tensors import Shape
 
     Work = NDArray[Any]
 
@@ -27,14 +27,30 @@ TINY = 1e-12
 """The least a norm counts as."""
 
 
+def magnitude_shape(size: int, axis: str, axes: int, *, peft: bool) -> Shape:
+    """The shape that a magnitude of ``size`` numbers per ``out`` row or ``in`` column is written in.
+
+    ``axes``: how many the weight has. dora_scale is (out, 1, 1...) or (1, in, 1...); PEFT has (out,) for a linear layer and
+    (1, out, 1...) for a convolution. Sources: LyCORIS 4.1 ``modules/lokr.py``, PEFT 0.21 ``tuners/lora/dora.py``.
+    """
+    if peft and axes < 3:
+        return (size,)
+    first = (1, size) if peft or axis == "in" else (size, 1)
+    return (*first, *(1 for _ in range(axes - 2)))
+
+
 def row_squares(values: Work) -> Work:
     """Squared norms of rows, (rows,), added up in float64."""
+    import numpy as np
+
     squares: Work = np.einsum("ij,ij->i", values, values, dtype=np.float64)
     return squares
 
 
 def column_squares(values: Work, channels: int) -> Work:
     """Squared norms of input columns over rows and kernel, (channels,), added up in float64."""
+    import numpy as np
+
     squares = np.einsum("ij,ij->j", values, values, dtype=np.float64)
     sums: Work = squares.reshape(channels, -1).sum(axis=1)
     return sums
@@ -42,6 +58,8 @@ def column_squares(values: Work, channels: int) -> Work:
 
 def ratios(magnitude: Work, squares: Work) -> Work:
     """``m / norm``."""
+    import numpy as np
+
     found: Work = magnitude / np.maximum(np.sqrt(squares), TINY)
     return found
 

@@ -17,6 +17,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.rounding import FEWEST, LEAST, SAMPLED, sampled, unit
+from lorasurgery.deltas.sparse import Sparse
 from lorasurgery.deltas.times import ALIKE
 from lorasurgery.io.dtypes import numpy_dtype
 
@@ -48,6 +49,8 @@ def row_function(delta: Delta, work: str, factor: float = 1.0) -> Rows:
     if isinstance(delta, Full):
         diff = delta.diff
         return lambda start, stop: flat(diff.rows([(start, stop)]).array(), work) * np.asarray(factor, work)
+    if isinstance(delta, Sparse):
+        return _sparse(delta, work, factor)
     if isinstance(delta, Opaque):
         raise CannotError(f"the change {delta.family.upper()} makes depends on the base weight")
     return _low_rank(delta.to_low_rank(), work, factor)
@@ -86,6 +89,18 @@ def _apart(true: Rows, stored: Rows, start: int, stop: int) -> tuple[float, floa
     exact = true(start, stop)
     off = stored(start, stop) - exact
     return float(np.vdot(off, off)), float(np.vdot(exact, exact))
+
+
+def _sparse(delta: Sparse, work: str, factor: float) -> Rows:
+    """The inner delta's rows, and single numbers added to them."""
+    inner = None if delta.inner is None else row_function(delta.inner, work, factor)
+
+    def rows(start: int, stop: int) -> Work:
+        block: Work = np.zeros((stop - start, prod(delta.shape[1:])), work) if inner is None else inner(start, stop)
+        delta.added_to(block, start, factor)
+        return block
+
+    return rows
 
 
 def flat(array: Work, work: str) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,27 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Float64, Ranges, Shape
 
 
+_PARAMETER = re.compile(r"(modulation|modulate_table|scale_shift_table\w*|registers|pad_token|padding|special_tokens?)$")
+"""How the names of bare parameters end that have more than one axis, in Wan, LTX, PixArt, Kandinsky and their kin."""
+
+
+def is_gain(name: str, shape: Shape) -> bool:
+    """Whether a difference is that of a norm's gain or of a bare parameter, not of a layer's weight.
+
+    ``name`` is the module's as spelled. One axis is no layer's, and no layer of one row has three.
+    """
+    return len(shape) < 2 or (len(shape) == 3 and shape[0] == 1) or _PARAMETER.search(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Full:
     """``diff`` is added to the weight (or, for a norm, to its gain). Shape (out, in[, k...]) or (dim,)."""
 
     diff: Tensor
     family: str = "full"
-    """``full`` or ``norm`` (spelled ``w_norm``)."""
+    """``full``, or ``norm``: of a norm or a bare parameter, which has no other form."""
+    word: str = ""
+    """``diff`` or ``w_norm``: how a norm's difference is spelled; the former for all others."""
 
     @property
     def rank(self) -> None:
@@ -37,8 +52,8 @@ class Full:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """``diff``, or ``w_norm`` for a norm."""
-        return {"diff" if self.family == "full" else "w_norm": self.diff}
+        """``diff``, or ``w_norm`` for a norm that is spelled so."""
+        return {self.word or ("diff" if self.family == "full" else "w_norm"): self.diff}
 
     def rows(self, ranges: Ranges) -> Full:
         """Slice: exact."""

@@ -198,6 +198,17 @@ def _nonzero(tensor: Tensor) -> Float64:
     return values
 
 
+def block_rows(ups: Sequence[Tensor], down: Tensor) -> LowRank:
+    """Rows stacked: ``ups[i]`` (rows_i, r_i) times the next r_i rows of ``down``. Exact: a block-diagonal ``up``.
+
+    Source: LongCat-Video ``modules/lora_utils.py`` (``LoRAUPParallel``). Raises CannotError when the ranks do not add up.
+    """
+    if sum(up.shape[1] for up in ups) != down.shape[0]:
+        ranks = " + ".join(str(up.shape[1]) for up in ups)
+        raise CannotError(f"its up factors have rank {ranks}, its down factor {down.shape[0]}")
+    return LowRank(block_columns([(up, up.shape[0], up.shape[1]) for up in ups], widest([up.dtype for up in ups])), down)
+
+
 def stack_low_rank(parts: Sequence[tuple[LowRank | None, int]]) -> LowRank:
     """Members one below the other: (delta, rows), None for a missing member (zero rows). Exact.
 

@@ -5,6 +5,9 @@ longer; ``R = (I + Q)(I - Q)^-1``; Diag-OFT ``W'_k = R_k^T W_k`` for each block 
 applied to rows taken in another order (``2^i b / 2`` apart). ``rescale`` multiplies rows. A strength s makes ``R`` of each
 set ``s R + (1 - s) I``. Source: LyCORIS 4.1 ``modules/diag_oft.py`` and ``functional/boft.py``, sd-scripts ``networks/oft.py``.
 
+Where the layer is several in one (sd-scripts ``networks/oft_flux.py``: q, k, v and the MLP), each part has blocks of its own
+size and its own ``c = alpha * rows``; there Q is shortened to c whatever alpha is, 0 included.
+
 Column side, OFT (PEFT ``tuners/oft/layer.py`` 0.21, OneTrainer ``modules/module/oft_utils.py`` 2026-08): skew-symmetric Q
 from its upper triangle, R by five terms of the Neumann series or by Cayley's transform, ``W' = W blockdiag(R)^T``. COFT
 shortens each block's Q to ``eps / sqrt(n)``. OneTrainer's scaled OFT divides Q by ``2 sqrt(b - 1)``, and on convolutions it
@@ -25,6 +28,8 @@ import numpy as np
 from lorasurgery.deltas.base import CannotError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from lorasurgery.io.tensors import Float64
@@ -49,6 +54,25 @@ def rotations(blocks: Float64, constraint: float, strength: float = 1.0) -> Floa
     turned = (eye + skew) @ np.linalg.inv(eye - skew)
     mixed: Float64 = strength * turned + (1.0 - strength) * eye
     return mixed
+
+
+def clamped_rotations(blocks: Float64, constraint: float, strength: float = 1.0) -> Float64:
+    """The same as sd-scripts takes them: Q no longer than ``constraint``, which may be 0."""
+    skew = blocks - np.swapaxes(blocks, -1, -2)
+    norm = float(np.sqrt((skew**2).sum()))
+    skew = skew * ((min(norm, constraint) + TINY) / (norm + TINY))
+    eye = np.eye(blocks.shape[-1])
+    mixed: Float64 = strength * ((eye + skew) @ np.linalg.inv(eye - skew)) + (1.0 - strength) * eye
+    return mixed
+
+
+def turn_parts(weight: Work, parts: Sequence[Float64], *, undo: bool = False) -> None:
+    """Diag-OFT of consecutive rows in place: ``parts[i]`` (n, b, b) turns the next n * b rows of ``weight``."""
+    start = 0
+    for turns in parts:
+        stop = start + turns.shape[0] * turns.shape[-1]
+        turn_rows(weight[start:stop], turns, None, undo=undo)
+        start = stop
 
 
 def turn_rows(weight: Work, turns: Float64, rescale: Float64 | None, *, undo: bool = False) -> None:

@@ -17,7 +17,8 @@ from lorasurgery.layouts.detect import detect, fits, same_results
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
 from lorasurgery.layouts.spelled import spelling
-from lorasurgery.layouts.words import BIAS
+from lorasurgery.layouts.widened import as_wide
+from lorasurgery.layouts.words import BIAS, EXTRA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -81,7 +82,8 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
     Modules without a name in the table are called as the file calls them. Raises BrokenModuleError for modules that do not
     fit their weight, or where two are the same weight.
     """
-    placed = place(taken, None if best is None else best.architecture)
+    known = None if best is None else as_wide((match.architecture for match in (best, *ties)), taken.groups)
+    placed = place(taken, known)
     arch, found = placed.architecture, placed.found
     modules: dict[Site, Module] = {}
     for stem, own in taken.groups.items():
@@ -120,8 +122,16 @@ def place(taken: Taken, known: Architecture | None) -> Placed:
     places = {stem: own.get(stem) or place for stem, place in found.items()}
     if known is None:
         arch = _unnamed(arch, own.values(), folder=taken.configs is not None)
-    placed = {stem: place for stem, place in places.items() if place is not None}
+    placed = {stem: _in_wrapper(taken, stem, place) for stem, place in places.items() if place is not None}
     return Placed(arch.with_own(map(_own, own.values())), placed, frozenset(unknown), tuple(other))
+
+
+def _in_wrapper(taken: Taken, stem: str, place: Found) -> Found:
+    """The place with all that stands before the name in the file: ``pipe.dit.`` and its like, too."""
+    spelled = taken.groups[stem].spelled
+    if spelled == stem or not spelled.endswith(stem):
+        return place
+    return place._replace(prefix=spelled.removesuffix(stem) + place.prefix)
 
 
 def _variant(taken: Taken, known: Architecture) -> tuple[Architecture, list[str]]:
@@ -134,7 +144,7 @@ def _variant(taken: Taken, known: Architecture) -> tuple[Architecture, list[str]
     other = {
         place.site.spans[0].weight: taken.deltas[stem].shape  # type: ignore[union-attr]  # a misfit has a change
         for stem, place in places.items()
-        if _is_misfit(taken.deltas.get(stem), place, known)
+        if taken.groups[stem].modifier(EXTRA) is None and _is_misfit(taken.deltas.get(stem), place, known)
     }
     inner = [weight for weight, shape in other.items() if not _is_first(weight) or shape[0] != known.shapes[weight][0]]
     if not other or len(inner) > FEW * len(places):

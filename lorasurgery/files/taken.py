@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import BrokenModuleError, SurgeryError
-from lorasurgery.layouts.foreign import named_modules, refuse_other_models
+from lorasurgery.layouts.foreign import refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.scales import header_configs
@@ -56,7 +56,8 @@ class Taken:
     @property
     def shapes(self) -> dict[str, Shape | None]:
         """Module -> (out, in[, k...]) of its change, None where its tensors do not tell."""
-        return {stem: None if (own := self.deltas.get(stem)) is None else own.shape for stem in self.groups}
+        changes = {stem: self.deltas.get(stem) for stem in self.groups}
+        return {stem: own.tableless(None if (d := changes[stem]) is None else d.shape) for stem, own in self.groups.items()}
 
 
 def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:
@@ -65,7 +66,7 @@ def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:
     Unless ``tolerant``, raises BrokenModuleError for two keys of one place and for tensors that make no module, and
     FileFormatError for a configuration that is none.
     """
-    raw, findings = named_modules(file.raw), list[tuple[str, str]]()
+    raw, findings = file.raw, list[tuple[str, str]]()
     groups, others = _grouped(raw, findings) if tolerant else group(raw)
     refuse_other_models(raw, groups)
     configs = _header(raw, findings, tolerant=tolerant) if file.configs is None else file.configs

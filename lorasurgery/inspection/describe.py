@@ -11,10 +11,11 @@ from lorasurgery.inspection.checks import findings
 from lorasurgery.inspection.description import NONE, Description, Finding, Key, Numbers
 from lorasurgery.inspection.gguf import describe_gguf, is_gguf
 from lorasurgery.inspection.lokr import lokr_factor
-from lorasurgery.inspection.scalars import SMALL, with_scalars
+from lorasurgery.inspection.scalars import SHAPE, SMALL, with_scalars
 from lorasurgery.inspection.structure import Structure, read_structure
 from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
+from lorasurgery.io.dtypes import INTEGERS
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lorasurgery.io.header import RawFile
+    from lorasurgery.io.tensors import Tensor
 
 CONFIG = "adapter_config.json"
 KEPT = 64
@@ -94,7 +96,7 @@ def _structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None, *, keep: 
         return read_structure(raw, configs, keep=True)._replace(signs=key_signs(raw.tensors))
     said = ("ss_base_model_version", "modelspec.architecture", "lora_adapter_metadata", "ss_lokr_factor")
     tensors = raw.tensors.values()
-    scalars = [t.tobytes() for t in tensors if len(t.regions) == 1 and t.regions[0].length <= SMALL and t.size == 1]
+    scalars = [t.tobytes() for t in tensors if len(t.regions) == 1 and _counts(t)]
     shapes = (tuple(raw.tensors), tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors]), tuple(scalars))
     key = (shapes, tuple(raw.metadata.get(name) for name in said), str(configs))
     if key not in _known:
@@ -102,6 +104,11 @@ def _structure(raw: RawFile, configs: Mapping[str, PeftConfig] | None, *, keep: 
             _known.pop(next(iter(_known)))
         _known[key] = read_structure(raw, configs)._replace(signs=key_signs(raw.tensors))
     return _known[key]
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether the values of a tensor decide what is shown: a number, or a shape (``reshape_weight``, ``bias_size``)."""
+    return tensor.nbytes <= SMALL if tensor.size == 1 else tensor.nbytes <= SHAPE and tensor.dtype in INTEGERS
 
 
 def _common(opened: Opened, *, tags: bool) -> dict[str, Any]:
@@ -175,9 +182,10 @@ def _summary(found: Structure, families: Mapping[str, int]) -> str:
 def _no_adapter(opened: Opened, error: NotAnAdapterError, *, tags: bool) -> Description:
     """The description of a readable file that is no adapter."""
     common = _common(opened, tags=tags)
-    if "mangled" in error.message:
+    unread = next((word for word in ("mangled", "packed") if word in error.message), None)
+    if unread is not None:
         return Description(
-            kind="mangled-adapter", summary=error.message, warnings=(Finding("mangled", error.message),), **common
+            kind=f"{unread}-adapter", summary=error.message, warnings=(Finding(unread, error.message),), **common
         )
     from lorasurgery.inspection.models import identify
 

@@ -101,7 +101,7 @@ def unknown_module(own: Group, delta: Delta | None, rules: ScaleRules, problem: 
         scale=scale.value if scale is not None and isfinite(scale.value) else None,
         scale_source="" if scale is None else scale.source,
         shape=shape,
-        kernel=shape[2:] if prod(shape[2:]) > 1 else (),
+        kernel=shape[2:] if prod(shape[2:]) > 1 and family != "norm" else (),
         tucker=delta is not None and core,
         dora=None if magnitude is None else _axis(magnitude.tensor.shape, shape),
         outer=delta.outer if isinstance(delta, Kronecker) else None,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SMALL = 8
 """Bytes of the largest scalar."""
+SHAPE = 40
+"""Bytes of the largest shape: five numbers."""
 NEAR = 4096
 """Bytes between two scalars that are read along rather than with a call of its own."""
 

@@ -15,6 +15,7 @@ from lorasurgery.inspection.description import Finding, ModuleInfo
 from lorasurgery.inspection.modules import unknown_layout, unknown_module
 from lorasurgery.inspection.tolerant import parsed
 from lorasurgery.layouts.detect import detect, same_results
+from lorasurgery.layouts.widened import as_wide
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +81,7 @@ class _Rest(NamedTuple):
 def _explained(taken: Taken, matches: tuple[Match, list[Match]], rest: _Rest, *, keep: bool) -> Structure:
     """The structure of a file whose architecture is known."""
     best, ties = matches
-    known, groups = best.architecture, taken.groups
+    known, groups = as_wide((m.architecture for m in (best, *ties)), taken.groups), taken.groups
     placed = place(taken, known)
     rows, modules = parsed(taken, placed, keep=keep)
     broken = {**taken.problems, **{stem: row for stem, row in rows.items() if isinstance(row, str)}}

@@ -54,5 +54,5 @@ def parsed(taken: Taken, placed: Placed, *, keep: bool) -> tuple[dict[str, Modul
 def _made_from(own: Group) -> tuple[Any, ...]:
     """What a row depends on besides the module's name: words, dtypes, shapes, and the alpha's value."""
     alpha = own.modifier(ALPHA)
-    tensors = [(e.key[len(own.stem) :], e.tensor.dtype, e.tensor.shape) for e in own.entries.values()]
+    tensors = [(e.suffix, e.tensor.dtype, e.tensor.shape) for e in own.entries.values()]
     return (b"" if alpha is None or alpha.tensor.size != 1 else alpha.tensor.tobytes(), *tensors)

@@ -32,6 +32,8 @@ BITS = MappingProxyType(
 """Bits per element of every safetensors dtype. Source: ``Dtype`` in ``safetensors/src/tensor.rs`` (0.8)."""
 
 FLOATS = frozenset({"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"})
+INTEGERS = frozenset({"I64", "I32", "I16"})
+"""What shapes and places in a matrix are saved in."""
 CARRIED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """Floating-point types that no adapter is trained in: their bytes are moved, their values are never computed with."""
 

@@ -23,6 +23,11 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
         "an HTML page, most likely an error page saved in place of the download",
         "download it again, logged in",
     ),
+    (
+        b"sqlite format 3\0",
+        "an SQLite database, most likely a model or LoRA of Draw Things",
+        "the .safetensors file that was imported there",
+    ),
     (b"gguf", "a GGUF model, not a safetensors file", "the adapter in safetensors form"),
     (b"<?xml", "an XML page, most likely an error page saved in place of the download", "download it again, logged in"),
     (b"pk\x03\x04", "a zip archive (a PyTorch checkpoint?) with another suffix", "rename it to .pt"),

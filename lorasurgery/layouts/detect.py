@@ -11,7 +11,7 @@ from lorasurgery.architectures import architectures, plugins
 from lorasurgery.architectures.table import NAMINGS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.errors import UnknownArchitectureError
-from lorasurgery.layouts.foreign import unmangled
+from lorasurgery.layouts.foreign import known_unmangled
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.near import near
 
@@ -50,6 +50,12 @@ def expected_shape(architecture: Architecture, site: Site) -> Shape:
         rows = sum(span.stop - span.start for span in site.spans)
         return TEXT_ENCODERS[site.component].shapes.get(site.spans[0].weight, (rows,))  # norms are not in the tables
     return architecture.module_shape(site.spans)
+
+
+def has_bias(architecture: Architecture, site: Site) -> bool | None:
+    """Whether the model has a bias beside the weight a site stands for; None where that is not known."""
+    table = TEXT_ENCODERS.get(site.component, architecture)
+    return table.has_bias(site.spans[0].weight)
 
 
 def fits(shape: Shape, expected: Shape) -> bool:
@@ -182,7 +188,8 @@ def _unknown(stems: Mapping[str, Shape | None], matches: list[Match], path: Path
     candidates = [(m.architecture.key, m.share) for m in ranked if m.named]
     first = next(iter(stems), "")
     if not candidates:
-        mangled = f"; it looks mangled, expected {unmangled(first)}" if unmangled(first) != first else ""
+        expected = known_unmangled(first)
+        mangled = f"; it looks mangled, expected {expected}" if expected else ""
         return UnknownArchitectureError(
             f"no known architecture has a module called {first}{mangled} ({len(stems)} modules in the file)",
             path=path,

@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod, sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.deltas.dora import magnitude_shape
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
@@ -46,6 +47,14 @@ class Written:
     """Of the base weight: (out, in[, k...])."""
     keys: tuple[str, ...]
     """The keys it was written to."""
+
+
+class _Way(NamedTuple):
+    """A change as it is written, its alpha tensor if it has one, and the scale that remains for the reader."""
+
+    delta: Delta
+    alpha: Tensor | None
+    scale: float
 
 
 @dataclass(slots=True)
@@ -90,38 +99,66 @@ def emit(
     return result
 
 
+def _as_composed(module: Module) -> tuple[dict[str, Tensor], float] | None:
+    """A module's change in the file's own tensors, and its scale, where the file puts it together from others than factors.
+
+    None where it is another change by now: it is spelled as a LoRA of its own then.
+    """
+    composed = module.composed
+    if composed is None or module.delta is not composed.delta or (composed.strength is None and module.scale.value != 1.0):
+        return None
+    tensors, scale = dict(composed.factors), module.scale.value
+    if composed.strength is not None:
+        key, stored = composed.strength
+        tensors[key] = stored if module.scale.alpha is not None else scalar(scale).reshape(*stored.shape)
+    return tensors, scale
+
+
 def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str, report: Report, result: Emitted) -> None:
     words = SUFFIXES[target.words]
-    keys: Mapping[str, str] = module.keys if target.own else {}
-    tensors: dict[str, Tensor] = {}
+    composed = _as_composed(module) if target.own else None
+    keys: Mapping[str, str] = module.keys if target.own and (module.composed is None or composed is not None) else {}
     scale, rank = module.scale.value, 1
-    record = _recorder(report, module.name)
-    if module.delta is not None:
-        delta, alpha, scale = _scaled(module, module.delta, policy, target, record)
-        for slot, tensor in delta.tensors.items():
-            if isinstance(delta, LowRank) and not target.any_shape:
-                tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
-            tensors[keys.get(slot) or keys.get(slot.lstrip(".")) or stem + _suffix(delta, slot, words)] = tensor
-        if alpha is not None:
-            tensors[keys.get("alpha", f"{stem}.alpha")] = alpha
-            stored = alpha.item() / (sqrt(delta.rank or 1) if target.rslora else delta.rank or 1)
-            own = alpha is module.scale.alpha or alpha is module.scale.stored
-            if not own and scale not in (1.0, stored):
-                report.losses.add(module.name, (stored / scale - 1.0) ** 2)  # alpha is a float32 of scale times rank
+    tensors: dict[str, Tensor] = {}
+    if composed is not None:
+        tensors, scale = composed
+    elif module.delta is not None:
+        way = _scaled(module, module.delta, policy, target, _recorder(report, module.name))
+        tensors = _change(module, stem, keys, shape, target, way, report)
+        delta, _, scale = way
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)
     if module.magnitude is not None:
         # transformers 5 loads text encoders' adapters itself and, unlike PEFT, wants the parameter's whole name.
         whole = ".weight" if target.id == "diffusers" and module.site.component in TEXT_ENCODERS else ""
-        tensor = module.magnitude.tensor if "magnitude" in keys else _magnitude(module, module.magnitude, target)
+        tensor = module.magnitude.tensor if "magnitude" in keys else _magnitude(module.magnitude, shape, target)
         tensors[keys.get("magnitude", stem + words["magnitude"] + whole)] = tensor
     if module.bias is not None:
-        family = "norm bias" if module.family == "norm" else "bias"
+        family = "norm bias" if f"{stem}.w_norm" in tensors else "bias"
         key = keys.get("bias", stem + words[family])
-        tensors[key] = _bias(module, key, scale, record)
+        tensors[key] = _bias(module, key, scale, _recorder(report, module.name))
     if target.words != PEFT or target.own:
         tensors.update({keys.get(suffix, stem + suffix): tensor for suffix, tensor in module.extras.items()})
     result.tensors.update(tensors)
     result.written.append(Written(stem, module, rank, scale * rank, shape, tuple(tensors)))
+
+
+def _change(
+    module: Module, stem: str, keys: Mapping[str, str], shape: Shape, target: Layout, way: _Way, report: Report
+) -> dict[str, Tensor]:
+    """The factors and the alpha under their keys."""
+    delta, alpha, scale = way
+    words, tensors = SUFFIXES[target.words], dict[str, Tensor]()
+    for slot, tensor in delta.tensors.items():
+        if isinstance(delta, LowRank) and not target.any_shape:
+            tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
+        tensors[keys.get(slot) or keys.get(slot.lstrip(".")) or stem + _suffix(delta, slot, words, target)] = tensor
+    if alpha is not None:
+        tensors[keys.get("alpha", f"{stem}.alpha")] = alpha
+        stored = alpha.item() / (sqrt(delta.rank or 1) if target.rslora else delta.rank or 1)
+        own = alpha is module.scale.alpha or alpha is module.scale.stored
+        if not own and scale not in (1.0, stored):
+            report.losses.add(module.name, (stored / scale - 1.0) ** 2)  # alpha is a float32 of scale times rank
+    return tensors
 
 
 def _bias(module: Module, key: str, scale: float, record: Callable[[float, float], None]) -> Tensor:
@@ -166,57 +203,53 @@ def _recorder(report: Report, name: str) -> Callable[[float, float], None]:
     return partial(report.losses.record, name)
 
 
-def _scaled(
-    module: Module, delta: Delta, policy: str, target: Layout, record: Callable[[float, float], None]
-) -> tuple[Delta, Tensor | None, float]:
-    """(delta as written, alpha tensor or None, scale that remains for the reader)."""
+def _scaled(module: Module, delta: Delta, policy: str, target: Layout, record: Callable[[float, float], None]) -> _Way:
+    """How a module's change and scale are written."""
     value, stored = module.scale.value, module.scale.alpha or (module.scale.stored if target.own else None)
     if target.own and stored is not None and policy == "keep":
-        return delta, stored, value
+        return _Way(delta, stored, value)
     if stored is None and value and not SMALLEST_SCALE <= abs(value) < LARGEST_SCALE:
         raise ValueRangeError(f"{module.name} would have the scale {value:g}, which no reader takes", hint="another weight")
     if isinstance(delta, (Full, Miss, Opaque)):
-        return delta.scaled(value, record) if value != 1.0 else delta, None if value != 1.0 else stored, 1.0
+        return _Way(delta.scaled(value, record) if value != 1.0 else delta, None if value != 1.0 else stored, 1.0)
     if isinstance(delta, Kronecker) and delta.rank is None:
         return _whole_kronecker(delta, module, target, record)
     if policy == "header":
-        return delta, None, value
+        return _Way(delta, None, value)
     return _factored(module, delta, policy, target, record)
 
 
-def _factored(
-    module: Module, delta: Delta, policy: str, target: Layout, record: Callable[[float, float], None]
-) -> tuple[Delta, Tensor | None, float]:
+def _factored(module: Module, delta: Delta, policy: str, target: Layout, record: Callable[[float, float], None]) -> _Way:
     """The same for factors, whose scale is alpha / rank."""
     value, stored, rank = module.scale.value, module.scale.alpha, delta.rank or 1
     keeps = policy == "keep" or (target.id == "other" and isinstance(delta, (Hadamard, Kronecker)))
     if not keeps:
-        return delta.scaled(value, record), scalar(rank) if target.always_alpha else None, 1.0
+        return _Way(delta.scaled(value, record), scalar(rank) if target.always_alpha else None, 1.0)
     if stored is not None:
-        return delta, stored, value
+        return _Way(delta, stored, value)
     known = target.always_alpha or (target.own and "alpha" in module.keys)
-    return delta, scalar(value * (sqrt(rank) if target.rslora else rank)) if known or value != 1.0 else None, value
+    return _Way(delta, scalar(value * (sqrt(rank) if target.rslora else rank)) if known or value != 1.0 else None, value)
 
 
-def _whole_kronecker(
-    delta: Kronecker, module: Module, target: Layout, record: Callable[[float, float], None]
-) -> tuple[Delta, Tensor | None, float]:
+def _whole_kronecker(delta: Kronecker, module: Module, target: Layout, record: Callable[[float, float], None]) -> _Way:
     """A LoKr with both factors whole: the scale goes into w1, because loaders disagree on what alpha means there.
 
     Where an alpha is written beside a folded scale it is max(w2.shape), which every rule reads as 1.
     """
     if target.id == "peft":
-        return delta.scaled(module.scale.value, record), None, 1.0
+        return _Way(delta.scaled(module.scale.value, record), None, 1.0)
     stored = module.scale.alpha
     if module.scale.value == 1.0 and stored is not None and abs(stored.item()) < LARGEST_ALPHA:
-        return delta, stored, 1.0
+        return _Way(delta, stored, 1.0)
     neutral = scalar(max(delta.inner)) if stored is not None or target.always_alpha else None
-    return delta.scaled(module.scale.value, record), neutral, 1.0
+    return _Way(delta.scaled(module.scale.value, record), neutral, 1.0)
 
 
-def _suffix(delta: Delta, slot: str, words: Mapping[str, str]) -> str:
+def _suffix(delta: Delta, slot: str, words: Mapping[str, str], target: Layout) -> str:
     if isinstance(delta, Opaque):
-        return ".set_weight" if delta.family == "set" else slot  # BFL's own word, `.scale`, is understood in its files only
+        return words["set"] if delta.family == "set" else slot  # BFL's own word, `.scale`, is understood in its files only
+    if delta.family == "norm" and target.denoiser.flat and not target.own:
+        return words["norm"]  # LyCORIS' word; ComfyUI reads it and ``diff``
     if isinstance(delta, Hadamard):
         return f".hada_{slot}"
     if isinstance(delta, Kronecker):
@@ -226,14 +259,11 @@ def _suffix(delta: Delta, slot: str, words: Mapping[str, str]) -> str:
     return words.get(slot, f".{slot}")
 
 
-def _magnitude(module: Module, magnitude: Magnitude, target: Layout) -> Tensor:
-    """In the reader's shape: (out, 1...) or (1, in...) for dora_scale, (out,) or (1, out, 1, 1) for PEFT."""
-    size, delta = magnitude.tensor.size, module.delta
-    kernel = delta.shape[2:] if delta is not None else ()
-    ones = tuple(1 for _ in kernel)
-    if target.words != PEFT:
-        return magnitude.tensor.reshape(*((size, 1) if magnitude.axis == "out" else (1, size)), *ones)
-    return magnitude.tensor.reshape(*((1, size, *ones) if kernel else (size,)))
+def _magnitude(magnitude: Magnitude, shape: Shape, target: Layout) -> Tensor:
+    """In the reader's shape, for a weight of ``shape``, which may be flat where only flat factors tell it."""
+    tensor = magnitude.tensor
+    axes = max(len(shape), len(tensor.shape)) if target.own else len(shape)
+    return tensor.reshape(*magnitude_shape(tensor.size, magnitude.axis, axes, peft=target.words == PEFT))
 
 
 def _complete_biases(result: Emitted, target: Layout) -> None:

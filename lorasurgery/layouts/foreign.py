@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import NotAnAdapterError
 from lorasurgery.layouts.words import split_key
+from lorasurgery.layouts.wrappers import is_known
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,10 +44,11 @@ _TOKENS = re.compile(
 )
 """An adapter's suffix words wherever they stand in a key: in a mangled one they are not at its end after a dot."""
 
-_TWICE = re.compile(r"^(lora_unet_|lora_te\d?_|unet[._]|transformer[._])(?:(?:unet|transformer)[._]|\1)+")
-"""A prefix put before a name that had one."""
+_TWICE = re.compile(r"^(lora_unet_|lora_te\d?_|unet[._]|transformer[._])(?:(?:unet|transformer)[._](?!blocks[._])|\1)+")
+"""A prefix put before a name that had one; ``transformer_blocks`` is one that many models have."""
 
-_INDEXED = re.compile(r"^(unet|text_encoder):(\d+):(up|down)$")
+_PACKED = re.compile(r"\.((to_|add_)?qkv_proj|to_qkv|out_proj|mlp(_context)?_fc[12])(_context)?\.(lora|proj)_(down|up)$")
+"""Nunchaku's names for its fused layers. Source: nunchaku ``lora/flux/nunchaku_converter.py``."""
 
 
 def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
@@ -56,6 +56,7 @@ def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
 
     A checkpoint has a few keys that end like an adapter's (FLUX.1's ``query_norm.scale``, an audio decoder's ``alpha``).
     """
+    _refuse_packed(raw)
     lllite = any(key.startswith("lllite_") for key in raw.tensors)
     known = sum(len(own.entries) for own in groups.values())
     if 2 * known >= len(raw.tensors) and raw.tensors and not lllite:
@@ -77,6 +78,23 @@ def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
     )
 
 
+def _refuse_packed(raw: RawFile) -> None:
+    """Raises NotAnAdapterError for factors in the order of a GPU's registers: their names are a LoRA's, their numbers not.
+
+    Packed, a down factor is (in, rank), the other way round; ranks are multiples of 16 (``pack_lowrank_weight``).
+    """
+    for key, tensor in raw.tensors.items():
+        if not key.endswith((".lora_down", ".lora_up", ".proj_down", ".proj_up")):
+            continue
+        shape = tensor.shape
+        lies = len(shape) == 2 and key.endswith("_down") and shape[0] > shape[1] and shape[1] % 16 == 0
+        if lies or _PACKED.search(key):
+            raise NotAnAdapterError(
+                f"this is a LoRA packed for Nunchaku: the numbers of {key} are in the order in which its kernels read them",
+                path=raw.path, hint="the LoRA it was made from; new names would not bring the numbers into order",
+            )  # fmt: skip
+
+
 def _refuse_mangled(raw: RawFile, known: int) -> None:
     """Raises NotAnAdapterError when most keys have an adapter's words in the wrong place or form."""
     mangled = [key for key in raw.tensors if _TOKENS.search(key)]
@@ -92,8 +110,14 @@ def _refuse_mangled(raw: RawFile, known: int) -> None:
 
 
 def unmangled(stem: str) -> str:
-    """A module's name without a prefix that was put before it twice (``lora_unet_unet_``)."""
-    return _TWICE.sub(r"\1", stem)
+    """A module's name without a prefix that was put before it twice (``lora_unet_unet_``) and underscores at its end."""
+    return _TWICE.sub(r"\1", stem).rstrip("_.")
+
+
+def known_unmangled(stem: str) -> str:
+    """The same where a table has such a name, else an empty string: an unknown model's names are not mangled."""
+    found = unmangled(stem)
+    return found if found != stem and is_known(found) else ""
 
 
 def expected_key(key: str) -> str:
@@ -109,44 +133,3 @@ def expected_key(key: str) -> str:
     if match[1].startswith(("hada", "lokr")):
         return f"{stem}.{match[1]}"
     return f"{stem}.lora_{re.split('[._]', match[1])[-1]}.weight"
-
-
-def named_modules(raw: RawFile) -> RawFile:
-    """cloneofsimo/lora numbers its modules instead of naming them: give ``unet:3:up`` its name.
-
-    The number counts the targets in the order of Stable Diffusion 1's module tree: in every attention block q, k, v, out
-    of attn1, the GEGLU projection, then attn2 (down blocks, up blocks, middle block); CLIP's self-attention in the order
-    k, v, q, out. Source: cloneofsimo/lora ``lora_diffusion/lora.py`` (``_find_modules_v2``) and Diffusers 0.9's classes.
-    """
-    if not any(_INDEXED.match(key) for key in raw.tensors):
-        return raw
-    orders = {"unet": _unet_order(), "text_encoder": _clip_order()}
-    tensors = {}
-    for key, tensor in raw.tensors.items():
-        match = _INDEXED.match(key)
-        if match is None or int(match[2]) >= len(orders[match[1]]):
-            tensors[key] = tensor
-            continue
-        component, number, side = match.groups()
-        tensors[f"{component}.{orders[component][int(number)]}.lora.{side}.weight"] = tensor
-    return replace(raw, tensors=tensors)
-
-
-def _unet_order() -> list[str]:
-    from lorasurgery.architectures import named
-
-    names = list(named("sd1")[0].namings[DIFFUSERS])
-    blocks = list(dict.fromkeys(n.split(".transformer_blocks.0.")[0] for n in names if ".transformer_blocks.0." in n))
-    stages = ("down_blocks", "up_blocks", "mid_block")
-    blocks.sort(key=lambda b: (stages.index(b.split(".")[0]), [int(p) for p in b.split(".") if p.isdigit()]))
-    leaves = (
-        *(f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")),
-        "ff.net.0.proj",
-        *(f"attn2.to_{x}" for x in ("q", "k", "v", "out.0")),
-    )
-    return [f"{block}.transformer_blocks.0.{leaf}" for block in blocks for leaf in leaves]
-
-
-def _clip_order() -> list[str]:
-    sides = ("k_proj", "v_proj", "q_proj", "out_proj")
-    return [f"text_model.encoder.layers.{i}.self_attn.{side}" for i in range(12) for side in sides]

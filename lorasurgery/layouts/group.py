@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from lorasurgery.deltas.full import Full, Opaque
+from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.full import Full, Opaque, is_gain
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
-from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.low_rank import LowRank, block_rows
 from lorasurgery.deltas.miss import Miss
+from lorasurgery.deltas.sparse import sparse
 from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.dtypes import CARRIED, FLOATS
+from lorasurgery.layouts.adopt import adopt
+from lorasurgery.layouts.entry import Entry, Group
+from lorasurgery.layouts.fit import FACTORED, broken, check_factors, check_fit
+from lorasurgery.layouts.numbered import named_keys
 from lorasurgery.layouts.words import (
-    ALPHA,
     BIAS,
-    EXTRA,
     FULL,
     LOHA,
     LOKR,
     LORA,
-    MAGNITUDE,
     MISS,
     NORM,
     OPAQUE_FAMILIES,
     SET,
-    Word,
+    SPARSE,
     split_key,
 )
+from lorasurgery.layouts.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,61 +38,26 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
 
-_MODIFIERS = (ALPHA, MAGNITUDE, BIAS, EXTRA)
-
-
-class Entry(NamedTuple):
-    """One tensor of a module: its key, its word, the tensor."""
-
-    key: str
-    word: Word
-    tensor: Tensor
-
-
-@dataclass(slots=True)
-class Group:
-    """The tensors of one module as spelled in the file."""
-
-    stem: str
-    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
-
-    def families(self) -> list[str]:
-        """The families its tensors belong to, modifiers (alpha, magnitude, bias) left out."""
-        found: list[str] = []
-        for family, _ in self.entries:
-            if family not in found and family not in _MODIFIERS:
-                found.append(family)
-        return found
-
-    def modifier(self, name: str) -> Entry | None:
-        """The alpha, magnitude, bias or extra entry."""
-        return self.entries.get((name, "reshape_weight" if name == EXTRA else name))
-
-    def slots(self, family: str) -> dict[str, Tensor]:
-        """The family's tensors by slot."""
-        return {slot: entry.tensor for (own, slot), entry in self.entries.items() if own == family}
-
-    def key(self) -> str:
-        """A key to name in messages."""
-        return next(iter(self.entries.values())).key
-
 
 def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
-    """Sort a file's keys into modules; the second result is what ends in no known word.
+    """Sort a file's keys into modules by name; the second result is what ends in no known word.
 
     Raises BrokenModuleError when two keys fill one slot (two PEFT adapters in one file).
     """
     groups: dict[str, Group] = {}
     others: dict[str, Tensor] = {}
-    for key, tensor in raw.tensors.items():
-        split = split_key(key)
+    named = named_keys(raw.tensors)
+    splits = {key: split_key(named.get(key, key)) for key in raw.tensors}
+    inside = unwrapped({split.stem: None for split in splits.values() if split is not None})
+    for key, split in splits.items():
         if split is None:
-            others[key] = tensor
+            others[key] = raw.tensors[key]
             continue
-        entry = Entry(key, split.word, tensor)
-        own = groups.get(split.stem)
+        stem = inside.get(split.stem, split.stem)
+        entry = Entry(key, split.word, raw.tensors[key], split.suffix)
+        own = groups.get(stem)
         if own is None:
-            own = groups[split.stem] = Group(split.stem)
+            own = groups[stem] = Group(stem, key.rpartition(":")[0] if key in named else split.stem)
         slot = split.word[:2]
         if slot in own.entries:
             raise BrokenModuleError(
@@ -101,16 +67,12 @@ def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
                 hint="save one adapter at a time",
             )
         own.entries[slot] = entry
-    _adopt_ia3(groups, others)
+    adopt(groups, others, inside)
     return groups, others
 
 
-def _adopt_ia3(groups: dict[str, Group], others: dict[str, Tensor]) -> None:
-    """LyCORIS' (IA)^3 calls its vector plain ``weight``; it is one only beside ``on_input``."""
-    for stem, own in groups.items():
-        key = f"{stem}.weight"
-        if ("ia3", "on_input") in own.entries and key in others:
-            own.entries["ia3", "weight"] = Entry(key, Word("ia3", "weight", "kohya"), others.pop(key))
+LIST = "oft_blocks.0"
+"""The first of sd-scripts' rotations of a fused layer of FLUX."""
 
 
 def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:
@@ -118,52 +80,53 @@ def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:
 
     Raises BrokenModuleError for missing factors, factors that do not fit, or two families at once.
     """
-    families = own.families()
-    if not families:
+    families = [family for family in own.families() if family != SPARSE]
+    numbers = own.slots(SPARSE)
+    if not families and not numbers:
         if own.modifier(BIAS) is None:
-            raise _broken(own, path, f"{own.key()} stands alone: no factors go with it", "the complete file")
+            raise broken(own, path, f"{own.key()} stands alone: no factors go with it", "the complete file")
         return None
     if len(families) > 1:
-        raise _broken(own, path, f"{own.stem} has tensors of two families ({' and '.join(families)})", "keep one of them")
-    family = families[0]
+        raise broken(own, path, f"{own.stem} has tensors of two families ({' and '.join(families)})", "keep one of them")
+    delta = _of_family(own, families[0], path) if families else None
+    if not numbers:
+        return delta
+    try:
+        return sparse(numbers, delta)
+    except CannotError as reason:
+        raise broken(own, path, f"{own.stem}: {reason.message}", "the original file") from reason
+
+
+def _of_family(own: Group, family: str, path: object) -> Delta:
     slots = own.slots(family)
-    if family in _FACTORED:
-        _check_factors(own, family, path)
+    if family in FACTORED:
+        check_factors(own, family, path)
     delta = _BUILDERS[family](own, slots, path) if family in _BUILDERS else _opaque(own, family, slots)
-    _check_fit(own, delta, path)
+    check_fit(own, delta, path)
     return delta
 
 
-_FACTORED = (LORA, LOHA, LOKR, MISS)
-_CORES = ("mid", "t1", "t2")
-
-
-def _check_factors(own: Group, family: str, path: object) -> None:
-    """A factor is a matrix (a Tucker core has its kernel too) of floating-point numbers, none of its sides empty."""
-    for (kind, slot), entry in own.entries.items():
-        if kind != family:
-            continue
-        shape, dtype = entry.tensor.shape, entry.tensor.dtype
-        if len(shape) < (3 if slot in _CORES else 2) or 0 in shape:
-            raise _broken(own, path, f"{entry.key} has shape {list(shape)}, a factor has rows and columns", "the original file")
-        if dtype not in FLOATS and dtype not in CARRIED:
-            raise _broken(
-                own,
-                path,
-                f"{entry.key} has dtype {dtype}, a factor holds floating-point numbers",
-                "the file before it was quantised",
-            )
-
-
 def _low_rank(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:
+    ups = [slots[slot] for slot in sorted(slots, key=_number) if slot.startswith("up.")]
     for slot, other in (("down", "up"), ("up", "down")):
-        if slot not in slots:
+        if slot not in slots and not (slot == "up" and ups):
             have = own.entries[LORA, other if other in slots else next(iter(slots))].key
-            raise _broken(own, path, f"{own.stem} has {have} but no {slot} factor", "the complete file")
+            raise broken(own, path, f"{own.stem} has {have} but no {slot} factor", "the complete file")
     if "diagonal" in slots:
         text = f"{own.stem} is AdaLoRA, whose strength hangs on a count of ranks that PEFT does not save"
-        raise _broken(own, path, text, "merge_and_unload() of PEFT, and lorasurgery extract for an adapter of the difference")
-    return LowRank(slots["up"], slots["down"], slots.get("mid"))
+        raise broken(own, path, text, "merge_and_unload() of PEFT, and lorasurgery extract for an adapter of the difference")
+    if not ups:
+        return LowRank(slots["up"], slots["down"], slots.get("mid"))
+    try:
+        return block_rows(ups, slots["down"])
+    except CannotError as reason:
+        raise broken(own, path, f"{own.stem}: {reason.message}", "the original file") from reason
+
+
+def _number(slot: str) -> int:
+    """Of a slot that is one of a list (``up.2``), else -1."""
+    number = slot.rpartition(".")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _hadamard(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:
@@ -179,7 +142,9 @@ def _kronecker(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:
 
 
 def _full(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # noqa: ARG001  the builders' signature
-    return Full(slots["diff"])
+    """A weight's difference; that of a norm or of a bare parameter is one of a norm, however it is spelled."""
+    diff = slots["diff"]
+    return Full(diff, "norm" if is_gain(own.stem, diff.shape) else "full", "diff")
 
 
 def _norm(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # noqa: ARG001  the builders' signature
@@ -189,17 +154,19 @@ def _norm(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # no
 def _miss(own: Group, slots: Mapping[str, Tensor], path: object) -> Delta:  # noqa: ARG001  the builders' signature
     """A block of rows; with three axes it is the variant that multiplies the base."""
     block = slots["miss_block"]
-    return Miss(block) if len(block.shape) == 2 else Opaque("bat", ((own.key()[len(own.stem) :], block),))
+    return Miss(block) if len(block.shape) == 2 else Opaque("bat", ((own.entries[MISS, "miss_block"].suffix, block),))
 
 
 _BUILDERS = {LORA: _low_rank, LOHA: _hadamard, LOKR: _kronecker, FULL: _full, NORM: _norm, MISS: _miss}
 
 
 def _opaque(own: Group, family: str, slots: Mapping[str, Tensor]) -> Opaque:
+    if family == "oft" and set(slots) == {LIST}:  # of one part
+        return Opaque(family, ((f".{LIST.partition('.')[0]}", slots[LIST]),))
     if family == "oft" and "oft_blocks" in slots and len(slots["oft_blocks"].shape) == 4:
         family = "boft"
     named = tuple(
-        (entry.key[len(own.stem) :] if kind == SET else f".{slot}", entry.tensor)
+        (entry.suffix if kind == SET else f".{slot}", entry.tensor)
         for (kind, slot), entry in own.entries.items()
         if kind in (*OPAQUE_FAMILIES, SET)
     )
@@ -210,58 +177,7 @@ def _opaque(own: Group, family: str, slots: Mapping[str, Tensor]) -> Opaque:
 def _need(own: Group, slots: Mapping[str, Tensor], names: tuple[str, ...], prefix: str, path: object) -> None:
     missing = [name for name in names if name not in slots]
     if missing:
-        raise _broken(own, path, f"{own.stem} has no {prefix}{missing[0]}", "the complete file")
+        raise broken(own, path, f"{own.stem} has no {prefix}{missing[0]}", "the complete file")
 
 
-def _check_fit(own: Group, delta: Delta, path: object) -> None:
-    """Inner dimensions must agree."""
-    pairs: list[tuple[str, int, str, int]] = []
-    if isinstance(delta, LowRank):
-        pairs += _low_rank_pairs(own, delta, path)
-    elif isinstance(delta, Hadamard):
-        pairs += _arm_ranks("hada_w1", "hada_t1", delta.w1_a, delta.w1_b, delta.t1)
-        pairs += _arm_ranks("hada_w2", "hada_t2", delta.w2_a, delta.w2_b, delta.t2)
-    elif isinstance(delta, Kronecker):
-        if delta.w1 is None and delta.w1_a is not None and delta.w1_b is not None:
-            pairs.append(("lokr_w1_a", delta.w1_a.shape[1], "lokr_w1_b", delta.w1_b.shape[0]))
-        if delta.w2 is None and delta.w2_a is not None and delta.w2_b is not None:
-            pairs += _arm_ranks("lokr_w2", "lokr_t2", delta.w2_a, delta.w2_b, delta.t2)
-    if isinstance(delta, Hadamard):
-        _check_arms(own, delta, path)
-    for first, has, second, other in pairs:
-        if has != other:
-            raise _broken(own, path, f"{own.stem}: {first} has rank {has} but {second} has {other}", "the original file")
-
-
-def _low_rank_pairs(own: Group, delta: LowRank, path: object) -> list[tuple[str, int, str, int]]:
-    """The inner dimensions of up @ down, or of up, mid and down."""
-    core = delta.mid
-    if core is None:
-        return [("up", delta.up.shape[1], "down", delta.rank)]
-    for slot, factor in (("up", delta.up), ("down", delta.down)):
-        if prod(factor.shape[2:]) != 1:
-            text = f"{own.stem}: {slot} has shape {list(factor.shape)}, beside a mid it has no kernel of its own"
-            raise _broken(own, path, text, "the original file")
-    return [("up", delta.up.shape[1], "mid", core.shape[0]), ("mid", core.shape[1], "down", delta.rank)]
-
-
-def _arm_ranks(name: str, core_name: str, a: Tensor, b: Tensor, core: Tensor | None) -> list[tuple[str, int, str, int]]:
-    """The inner dimensions of a @ b that must be equal, or of a, b and the Tucker core between them."""
-    if core is None:
-        return [(f"{name}_a", a.shape[1], f"{name}_b", b.shape[0])]
-    return [(f"{name}_a", a.shape[0], core_name, core.shape[0]), (core_name, core.shape[1], f"{name}_b", b.shape[0])]
-
-
-def _check_arms(own: Group, delta: Hadamard, path: object) -> None:
-    """Both arms of a LoHa have one shape."""
-    if (delta.t1 is None) != (delta.t2 is None):
-        raise _broken(own, path, f"{own.stem} has only one of hada_t1 and hada_t2", "the complete file")
-    axis = 0 if delta.t1 is None else 1
-    kernels = [None if core is None else core.shape[2:] for core in (delta.t1, delta.t2)]
-    one, two = ([a.shape[axis], *b.shape[1:]] for a, b in ((delta.w1_a, delta.w1_b), (delta.w2_a, delta.w2_b)))
-    if one != two or kernels[0] != kernels[1]:
-        raise _broken(own, path, f"{own.stem}: the first arm of this LoHa is {one}, the second {two}", "the original file")
-
-
-def _broken(own: Group, path: object, message: str, hint: str) -> BrokenModuleError:
-    return BrokenModuleError(message, key=own.key(), path=str(path) if path is not None else None, hint=hint)
+__all__ = ["Entry", "Group", "build", "group"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import LayerBias, Magnitude, Module, Scale
+from lorasurgery.adapter import Composed, LayerBias, Magnitude, Module, Scale
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.miss import Miss
@@ -60,14 +60,15 @@ def module_of(own: Group, delta: Delta | None, place: Found, arch: Architecture,
     read = None if bias is None else _bias(bias, scale)
     module = Module(
         place.site,
-        own.stem,
+        own.spelled,
         delta,
         scale,
         _magnitude(own, delta, place.shape[0], path),
         read,
-        {} if extra is None else {extra.key[len(own.stem) :]: extra.tensor},
+        {} if extra is None else {extra.suffix: extra.tensor},
         keys_of(own),
         LayerBias(bias.tensor, read, scale.value) if bias is not None and read is not None and is_layer(bias.key) else None,
+        _composed(own, delta),
     )
     expected = place.shape
     if delta is not None and not fits(delta.shape, expected):
@@ -82,14 +83,23 @@ def keys_of(own: Group) -> dict[str, str]:
     """Slot of the module -> key as the file spells it; see :attr:`Module.keys`."""
     found = {}
     for (family, slot), entry in own.entries.items():
-        suffix = entry.key[len(own.stem) :]
         if family in (ALPHA, MAGNITUDE, BIAS):
             found[family] = entry.key
         elif family in (SET, EXTRA):
-            found[suffix] = entry.key
+            found[entry.suffix] = entry.key
         else:
             found[f".{slot}" if family in OPAQUE_FAMILIES else slot] = entry.key
     return found
+
+
+def _composed(own: Group, delta: Delta | None) -> Composed | None:
+    """What the file has in place of factors and alpha, where its words are not theirs."""
+    if not own.composed or delta is None:
+        return None
+    factors = {e.key: e.tensor for (family, _), e in own.entries.items() if family not in (ALPHA, MAGNITUDE, BIAS, EXTRA)}
+    alpha = own.modifier(ALPHA)
+    strength = None if alpha is None or alpha.stored is None else (alpha.key, alpha.stored)
+    return Composed(delta, factors, strength)
 
 
 def is_layer(key: str) -> bool:

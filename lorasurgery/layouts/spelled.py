@@ -33,7 +33,7 @@ _DIFF = " + diff"
 """What tells PEFT's words with ComfyUI's for the rest (``diff``, ``dora_scale``) from PEFT's alone."""
 _NOT_PEFT = frozenset({"full", "norm", "set", "bias"})
 """Families that PEFT has no words for; a file that has them has ComfyUI's."""
-_HELD = EVERYTHING | {"miss", "bat"}
+_HELD = EVERYTHING | {"miss", "bat", "sparse"}
 
 
 def spelling(taken: Taken, found: Mapping[str, Found], modules: Iterable[Module], arch: Architecture, name: str) -> Layout:
@@ -93,12 +93,12 @@ def _words(groups: Mapping[str, Group]) -> str:
     by_suffix = {own["down"]: words for words, own in SUFFIXES.items() if words != DOTTED}
     votes: Counter[str] = Counter()
     dialects = set()
-    for stem, own in groups.items():
+    for own in groups.values():
         for entry in own.entries.values():
             if entry.word.family in (MAGNITUDE, BIAS):
                 dialects.add(entry.word.dialect)
             elif entry.word[:2] == (LORA, "down"):
-                suffix = entry.key[len(stem) :]
+                suffix = entry.suffix
                 votes[by_suffix.get(suffix, PEFT if entry.word.dialect == "peft" else KOHYA)] += 1
     words = votes.most_common(1)[0][0] if votes else KOHYA
     return DOTTED if words == PEFT and "kohya" in dialects else words

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter, Site
     from lorasurgery.architectures.table import Architecture, Encoder, Spans
 
-EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3", "sparse"})
+EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3"})
 KOHYA, PEFT, DOTTED = "kohya", "peft", "dotted"
 _KOHYA = {
     "up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "magnitude": ".dora_scale",
-    "bias": ".diff_b", "norm bias": ".b_norm",
+    "bias": ".diff_b", "norm": ".w_norm", "norm bias": ".b_norm", "set": ".set_weight",
 }  # fmt: skip
 _OTHERS = {".lora_A": ".lora_B"} | {
     f"{start}.down.weight": f"{start}.up.weight" for start in (".lora", ".lora_linear_layer", "_lora", "")
@@ -33,11 +33,11 @@ SUFFIXES = MappingProxyType(
         KOHYA: _KOHYA,
         PEFT: {
             "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".lora_magnitude_vector",
-            "bias": ".lora_B.bias", "norm bias": ".b_norm",
+            "bias": ".lora_B.bias", "norm bias": ".b_norm", "set": ".weight",
         },
         DOTTED: {  # lora_A and lora_B as in Diffusers, all else as ComfyUI reads it
             "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".dora_scale", "bias": ".diff_b",
-            "norm bias": ".b_norm",
+            "norm bias": ".b_norm", "set": ".set_weight",
         },
         **{down: {**_KOHYA, "down": down, "up": up} for down, up in _OTHERS.items()},
     }
@@ -213,6 +213,8 @@ class Speller:
                 for root, component in self._arch.diffusers_roots:
                     if name.startswith(root):
                         return f"{component}.{name[len(root) :]}"
+            if not own.flat and name.startswith(self._arch.bare):
+                return name
             return own.prefix + (flat(name) if own.flat else name)
         return None
 

@@ -6,12 +6,14 @@ Sources: ComfyUI ``comfy/weight_adapter`` and ``comfy/lora.py`` (2026-05), PEFT 
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 from typing import NamedTuple
 
 LORA, LOHA, LOKR, FULL, NORM, SET, MISS = "lora", "loha", "lokr", "full", "norm", "set", "miss"
 ALPHA, MAGNITUDE, BIAS, EXTRA = "alpha", "magnitude", "bias", "extra"
-OPAQUE_FAMILIES = ("oft", "boft", "glora", "ia3", "sparse")
+SPARSE = "sparse"
+OPAQUE_FAMILIES = ("oft", "boft", "glora", "ia3")
 
 
 class Word(NamedTuple):
@@ -35,7 +37,7 @@ _OPAQUE = {
     **{f".{s}": Word("boft", s, "peft") for s in ("boft_R", "boft_s")},
     **{f".{s}.weight": Word("glora", f"{s}.weight", "kohya") for s in ("a1", "a2", "b1", "b2", "bm")},
     **{f".{s}": Word("ia3", s, "kohya") for s in ("on_input", "ia3_l")},
-    **{f".{s}": Word("sparse", s, "kohya") for s in ("bias_indices", "bias_values", "bias_size")},
+    **{f".{s}": Word(SPARSE, s, "kohya") for s in ("bias_indices", "bias_values", "bias_size")},
 }  # fmt: skip
 
 WORDS = MappingProxyType(
@@ -54,12 +56,14 @@ WORDS = MappingProxyType(
         ".diff_b": Word(BIAS, "bias", "kohya"),
         ".b_norm": Word(BIAS, "bias", "kohya"),
         ".alpha": Word(ALPHA, "alpha", "kohya"),
+        ".alpha_scale": Word(ALPHA, "scale", "longcat"),  # alpha / rank already
         ".dora_scale": Word(MAGNITUDE, "magnitude", "kohya"),
         ".lora_magnitude_vector": Word(MAGNITUDE, "magnitude", "peft"),
         ".lora_magnitude_vector.weight": Word(MAGNITUDE, "magnitude", "peft"),
         ".magnitude": Word(MAGNITUDE, "magnitude", "ai-toolkit"),
         ".dora_layer.weight": Word(MAGNITUDE, "magnitude", "kohya"),
         ".diff": Word(FULL, "diff", "kohya"),
+        ".diff_m": Word(FULL, "diff", "lightx2v"),
         ".w_norm": Word(NORM, "w_norm", "kohya"),
         ".set_weight": Word(SET, "set_weight", "kohya"),
         ".miss_block": Word(MISS, "miss_block", "peft"),
@@ -72,6 +76,14 @@ WORDS = MappingProxyType(
 )
 """Suffix -> word. A key is split at its longest suffix in here."""
 
+_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
+"""What names begin with that have underscores for dots."""
+_LISTS = re.compile(r"(?P<stem>.+)(?P<suffix>\.(?:oft_blocks\.(?P<rotation>\d+)|lora_up\.blocks\.(?P<up>\d+)\.weight))")
+"""Lists of tensors for consecutive rows of one weight: sd-scripts' OFT of FLUX's fused layers (``networks/oft_flux.py``), and
+LongCat-Video's up factors (``modules/lora_utils.py``, ``LoRAUPParallel``)."""
+
+_XLABS = (".qkv", ".proj")
+"""What XLabs' processors of single blocks are for; Diffusers' are for ``to_q`` and the like."""
 _NAMED = ("lora_A", "lora_B", "lora_magnitude_vector", "oft_R")
 """PEFT's parameters that carry an adapter's name in a raw state dict: ``lora_A.default.weight``."""
 _NAMED_PREFIXES = ("hada_", "lokr_", "boft_", "oft_r", "oft_s", "ia3_", "miss_", "bone_")
@@ -85,13 +97,15 @@ class Split(NamedTuple):
     stem: str
     word: Word
     adapter: str
+    suffix: str
+    """What follows the name in the key, an adapter's name included."""
 
 
 _PLAIN = MappingProxyType(
     {
         suffix[1:]: word
         for suffix, word in WORDS.items()
-        if suffix[0] == "." and not suffix.endswith((".down.weight", ".up.weight"))
+        if suffix[0] == "." and not suffix.endswith((".down.weight", ".up.weight")) and suffix != ".diff_m"
     }
 )
 """Suffixes that are no end of a longer one, without their dot."""
@@ -106,8 +120,21 @@ def split_key(key: str) -> Split | None:
     at = key.rfind(".", 0, -7) if key.endswith(".weight") else key.rfind(".")
     own = _PLAIN.get(key[at + 1 :]) if at > 0 else None
     if own is not None and not key.startswith(_MAY_BE_NAMED, key.rfind(".", 0, at) + 1):  # nearly every key
-        return Split(key[:at], own, "")
-    return _split_at_longest(key)
+        return Split(key[:at], own, "", key[at:])
+    split = _split_at_longest(key)
+    if split is not None and split.suffix == ".diff_m":  # the difference of a block's bare parameter
+        return split._replace(stem=f"{split.stem}{'_' if split.stem.startswith(_FLAT) else '.'}modulation")
+    return split or _split_list(key)
+
+
+def _split_list(key: str) -> Split | None:
+    """One of a list of tensors: its slot has its number."""
+    match = _LISTS.fullmatch(key)
+    if match is None:
+        return None
+    rotation, up = match["rotation"], match["up"]
+    word = Word(LORA, f"up.{up}", "longcat") if rotation is None else Word("oft", f"oft_blocks.{rotation}", "kohya")
+    return Split(match["stem"], word, "", match["suffix"])
 
 
 def _split_at_longest(key: str) -> Split | None:
@@ -123,12 +150,17 @@ def _split_at_longest(key: str) -> Split | None:
     plain = ".".join(tail)
     if plain.endswith(("_lora.down.weight", "_lora.up.weight")):
         suffix = plain[plain.rindex("_lora.") :]
-        return Split(plain[: -len(suffix)], WORDS[suffix], adapter)
+        stem, word = plain[: -len(suffix)], WORDS[suffix]
+        return _split(key, stem, word._replace(dialect="xlabs") if stem.endswith(_XLABS) else word, adapter)
     if plain.endswith("_norm.scale"):  # BFL's control files hold whole RMS norm gains
-        return Split(plain[: -len(".scale")], Word(SET, "set_weight", "bfl"), adapter)
+        return _split(key, plain[: -len(".scale")], Word(SET, "set_weight", "bfl"), adapter)
     for length in (3, 2, 1):
         if len(tail) > length:
             suffix = "." + ".".join(tail[-length:])
             if suffix in WORDS:
-                return Split(plain[: -len(suffix)], WORDS[suffix], adapter)
+                return _split(key, plain[: -len(suffix)], WORDS[suffix], adapter)
     return None
+
+
+def _split(key: str, stem: str, word: Word, adapter: str) -> Split:
+    return Split(stem, word, adapter, key[len(stem) :])

@@ -10,6 +10,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
+from lorasurgery.layouts.detect import has_bias
 from lorasurgery.layouts.targets import KOHYA, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
@@ -37,9 +38,9 @@ def held(job: Job, module: Module) -> Module | None:
         return None
     if job.target.own:
         return module
-    if module.bias is not None and job.target.words == PEFT and not isinstance(module.delta, LowRank):
-        _leave_out(job, module, f"a bias beside {_name(module.family)} factors")
-        module = replace(module, bias=None)
+    module = _held_bias(job, module)
+    if module.delta is None and module.bias is None:
+        return None
     if module.magnitude is not None and module.magnitude.axis == "in" and not job.target.in_axis_dora:
         return without_magnitude(job, module, f"{job.target.reader} only knows DoRA magnitudes per output row")
     if isinstance(module.delta, LowRank) and module.delta.mid is not None and job.target.words != KOHYA:
@@ -47,6 +48,23 @@ def held(job: Job, module: Module) -> Module | None:
         module = module.with_delta(flat)
         job.actions[module.site] = "Tucker core folded"
     return module
+
+
+def _held_bias(job: Job, module: Module) -> Module:
+    """The module without a bias that the target's readers have no place for."""
+    if module.bias is None:
+        return module
+    if job.target.words == PEFT:
+        what = (
+            "" if module.delta is None or isinstance(module.delta, LowRank) else f"a bias beside {_name(module.family)} factors"
+        )
+    else:
+        nowhere = has_bias(job.arch, module.site) is False
+        what = "a bias for a layer that has none (PEFT, which makes one, does)" if nowhere else ""
+    if not what:
+        return module
+    _leave_out(job, module, what, "bias")
+    return replace(module, bias=None)
 
 
 def uniform(job: Job, modules: list[Module]) -> list[Module]:
@@ -66,7 +84,9 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 
 
 def _holds(job: Job, module: Module) -> bool:
-    if module.family not in job.target.holds or _is_configured(job, module):
+    if module.family == "set" and job.target.id == "diffusers":
+        return module.site.spans[0].weight.endswith(job.adapter.architecture.replaced_norms)
+    if module.family not in job.target.holds or _is_configured(job, module) or _is_list(job, module):
         return False
     return module.magnitude is None or module.family == "dora" or job.target.id != "peft"
 
@@ -75,6 +95,12 @@ def _is_configured(job: Job, module: Module) -> bool:
     """Whether it is PEFT's OFT, of which only the configuration tells how the rotations are made, on its way elsewhere."""
     slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
     return bool({".oft_R.weight", ".oft_r"} & set(slots)) and job.adapter.layout == "peft" and not job.target.own
+
+
+def _is_list(job: Job, module: Module) -> bool:
+    """Whether it is sd-scripts' OFT of a fused layer, a list of rotations that no other program reads."""
+    slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
+    return ".oft_blocks.0" in slots and job.target.id != "sd-scripts" and not job.target.own
 
 
 def _as_lora(job: Job, module: Module) -> Module | None:
@@ -113,11 +139,12 @@ def reduced(job: Job, module: Module, members: Sequence[tuple[Delta | None, floa
     return replace(module, delta=reduced.delta, scale=Scale(1.0, module.scale.source))
 
 
-def _leave_out(job: Job, module: Module, what: str) -> None:
-    """Drop a module under ``--lossy``, or refuse."""
+def _leave_out(job: Job, module: Module, what: str, slot: str = "") -> None:
+    """Drop a module, or one of its parts, under ``--lossy``, or refuse."""
     if not job.options.lossy:
         raise job.refusal(module, f"{job.target.reader} does not load {what}", "--lossy to leave it out")
-    job.report.dropped.append((module.name, f"{job.target.reader} does not load {what}"))
+    name = module.keys.get(slot, f"{module.name} {slot}") if slot else module.name
+    job.report.dropped.append((name, f"{job.target.reader} does not load {what}"))
 
 
 def without_magnitude(job: Job, module: Module, reason: str) -> Module:

@@ -84,7 +84,7 @@ def nested_modules(raw: RawFile) -> tuple[list[NestedModule], list[str]]:
     found, others = [], []
     for stem, own in taken.groups.items():
         delta = taken.deltas[stem]
-        if isinstance(delta, LowRank):
+        if isinstance(delta, LowRank) and not own.composed:
             found.append(_module(own, delta, taken.rules, raw))
         else:
             others.append(stem)

@@ -6,7 +6,7 @@ to 0.21 ``tuners``, OneTrainer ``modules/module`` (2026-08), and for GLoRA's two
 
 from __future__ import annotations
 
-from math import isqrt
+from math import isqrt, sqrt
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,27 @@ def _turned_rows(placed: Placed, slots: Slots, weight: Float64, rows: tuple[int,
     return result
 
 
+def _turned_parts(placed: Placed, slots: Slots, weight: Float64, rows: tuple[int, int]) -> Float64:  # noqa: ARG001  all rows
+    """sd-scripts' OFT of fused layers: each block of each part by itself (``networks/oft_flux.py``)."""
+    alpha = placed.module.scale.alpha
+    result: Float64 = weight.copy()
+    start = 0
+    for i in range(len(slots)):
+        blocks = slots[f".oft_blocks.{i}"].f64()
+        skews = [block - block.T for block in blocks]
+        norm = sqrt(sum(float(np.linalg.norm(skew)) ** 2 for skew in skews))
+        limit = 0.0 if alpha is None else alpha.item() * blocks.shape[0] * blocks.shape[1]
+        for skew in skews:
+            size = len(skew)
+            own = skew * ((min(norm, limit) + 1e-8) / (norm + 1e-8))
+            eye = np.eye(size)
+            turn = np.linalg.solve((eye - own).T, (eye + own).T).T
+            before = weight[start : start + size]
+            result[start : start + size] = before + placed.strength * (turn.T @ before - before)
+            start += size
+    return result
+
+
 def _turned_columns(placed: Placed, slots: Slots, weight: Float64, rows: tuple[int, int]) -> Float64:  # noqa: ARG001  alike
     """``W R^T`` for each block of columns, ``W R`` on OneTrainer's convolutions."""
     rules, _ = placed.source.rules_of(placed.module)
@@ -235,6 +256,7 @@ FORMULAS: Mapping[str, Callable[[Placed, Slots, Float64, tuple[int, int]], Float
         "glora": _glora,
         "bat": _bat,
         ".oft_blocks": _turned_rows,
+        ".oft_blocks.0": _turned_parts,
         ".oft_R": _turned_columns,
         ".oft_R.weight": _turned_columns,
         ".oft_r": _turned_early,

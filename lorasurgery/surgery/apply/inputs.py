@@ -9,9 +9,9 @@ from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureEr
 from lorasurgery.files.opened import read_any
 from lorasurgery.files.read import parse
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.layouts.group import group
 from lorasurgery.layouts.module import FLAGS
 from lorasurgery.layouts.scales import PeftConfig
-from lorasurgery.layouts.words import split_key
 from lorasurgery.metadata import FACTOR
 from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules, refuse_other_types
 from lorasurgery.surgery.apply.widen import widened
@@ -109,10 +109,10 @@ def read_source(
             _whose(raw, scales, architecture, error), path=path, candidates=error.candidates,
             hint="the model it was trained on (lorasurgery inspect shows which), or --arch if the model is taken for another",
         ) from error  # fmt: skip
-    keys: dict[str, list[str]] = {}
-    for key in raw.tensors:
-        split = split_key(key)
-        keys.setdefault(key if split is None else split.stem, []).append(key)
+    groups, others = group(raw)
+    keys = {stem: [entry.key for entry in own.entries.values()] for stem, own in groups.items()} | {
+        key: [key] for key in others
+    }
     if callable(strength):
         return Source(adapter, strength, text or "by block", keys, rules)
     value = strength

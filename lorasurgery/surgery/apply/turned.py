@@ -1,7 +1,8 @@
 """Steps of OFT and BOFT in all their forms: whose tensors they are, what they turn, and how far.
 
-By suffix: ``oft_blocks`` LyCORIS and sd-scripts, rows; ``oft_R`` PEFT from 0.16 on and OneTrainer, columns; ``oft_r`` with
-``oft_s`` PEFT 0.14 and 0.15, columns; ``oft_r`` alone PEFT before that, rows; ``boft_R`` with ``boft_s`` PEFT, columns.
+By suffix: ``oft_blocks`` LyCORIS and sd-scripts, rows; ``oft_blocks.0`` and so on sd-scripts for FLUX, parts of the rows;
+``oft_R`` PEFT from 0.16 on and OneTrainer, columns; ``oft_r`` with ``oft_s`` PEFT 0.14 and 0.15, columns; ``oft_r`` alone PEFT
+before that, rows; ``boft_R`` with ``boft_s`` PEFT, columns.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from lorasurgery.deltas.orthogonal import (
     butterfly_columns,
     butterfly_rows,
     cayley,
+    clamped_rotations,
     column_rotations,
     rotations,
     shortened,
     triangle_size,
     turn_columns,
+    turn_parts,
     turn_rows,
 )
 from lorasurgery.surgery.apply.step import GONE, Step
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
     Work = NDArray[Any]
 
+PARTS = ".oft_blocks."
 SCALED = ".oft_R.scaled_oft"
 """OneTrainer's mark of a scaled OFT."""
 
@@ -44,6 +48,8 @@ def oft(module: Module, delta: Opaque, wanted: Wanted) -> Step:
     slots = delta.tensors
     if ".oft_blocks" in slots:
         return _rows(module, slots[".oft_blocks"], slots.get(".rescale"), wanted)
+    if PARTS + "0" in slots:
+        return _parts(module, delta, wanted)
     if ".oft_r" in slots:
         return _early(slots[".oft_r"].f64(), slots.get(".oft_s"), wanted)
     if not any(suffix.startswith(".oft_R") for suffix in slots):
@@ -78,6 +84,22 @@ def _rows(module: Module, tensor: Tensor, scale: Tensor | None, wanted: Wanted) 
     rescale = None if scale is None else scale.f64().reshape(-1)
     turn = turn_rows if blocks.ndim == 3 else butterfly_rows
     return Step(local=False, change=lambda weight, _: turn(weight, turns, rescale, undo=wanted.undo))
+
+
+def _parts(module: Module, delta: Opaque, wanted: Wanted) -> Step:
+    """sd-scripts' OFT of FLUX's fused layers: blocks (n, b, b) for each part of the rows."""
+    alpha = 0.0 if module.scale.alpha is None else module.scale.alpha.item()
+    turns, rows = [], 0
+    for i in range(len(delta.tensors)):
+        tensor = delta.tensors.get(f"{PARTS}{i}")
+        if tensor is None or len(tensor.shape) != 3 or tensor.shape[1] != tensor.shape[2]:
+            raise CannotError(f"its {', '.join(delta.tensors)} are no list of rotations")
+        own = tensor.shape[0] * tensor.shape[1]
+        turns.append(clamped_rotations(tensor.f64(), alpha * own, wanted.strength))
+        rows += own
+    if rows != wanted.out:
+        raise CannotError(f"its rotations make {rows} rows, the layer has {wanted.out}")
+    return Step(local=False, change=lambda weight, _: turn_parts(weight, turns, undo=wanted.undo))
 
 
 def _triangles(delta: Opaque, wanted: Wanted) -> Step:

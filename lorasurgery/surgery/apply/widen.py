@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures
-from lorasurgery.architectures.from_base import resized
-from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.errors import RequestError
+from lorasurgery.layouts.group import group
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.words import LORA, split_key
+from lorasurgery.layouts.widened import wider_table
+from lorasurgery.layouts.words import LORA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -33,13 +33,9 @@ RESHAPE = ".reshape_weight"
 
 
 def widened(raw: RawFile, architecture: Architecture) -> Architecture:
-    """The model's table with the input channels that an adapter's LoRA modules have, where they may have more of them.
-
-    They may where ``reshape_weight`` says so, and on the weights that a variant of the model has wider.
-    """
+    """The model's table with the input channels that an adapter's LoRA modules have on weights that a variant has wider."""
     known = _known(architecture)
-    said = {key.removesuffix(RESHAPE) for key in raw.tensors if key.endswith(RESHAPE)}
-    if not known and not said:
+    if not known:
         return architecture
     wider: dict[str, Shape] = {}
     for stem, columns in _downs(raw):
@@ -48,11 +44,11 @@ def widened(raw: RawFile, architecture: Architecture) -> Architecture:
             continue
         weight = place.site.spans[0].weight
         channels, left = divmod(columns, prod(place.shape[2:]))
-        if left or channels <= place.shape[1] or not (stem in said or channels in known.get(weight, ())):
+        if left or channels <= place.shape[1] or channels not in known.get(weight, ()):
             continue
         own = architecture.shapes[weight]
         wider[weight] = (own[0], channels, *own[2:])
-    return resized(architecture, ORIGINAL, {**architecture.shapes, **wider}) if wider else architecture
+    return wider_table(architecture, tuple(wider.items())) if wider else architecture
 
 
 def _known(architecture: Architecture) -> dict[str, set[int]]:
@@ -65,11 +61,11 @@ def _known(architecture: Architecture) -> dict[str, set[int]]:
 
 
 def _downs(raw: RawFile) -> Iterator[tuple[str, int]]:
-    """(module as spelled, columns of its down factor)."""
-    for key, tensor in raw.tensors.items():
-        split = split_key(key)
-        if split is not None and split.word[:2] == (LORA, "down") and len(tensor.shape) > 1:
-            yield split.stem, prod(tensor.shape[1:])
+    """(module, columns of its down factor)."""
+    for stem, own in group(raw)[0].items():
+        down = own.entries.get((LORA, "down"))
+        if down is not None and len(down.tensor.shape) > 1:
+            yield stem, prod(down.tensor.shape[1:])
 
 
 def check_width(plan: Plan, *, undo: bool) -> list[str]:

@@ -1,0 +1,443 @@
+"""Shapes, biases and families that real programs write, against formulas of their own in float64."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from lorasurgery.architectures import architectures, named
+from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.dora import magnitude_shape
+from lorasurgery.deltas.full import Opaque
+from lorasurgery.deltas.kronecker import Kronecker
+from lorasurgery.deltas.low_rank import LowRank
+from lorasurgery.deltas.orthogonal import clamped_rotations, rotations, turn_parts, turn_rows
+from lorasurgery.deltas.sparse import Sparse
+from lorasurgery.errors import (
+    BrokenModuleError,
+    NotRepresentableError,
+)
+from lorasurgery.files.read import parse
+from lorasurgery.inspection import describe
+from lorasurgery.io.tensors import of_array, scalar
+from lorasurgery.layouts.detect import expected_shape, has_bias
+from lorasurgery.layouts.group import build, group
+from lorasurgery.surgery.apply import dense_multiplied, turned
+from lorasurgery.surgery.apply.rules import Rules
+from lorasurgery.surgery.apply.step import Wanted
+from tests.format_files import RNG, file, lora, some, wan_control, written
+from tests.test_architectures import REFERENCES
+
+if TYPE_CHECKING:
+    from lorasurgery.io.tensors import Float64, Tensor
+
+REFERENCE = Path(__file__).parent / "fixtures" / "reference"
+
+
+# shapes -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "axis", "axes", "peft", "shape"),
+    [
+        (320, "out", 2, False, (320, 1)), (320, "in", 2, False, (1, 320)), (320, "out", 4, False, (320, 1, 1, 1)),
+        (320, "in", 4, False, (1, 320, 1, 1)), (320, "out", 2, True, (320,)), (320, "out", 4, True, (1, 320, 1, 1)),
+        (8, "out", 5, True, (1, 8, 1, 1, 1)),
+    ],
+)  # fmt: skip
+def test_shape_of_a_magnitude(size: int, axis: str, axes: int, peft: bool, shape: tuple[int, ...]) -> None:
+    assert magnitude_shape(size, axis, axes, peft=peft) == shape
+
+
+CONV, LINEAR = "down_blocks_0_resnets_0_conv1", "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize("family", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("target", ["lycoris", "comfyui", "sd-scripts", "diffusers", "peft"])
+def test_magnitudes_keep_the_axes_of_the_weight(family: str, axis: str, target: str) -> None:
+    source: dict[str, Tensor] = {}
+    for name, kernel in ((CONV, (3, 3)), (LINEAR, ())):
+        stem, columns = f"lora_unet_{name}", 320 * (9 if kernel else 1)
+        if family == "lora":
+            source |= {
+                f"{stem}.lora_down.weight": some(4, 320, *kernel),
+                f"{stem}.lora_up.weight": some(320, 4, *(1 for _ in kernel)),
+            }
+        elif family == "loha":
+            source |= {
+                f"{stem}.hada_w{n}_{s}": some(*shape) for n in (1, 2) for s, shape in (("a", (320, 4)), ("b", (4, columns)))
+            }
+        else:
+            source |= {
+                f"{stem}.lokr_w1": some(8, 8),
+                f"{stem}.lokr_w2_a": some(40, 4),
+                f"{stem}.lokr_w2_b": some(4, columns // 8),
+            }
+        shape = (320, 1) if axis == "out" else (1, 320)
+        source |= {f"{stem}.alpha": scalar(2.0), f"{stem}.dora_scale": some(*shape, *(1 for _ in kernel))}
+    adapter = parse(file(source), among=named("sd1"))
+    peft = target in ("diffusers", "peft")
+    if peft and axis == "in":
+        return
+    tensors = written(adapter, target, as_lora=peft)
+    found = {key: tensor.shape for key, tensor in tensors.items() if "dora_scale" in key or "magnitude" in key}
+    conv, linear = (
+        ((1, 320, 1, 1), (320,)) if peft else ((320, 1, 1, 1), (320, 1)) if axis == "out" else ((1, 320, 1, 1), (1, 320))
+    )
+    assert sorted(found.values()) == sorted((conv, linear))
+    magnitudes = {source[f"lora_unet_{name}.dora_scale"].tobytes() for name in (CONV, LINEAR)}
+    assert {tensors[key].tobytes() for key in found} == magnitudes
+
+
+def test_magnitudes_whose_names_keep_their_dots() -> None:
+    """What Diffusers' ``convert_state_dict_to_kohya`` makes of a DoRA."""
+    import torch
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    state: dict[str, Any] = {}
+    for part in ("to_q", "to_k", "to_out.0"):
+        stem = f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.{part}"
+        columns = 768 if part == "to_k" else 320
+        state |= {f"{stem}.lora_A.weight": torch.randn(4, columns), f"{stem}.lora_B.weight": torch.randn(320, 4)}
+        state[f"{stem}.lora_magnitude_vector"] = torch.randn(320)
+    source = {
+        key: of_array(value.numpy(), "F32") if value.ndim else scalar(value.item())
+        for key, value in convert_state_dict_to_kohya(state).items()
+    }
+    adapter = parse(file(source), among=named("sd1"))
+    assert not adapter.leftovers
+    assert [module.family for module in adapter.modules.values()] == ["dora"] * 3
+    back = written(adapter, "diffusers")
+    assert {key: np.asarray(state[key]).tobytes() for key in back} == {key: tensor.tobytes() for key, tensor in back.items()}
+
+
+def test_a_widened_weight() -> None:
+    adapter = parse(file(wan_control()))
+    assert adapter.architecture.key == "wan-2.1-t2v-1.3b"
+    (site,) = (site for site in adapter.modules if site.spans[0].weight == "patch_embedding")
+    assert expected_shape(adapter.architecture, site) == (1536, 32, 1, 2, 2)
+    for target in ("comfyui", "sd-scripts"):
+        tensors = written(adapter, target)
+        (key,) = (key for key in tensors if "reshape" in key)
+        assert tensors[key].array().tolist() == [1536, 32, 1, 2, 2]
+
+
+def test_a_widened_weight_in_every_command(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+    from typer.testing import CliRunner
+
+    from lorasurgery.cli.app import app
+
+    path, out = tmp_path / "control.safetensors", tmp_path / "out.safetensors"
+    save_file({key: tensor.array() for key, tensor in wan_control().items()}, path)
+    stem = "diffusion_model.patch_embedding"
+    for command in (
+        ["convert", str(path), str(out), "--target", "comfyui"], ["resize", str(path), "--rank", "2", "-o", str(out)],
+        ["merge", f"{path}:0.5", f"{path}:0.25", "-o", str(out)],
+        ["prune", str(path), "--drop", "re=self_attn", "-o", str(out)],
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [*command, "--force"])
+        assert result.exit_code == 0, result.output
+        made = load_file(out)
+        assert made[f"{stem}.reshape_weight"].tolist() == [1536, 32, 1, 2, 2]
+        down = next(value for key, value in made.items() if key.startswith(stem) and ("lora_A" in key or "lora_down" in key))
+        assert down.shape[1:] == (32, 1, 2, 2)
+    assert describe(path).unexplained == ()
+
+
+def test_the_table_that_is_as_wide_comes_first() -> None:
+    """A control LoRA in ComfyUI's layout is one, not a widened FLUX.1 dev."""
+    source = lora("diffusion_model.img_in", 3072, 128) | lora("diffusion_model.double_blocks.0.img_attn.qkv", 9216, 3072)
+    source["diffusion_model.img_in.reshape_weight"] = of_array(np.array([3072, 128]), "I64")
+    assert parse(file(source), among=named("flux1")).architecture.key == "flux1-control"
+    source["diffusion_model.img_in.reshape_weight"] = of_array(np.array([3072, 200]), "I64")
+    source["diffusion_model.img_in.lora_A.weight"] = some(4, 200)
+    assert parse(file(source)).architecture.shapes["img_in"] == (3072, 200)
+    source["diffusion_model.img_in.lora_A.weight"] = some(4, 100)
+    with pytest.raises(BrokenModuleError, match="100"):
+        parse(file(source))
+
+
+# biases -------------------------------------------------------------------------------------------------------------------
+
+
+def test_tables_tell_where_biases_are() -> None:
+    maps = json.loads(gzip.decompress((REFERENCE / "comfyui_key_maps.json.gz").read_bytes()))
+    for key, reference in REFERENCES.items():
+        arch, accepted = architectures()[key], maps.get(reference)
+        assert arch.no_bias is not None
+        for name in arch.shapes if accepted is not None else ():
+            assert arch.has_bias(name) is (f"diffusion_model.{name}.bias" in accepted), (key, name)
+    assert architectures()["sd1"].has_bias("no.such.weight") is None
+
+
+@pytest.mark.parametrize("key", ["mochi", "pixart-sigma", "framepack"])
+def test_biases_of_models_without_a_key_map(key: str) -> None:
+    import diffusers
+    import torch
+
+    made = {
+        "mochi": lambda: diffusers.MochiTransformer3DModel(num_layers=2),
+        "pixart-sigma": lambda: diffusers.PixArtTransformer2DModel(
+            num_layers=2, cross_attention_dim=1152, caption_channels=4096
+        ),
+        "framepack": lambda: diffusers.HunyuanVideoFramepackTransformer3DModel(
+            num_layers=2, num_single_layers=2, has_clean_x_embedder=True, has_image_proj=True
+        ),
+    }
+    with torch.device("meta"):
+        parameters = dict(made[key]().named_parameters())
+    arch = architectures()[key]
+    known = {name: spans for name, spans in arch.namings[DIFFUSERS].items() if f"{name}.weight" in parameters}
+    assert len(known) > 20
+    for name, spans in known.items():
+        if not any(f"blocks.{i}." in name for i in range(1, 60)):  # the last block of a short model is another one
+            assert arch.has_bias(spans[0].weight) is (f"{name}.bias" in parameters), name
+
+
+def test_a_bias_where_the_model_has_none() -> None:
+    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    source: dict[str, Tensor] = {}
+    for part in ("to_q", "to_out.0"):
+        source |= lora(f"{stem}.{part}", 320, 320) | {f"{stem}.{part}.lora_B.bias": some(320)}
+    adapter = parse(file(source), among=named("sd1"))
+    assert [has_bias(adapter.architecture, site) for site in adapter.modules] == [False, True]
+    for target in ("comfyui", "sd-scripts", "lycoris"):
+        with pytest.raises(NotRepresentableError, match=r"to_q: .*a bias for a layer that has none"):
+            written(adapter, target)
+        assert sum(key.endswith(".diff_b") for key in written(adapter, target, lossy=True)) == 1
+    assert sum(key.endswith(".bias") for key in written(adapter, "diffusers")) == 2
+
+
+# families -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_longcats_stacked_rows(blocks: int) -> None:
+    """delta = alpha_scale x rows stacked of up_i @ down[i r:(i+1) r]."""
+    hyphen = "___lorahyphen___"
+    stem = hyphen.join(("lora", "blocks", "0", "attn", "qkv"))
+    down, scale = some(4 * blocks, 16), 0.37
+    ups = [some(24, 4) for _ in range(blocks)]
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.alpha_scale": scalar(scale)}
+    tensors |= {f"{stem}.lora_up.blocks.{i}.weight": up for i, up in enumerate(ups)}
+    groups, others = group(file(tensors))
+    (own,) = groups.values()
+    delta = build(own, None)
+    assert (own.stem, own.spelled, others) == ("blocks.0.attn.qkv", stem, {})
+    assert isinstance(delta, LowRank)
+    expected = np.concatenate([up.f64() @ down.f64()[4 * i : 4 * i + 4] for i, up in enumerate(ups)])
+    assert np.allclose(delta.dense(), expected, rtol=1e-12, atol=0)
+    alpha = own.modifier("alpha")
+    assert alpha is not None
+    assert alpha.tensor.item() / delta.rank == float(np.float32(scale))
+    assert {entry.key for entry in own.entries.values()} == tensors.keys()
+
+
+def test_longcats_ranks_must_add_up() -> None:
+    tensors = {"a.lora_down.weight": some(8, 16), "a.lora_up.blocks.0.weight": some(24, 4)}
+    (own,) = group(file(tensors))[0].values()
+    with pytest.raises(BrokenModuleError, match="rank 4, its down factor 8"):
+        build(own, None)
+
+
+def test_sd_scripts_oft_of_fused_layers() -> None:
+    """``networks/oft_flux.py`` (``get_weight``, ``forward``), in float64."""
+    import torch
+
+    parts = [some(4, n, n) for n in (3, 3, 3, 7)]
+    stem = "oft_unet_single_blocks_29_linear1"
+    groups, _ = group(file({f"{stem}.oft_blocks.{i}": part for i, part in enumerate(parts)} | {f"{stem}.alpha": scalar(0.02)}))
+    delta = build(groups[stem], None)
+    assert isinstance(delta, Opaque)
+    assert (delta.family, list(delta.tensors)) == ("oft", [f".oft_blocks.{i}" for i in range(4)])
+    weight = RNG.standard_normal((4 * 16, 10))
+    for alpha, strength in ((0.02, 1.0), (0.0, 1.0), (5.0, 0.6)):
+        expected, at = [], 0
+        for part in parts:
+            blocks = torch.from_numpy(part.f64())
+            count, size = blocks.shape[:2]
+            skew = blocks - blocks.transpose(1, 2)
+            norm = torch.norm(skew.flatten())
+            skew = skew * ((torch.clamp(norm, max=alpha * count * size) + 1e-8) / (norm + 1e-8))
+            eye = torch.eye(size, dtype=torch.float64)
+            turn = strength * ((eye + skew) @ (eye - skew).inverse() - eye) + eye
+            rows = torch.from_numpy(weight[at : at + count * size]).reshape(count, size, -1)
+            expected.append(torch.einsum("knm,knp->kmp", turn, rows).reshape(count * size, -1))
+            at += count * size
+        ours = weight.copy()
+        turn_parts(ours, [clamped_rotations(p.f64(), alpha * p.shape[0] * p.shape[1], strength) for p in parts])
+        assert np.allclose(ours, torch.cat(expected).numpy(), rtol=0, atol=1e-12)
+        turn_parts(ours, [clamped_rotations(p.f64(), alpha * p.shape[0] * p.shape[1], strength) for p in parts], undo=True)
+        assert np.allclose(ours, weight, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("alpha", "strength"), [(0.02, 1.0), (5.0, 0.5), (0.0, 1.0)])
+def test_oft_of_fused_layers_is_applied(alpha: float, strength: float) -> None:
+    """The step that is taken and the formula that ``--verify`` has."""
+    parts = [some(4, n, n) for n in (3, 3, 3, 7)]
+    delta = Opaque("oft", tuple((f".oft_blocks.{i}", part) for i, part in enumerate(parts)))
+    module: Any = SimpleNamespace(scale=SimpleNamespace(alpha=scalar(alpha)), out=64)
+    placed: Any = SimpleNamespace(module=module, strength=strength)
+    weight = RNG.standard_normal((64, 10))
+    ours = weight.copy()
+    wanted = Wanted(64, 10, 10, False, "float64", strength, False, "interpolate", Rules(), None)
+    turned.oft(module, delta, wanted).change(ours, 0)
+    assert np.allclose(ours, dense_multiplied.multiplied(placed, delta, weight, (0, 64)), rtol=0, atol=1e-13)
+    with pytest.raises(CannotError, match="make 64 rows, the layer has 63"):
+        turned.oft(module, delta, wanted._replace(out=63))
+
+
+def test_oft_lists_stay_with_sd_scripts() -> None:
+    stem = "oft_unet_double_blocks_0_img_attn_qkv"
+    source = {f"{stem}.oft_blocks.{i}": some(64, 48, 48) for i in range(3)} | {f"{stem}.alpha": scalar(1e-3)}
+    adapter = parse(file(source), among=named("flux1-dev"))
+    with pytest.raises(NotRepresentableError, match="OFT"):
+        written(adapter, "comfyui")
+    one = "oft_unet_double_blocks_0_img_attn_proj"
+    alone = {f"{one}.oft_blocks.0": some(64, 48, 48), f"{one}.alpha": scalar(1e-3)}
+    (delta,) = (module.delta for module in parse(file(alone), among=named("flux1-dev")).modules.values())
+    assert isinstance(delta, Opaque)
+    assert list(delta.tensors) == [".oft_blocks"]  # a list of one is what other programs read
+
+
+@pytest.mark.parametrize("constraint", [0.0, 1e-4, 0.5])
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_diag_oft_is_lycoris(constraint: float, rescaled: bool, strength: float) -> None:
+    """Constraint times rows is the longest Q may be; rescale multiplies rows at any strength."""
+    import torch
+    from lycoris.modules.diag_oft import DiagOFTModule
+
+    torch.manual_seed(3)
+    layer = torch.nn.Conv2d(6, 12, 3)
+    blocks = torch.randn(4, 3, 3) * 0.2
+    rescale = torch.rand(12, 1, 1, 1) + 0.5 if rescaled else None
+    with torch.no_grad():
+        module = DiagOFTModule.make_module_from_state_dict("lora_x", layer, blocks, rescale, torch.tensor(constraint))
+        theirs = module.get_merged_weight(strength)[0].double().numpy().reshape(12, -1)
+    ours = layer.weight.detach().double().numpy().reshape(12, -1).copy()
+    turns = rotations(blocks.double().numpy(), constraint * 12, strength)
+    turn_rows(ours, turns, None if rescale is None else rescale.double().numpy().reshape(-1))
+    assert np.allclose(ours, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_lokr_tucker_convolution_is_lycoris(both: bool) -> None:
+    import torch
+    from lycoris.modules.lokr import LokrModule
+
+    torch.manual_seed(5)
+    layer = torch.nn.Conv2d(16, 24, 3)
+    module = LokrModule("lora_x", layer, lora_dim=1, alpha=1.5, use_tucker=True, factor=4, decompose_both=both)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        theirs = module.get_weight(layer.weight.shape).double().numpy()  # of its forward pass; its merge scales twice
+    state = {key.removeprefix("lokr_"): value for key, value in module.state_dict().items() if key.startswith("lokr_")}
+    assert "t2" in state
+    assert ("w1_a" in state) is both
+    ours = Kronecker(**{slot: of_array(value.detach().numpy(), "F32") for slot, value in state.items()})
+    assert ours.rank == 1
+    assert ours.shape == (24, 16, 3, 3)
+    assert np.allclose(ours.dense() * 1.5, theirs.reshape(ours.shape), rtol=0, atol=1e-6)
+    assert np.allclose(ours.to_low_rank().dense(), ours.dense(), rtol=0, atol=1e-12)
+
+
+# sparse residuals ---------------------------------------------------------------------------------------------------------
+
+
+def residual(out: int, columns: int, count: int = 40) -> dict[str, Tensor]:
+    places = np.stack([RNG.integers(0, out, count), RNG.integers(0, columns, count)])
+    return {
+        "bias_indices": of_array(places, "I16"),
+        "bias_values": some(count, dtype="F16"),
+        "bias_size": of_array(np.array([out, columns]), "I16"),
+    }
+
+
+def with_residual(stem: str, kernel: tuple[int, ...] = (), *, factors: bool = True) -> dict[str, Tensor]:
+    columns = 320 * int(np.prod(kernel or (1,)))
+    found = {f"{stem}.{slot}": tensor for slot, tensor in residual(320, columns).items()}
+    if factors:
+        found |= {
+            f"{stem}.lora_down.weight": some(4, 320, *kernel),
+            f"{stem}.lora_up.weight": some(320, 4, *(1 for _ in kernel)),
+        }
+        found[f"{stem}.alpha"] = scalar(3.0)
+    return found
+
+
+def dense_residual(tensors: dict[str, Tensor], stem: str) -> Float64:
+    indices, values, size = (tensors[f"{stem}.bias_{slot}"].array() for slot in ("indices", "values", "size"))
+    found = np.zeros(size)
+    for row, column, value in zip(*indices, values.astype(float), strict=True):
+        found[row, column] += value
+    return found
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("factors", [True, False])
+def test_sparse_residual_is_the_sum(kernel: tuple[int, ...], factors: bool) -> None:
+    stem = f"lora_unet_{CONV if kernel else LINEAR}"
+    source = with_residual(stem, kernel, factors=factors)
+    adapter = parse(file(source), among=named("sd1"))
+    (module,) = adapter.modules.values()
+    expected = dense_residual(source, stem)
+    if factors:
+        up, down = (source[f"{stem}.lora_{side}.weight"].f64() for side in ("up", "down"))
+        expected = (expected + up.reshape(320, 4) @ down.reshape(4, -1)) * 3.0 / 4
+    assert module.family == "sparse"
+    assert np.allclose(module.dense().reshape(320, -1), expected, rtol=0, atol=1e-14)
+    delta = module.delta
+    assert isinstance(delta, Sparse)
+    whole = delta.dense()
+    assert np.allclose(delta.to_low_rank().dense().reshape(whole.shape), whole, rtol=0, atol=1e-12)
+    ranges = [(200, 320), (10, 15)]
+    assert np.array_equal(delta.rows(ranges).dense(), np.concatenate([whole[low:high] for low, high in ranges]))
+    assert np.allclose(delta.scaled(0.5).dense(), whole * 0.5, rtol=0, atol=1e-15)
+    made = written(adapter, "comfyui", as_lora=True, dtype="fp32")
+    (up_key,), (down_key,) = ([key for key in made if key.endswith(f".lora_{side}.weight")] for side in ("up", "down"))
+    product = made[up_key].f64().reshape(320, -1) @ made[down_key].f64().reshape(made[down_key].shape[0], -1)
+    alpha = next((t.item() for key, t in made.items() if key.endswith(".alpha")), made[down_key].shape[0])
+    assert np.allclose(product * alpha / made[down_key].shape[0], expected, rtol=0, atol=1e-5)
+
+
+def test_sparse_rows_in_chunks() -> None:
+    from lorasurgery.deltas.evaluate import row_function
+
+    source = with_residual("x")
+    (own,) = group(file(source))[0].values()
+    delta = build(own, None)
+    assert delta is not None
+    rows = row_function(delta, "float64", 0.7)
+    found = np.concatenate([rows(low, high) for low, high in pairwise((0, 100, 101, 320))])
+    assert np.allclose(found, delta.dense() * 0.7, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("slot", "tensor", "message"),
+    [
+        ("bias_size", of_array(np.array([320, 321]), "I16"), "bias_size says"),
+        ("bias_indices", of_array(np.zeros((2, 3)), "I16"), "no sparse matrix"),
+        ("bias_indices", some(2, 40), "no sparse matrix"),
+        ("bias_values", None, "no bias_values"),
+    ],
+)
+def test_broken_residuals(slot: str, tensor: Tensor | None, message: str) -> None:
+    source = with_residual("x")
+    source.pop(f"x.{slot}")
+    if tensor is not None:
+        source[f"x.{slot}"] = tensor
+    (own,) = group(file(source))[0].values()
+    with pytest.raises(BrokenModuleError, match=message):
+        build(own, None)

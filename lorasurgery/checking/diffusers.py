@@ -7,6 +7,9 @@ refuse the file; what has ``lora`` in its key and another prefix is passed over 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from lorasurgery.checking.diffusers_flux import FLUX1, FLUX2
 from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, plain, refuse
 from lorasurgery.checking.diffusers_video import HUNYUAN, LTX, LTX2, WAN
@@ -32,6 +35,9 @@ from lorasurgery.checking.rules import (
     Spelling,
     table,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 UNET_PREFIX = r"^lora_(te|te1|te2|unet)_"
 LAYERS = r"\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])$"
@@ -164,12 +170,19 @@ ANIMA_AROUND = Spelling("diffusion_model.", DIFFUSERS, without=r"blocks\.|^text_
 ANIMA = plain(names=(Spelling("diffusion_model."), ANIMA_AROUND, *PLAIN.names), when=(Has(r"^diffusion_model\."),))
 MODEL_ONLY = plain(note="its pipeline has no load_lora_weights: use pipe.transformer.load_lora_adapter(FILE)")
 
+
+
+def _layers(*rows: tuple[str, tuple[Route, ...]]) -> Mapping[str, tuple[Route, ...]]:
+    """The table of a program that hands everything to PEFT's layers."""
+    return table(*((ids, tuple(replace(route, layers=True) for route in routes)) for ids, routes in rows))
+
+
 DIFFUSERS_LIBRARY = Consumer(
     "diffusers",
     "Diffusers",
     "0.42",
     "diffusers/loaders/lora_pipeline.py, lora_conversion_utils.py, peft.py (0.42.1)",
-    table(
+    _layers(
         ("sd1 sd2", (_unet(NAMES, AROUND), UNET)),
         ("sdxl", (_unet(ORIGINAL_NAMES, when=(SGM, NO_DOWN)), _unet(NAMES, AROUND), UNET)),
         ("sd3 auraflow kandinsky5 cosmos-predict2 mochi", (PLAIN,)),

@@ -16,6 +16,7 @@ from lorasurgery.checking.rules import (
     XLABS,
     EncoderSpelling,
     Has,
+    Needs,
     Note,
     Route,
     Spelling,
@@ -52,7 +53,7 @@ MIXTURE = Route(
     deletes=DORA,
     ignores_names=r"^(lora_transformer_(single_)?transformer_blocks_|lora_te1_|lora_unet_)",
     ignores_words=NOTHING,
-    needs_alpha=True,
+    needs=(Needs(ANYTHING, r"^\.lora_", (ALPHA,), "KeyError"),),
     because=(
         Note(r"^lora_transformer_", "the converter knows attention and embedders only; the rest of a block overwrites itself"),
     ),

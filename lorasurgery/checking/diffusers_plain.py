@@ -19,6 +19,7 @@ PLAIN = Route(
     deletes=DORA,
     ignores_names=NEEDS_LORA,
     ignores_words=NEEDS_LORA,
+    keeps_words=True,
     because=(
         Note(
             r"^transformer_2\.",

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from lorasurgery.checking.diffusers_plain import DORA, NEEDS_LORA, PLAIN, plain, refuse
-from lorasurgery.checking.rules import AB, ALPHA, DIFFUSERS, KOHYA, NOTHING, SD_SCRIPTS, VECTOR, Has, Note, Route, Spelling
+from lorasurgery.checking.rules import AB, ALPHA, DIFFUSERS, KOHYA, NOTHING, SD_SCRIPTS, VECTOR, Has, Needs, Note, Route, Spelling, Together
 
 WAN_BLOCK = tuple(f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo")
 IN_BLOCKS = r"^blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|[kv]_img)|ffn\.[02])$"
 AROUND = r"(time_projection\.1|head\.head|(text|time)_embedding\.[02]|img_emb\.proj\.[13])"
-NORMS = r"norm.*\.diff(_b)?$"
-PASSED = rf"{NORMS}|\.diff(_b)?$"
-"""Norms are taken out first; of what is left at the end only ``.diff`` keys are passed over."""
+LEFT = r"\.diff"
+"""What may be left over at the end of the converter: keys with ``.diff`` in them, wherever."""
 
-WAN_DOTTED = tuple(
-    Route(
+
+def _wan_dotted(words: frozenset[str], which: Has) -> Route:
+    """``_convert_non_diffusers_wan_lora_to_diffusers``: names popped one by one, and what is left must be differences."""
+    down, up = (frozenset({word}) for word in sorted(words))
+    factors, bias = (down, up), frozenset({".diff_b"})
+    return Route(
         (Spelling("diffusion_model.", only=f"{IN_BLOCKS}|{AROUND}"),),
-        words | ALPHA | {".diff_b"},
-        (Has(r"^diffusion_model\.blocks\."), when),
-        ignores_names=PASSED,
-        ignores_words=PASSED,
-        refuses=rf"{AROUND}\.alpha$",
+        words | ALPHA | bias,
+        (Has(r"^diffusion_model\.blocks\."), which),
+        ignores_names=LEFT,
+        ignores_words=LEFT,
+        words=((r"head\.head$", words | bias | {".diff"}), (AROUND, words | bias)),
+        needs=(
+            Needs(r"\.blocks\.", r"^\.alpha$", factors, "KeyError"),
+            Needs(r"(text|time)_embedding\.", "", factors, "KeyError"),
+            Needs(r"head\.head$", r"^\.diff$", (bias,), "KeyError"),
+            Needs(r"img_emb\.proj", r"^\.diff_b$", (up,)),
+        ),
+        together=(
+            Together(r"cross_attn\.[kv]_img$", "k_img", LEFT),
+            Together(r"cross_attn\.[kv]_img$", "v_img", LEFT),
+            Together(r"time_projection", r"time_projection.*\.weight$", ""),
+        ),
+        because=(Note(r"\.modulation$|norm", "the converter passes over differences of norms and bare parameters"),),
     )
-    for words, when in ((AB, Has("lora_A")), (KOHYA, Has("lora_A", "none")))
-)
+
+
+WAN_DOTTED = (_wan_dotted(AB, Has("lora_A")), _wan_dotted(KOHYA, Has("lora_A", "none")))
 MUSUBI_NAMES = tuple(f"lora_unet_blocks_{{i}}_{n.replace('.', '_')}" for n in (*WAN_BLOCK, "ffn.0", "ffn.2"))
 WAN_MUSUBI = Route(
     (Spelling("lora_unet_", flat=True, only=IN_BLOCKS),),
@@ -30,7 +46,8 @@ WAN_MUSUBI = Route(
     (Has("^lora_unet_"),),
     ignores_names=NOTHING,
     ignores_words=NOTHING,
-    needs_alpha=True,
+    needs=(Needs("", "", tuple(frozenset({word}) for word in KOHYA | ALPHA), "KeyError"),),
+    together=(Together(r"cross_attn_[kv]_img$", "k_img"), Together(r"cross_attn_[kv]_img$", "v_img")),
     complete=MUSUBI_NAMES,
     error="KeyError or ValueError",
 )

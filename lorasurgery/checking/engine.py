@@ -5,26 +5,30 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lorasurgery.checking.advice import notes
 from lorasurgery.checking.effect import effect
+from lorasurgery.checking.job import Job
+from lorasurgery.checking.layers import without_numbers
 from lorasurgery.checking.mending import mend
 from lorasurgery.checking.names import names_of
-from lorasurgery.checking.result import IGNORED, LOADS, REJECTED, UNKNOWN, Finding, Result
+from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, REJECTED, UNKNOWN, Finding, Result
+from lorasurgery.adapter import DENOISER
+from lorasurgery.files.read import said_of
 from lorasurgery.layouts.names import PREFIXES
+from lorasurgery.layouts.words import LORA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Site
-    from lorasurgery.architectures.table import Architecture
     from lorasurgery.checking.names import Known
     from lorasurgery.checking.rules import Consumer, Has, Route
     from lorasurgery.checking.subject import Item, Subject
+    from lorasurgery.layouts.entry import Entry
 
-HARMLESS = frozenset({"lokr_factor", "use_rslora_flag", "use_dora_flag"})
-"""Top-level tensors that change nothing when they are not read."""
+HARMLESS = "harmless"
 
 
 def check(subject: Subject, consumer: Consumer) -> Result:
@@ -41,9 +45,11 @@ def check(subject: Subject, consumer: Consumer) -> Result:
     route = next((r for r in routes if _applies(r, subject)), None)
     if route is None:
         return _result(subject, consumer, [], [f"{consumer.name} has no way to read these keys"], None)
-    job = Job(arch, consumer, route, names_of(arch, route), {}, {}, [])
+    absent = tuple(own for own in route.together if not any(re.search(own.key, key) for key in subject.keys))
+    job = Job(arch, consumer, route, names_of(arch, route), absent, {}, {}, [], {})
     findings = [_judge(item, job) for item in subject.items]
-    unread = [key for key in subject.others if not re.search(route.deletes, key)]
+    failures = without_numbers(job, subject.others) if route.layers else []
+    unread = [key for key in subject.others if not re.search(f"{route.deletes}|{route.reads_keys}", key)]
     bad = [key for key in unread if not re.search(route.ignores_words, key)]
     bad += [key for key in subject.keys if re.search(route.refuses, key)]
     for key in bad:
@@ -52,7 +58,7 @@ def check(subject: Subject, consumer: Consumer) -> Result:
     if route.tolerates is not None and len(passed) > route.tolerates:
         job.refuse(f"it passes over a file with more than {route.tolerates} keys it does not know", *passed)
     refusals = [_refusal(reason, keys) for reason, keys in job.refusals.items()]
-    return _result(subject, consumer, findings, [*refusals, *_missing(subject, route, job.known)], route, unread)
+    return _result(subject, consumer, findings, [*refusals, *_missing(subject, route, job.known)], route, unread, failures)
 
 
 def _refusal(reason: str, keys: Sequence[str]) -> str:
@@ -90,6 +96,7 @@ def _result(
     refusals: list[str],
     route: Route | None,
     unread: list[str] | None = None,
+    failures: Sequence[str] = (),
 ) -> Result:
     if refusals:
         own = {f.module: f for f in findings}
@@ -98,7 +105,8 @@ def _result(
     counts = Counter(f.status for f in findings)
     result = Result(
         str(subject.path), consumer, subject.architecture.key, subject.candidates, tuple(findings),
-        tuple(dict.fromkeys(refusals)), tuple(k for k in unread or () if k not in HARMLESS), counts=counts,
+        tuple(dict.fromkeys(refusals)), failures=tuple(failures), counts=counts,
+        unread_keys=tuple(k for k in unread or () if said_of(k)[1] != HARMLESS),
     )  # fmt: skip
     return replace(result, notes=notes(subject, consumer, route, result), mend=mend(subject, consumer, route, result))
 
@@ -111,30 +119,16 @@ def _kept(finding: Finding | None) -> dict[str, str]:
 # one module -------------------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """What a check has at hand while it goes through the modules."""
-
-    architecture: Architecture
-    consumer: Consumer
-    route: Route
-    known: Known
-    taken: dict[Site, str]
-    """The first name found for each site."""
-    refusals: dict[str, list[str]]
-    """Why the loader refuses the file, and the keys that make it do so."""
-    unread: list[str]
-    """Keys of modules that it passes over."""
-
-    def refuse(self, reason: str, *keys: str) -> None:
-        """Note something that makes the loader refuse the file."""
-        self.refusals.setdefault(reason, []).extend(keys)
-
-
 def _judge(item: Item, job: Job) -> Finding:
     """The verdict of one module; what makes the loader refuse the file goes to ``refusals``."""
     route = job.route
     entries = [e for e in item.group.entries.values() if not re.search(route.deletes, e.key)]
-    unread = [e for e in entries if e.suffix not in route.reads]
+    reads = next((words for names, words in route.words if re.search(names, item.stem)), route.reads)
+    unread = [e for e in entries if e.suffix not in reads]
+    without = next((own for own in job.absent if re.search(own.names, item.stem)), None)
+    if without is not None:
+        job.leave(item, [e for e in entries if not re.search(without.passed, e.key)], route.ignores_names)
+        return Finding(item.stem, IGNORED, "name", f"{job.consumer.name} reads these names only beside keys that fit {without.key}")
     for strange in (e.key for e in unread if not re.search(route.ignores_words, e.key)):
         job.refuse(f"{route.error} for keys it does not read", strange)
     site = job.known.sites.get(item.stem)
@@ -143,16 +137,33 @@ def _judge(item: Item, job: Job) -> Finding:
         for strange in (e.key for e in entries if not re.search(route.ignores_names, e.key)):
             job.refuse(f"{route.error} for keys it does not know", strange)
         return Finding(item.stem, IGNORED, *_unknown_name(item, job))
+    unread += _lonely(item, entries, job)
     job.unread.extend(e.key for e in unread)
+    if site is not None and site.component == DENOISER:
+        job.layer(item.stem, entries, unread)
     if item.problem:
-        return _broken(item, job)
+        return _broken(item, unread, job)
     return _misplaced(item, site, job) or effect(item, site, job.architecture, job.consumer, route, unread)
+
+
+def _lonely(item: Item, entries: Sequence[Entry], job: Job) -> list[Entry]:
+    """Tensors that are not read because others of their module are missing; that may stop the loader, too."""
+    found: list[Entry] = []
+    have = {e.suffix for e in entries}
+    for need in job.route.needs:
+        given = [e for e in entries if re.search(need.given, e.suffix)]
+        if not given or not re.search(need.names, item.stem) or all(have & words for words in need.words):
+            continue
+        if need.error:
+            lacking = " or ".join(sorted(next(words for words in need.words if not have & words)))
+            job.refuse(f"{need.error}: a module with {given[0].suffix} has no {lacking}", item.stem)
+        else:
+            found += given
+    return found
 
 
 def _misplaced(item: Item, site: Site | None, job: Job) -> Finding | None:
     """A module that is known by name and still finds no place."""
-    if job.route.needs_alpha and item.alpha is None and item.delta is not None:
-        job.refuse("KeyError for modules without alpha", item.stem)
     if item.misfit:
         if job.consumer.misfit == REJECTED:
             job.refuse("size mismatch", f"{item.stem}: {item.misfit}")
@@ -164,9 +175,13 @@ def _misplaced(item: Item, site: Site | None, job: Job) -> Finding | None:
     return None
 
 
-def _broken(item: Item, job: Job) -> Finding:
+def _broken(item: Item, unread: Sequence[Entry], job: Job) -> Finding:
     """Factors that do not go together. An up factor alone stops a loader that looks up its partner."""
-    if any(slot == "up" for _, slot in item.group.entries):
+    passed = {e.word.family for e in unread}
+    slots = item.group.slots(LORA)
+    if len(item.group.families()) > 1 and LORA not in passed and {"down", "up"} <= slots.keys():
+        return Finding(item.stem, CHANGED, "suffix", f"{job.consumer.name} reads its LoRA and does not read {unread[0].suffix}")
+    if "up" in slots and not job.route.layers:
         job.refuse(f"{job.route.error}: {item.problem}")
     return Finding(item.stem, IGNORED, "broken", item.problem)
 

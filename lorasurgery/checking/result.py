@@ -38,6 +38,8 @@ class Result:
     findings: tuple[Finding, ...] = ()
     refusals: tuple[str, ...] = ()
     """Why the program refuses the whole file."""
+    failures: tuple[str, ...] = ()
+    """Why every forward pass fails after the file is loaded."""
     unread_keys: tuple[str, ...] = ()
     """Keys of no module, which it passes over."""
     notes: tuple[str, ...] = ()
@@ -50,7 +52,8 @@ class Result:
     @property
     def complete(self) -> bool:
         """Whether every module loads, with the effect the file gives it."""
-        return self.known and not self.refusals and bool(self.findings) and self.counts[LOADS] == len(self.findings)
+        spoiled = self.refusals or self.failures or self.unread_keys
+        return self.known and not spoiled and bool(self.findings) and self.counts[LOADS] == len(self.findings)
 
     @property
     def verdict(self) -> str:
@@ -60,6 +63,8 @@ class Result:
             return f"unknown: nothing is recorded here about {self.consumer.name} and {self.architecture}"
         if self.refusals:
             return f"nothing loads: {self.refusals[0]}"
+        if self.failures:
+            return f"loads {loads + changed} of {total} modules, and every forward pass fails: {self.failures[0]}"
         if self.complete:
             return "loads completely"
         why = "; ".join(self.reasons()[:3])
@@ -92,6 +97,7 @@ class Result:
                 **{s: self.counts[s] for s in (LOADS, CHANGED, IGNORED, REJECTED, UNKNOWN)},
             },
             "refusals": list(self.refusals),
+            "failures": list(self.failures),
             "findings": [f._asdict() for f in self.findings if f.status != LOADS],
             "unread_keys": list(self.unread_keys),
             "notes": list(self.notes),

@@ -81,6 +81,26 @@ class Note(NamedTuple):
     text: str
 
 
+class Needs(NamedTuple):
+    """A module whose name matches ``names`` and that has a word matching ``given`` must have all of ``words``."""
+
+    names: str
+    given: str
+    words: tuple[frozenset[str], ...]
+    """Of each set, any one word."""
+    error: str = ""
+    """What is raised otherwise; empty: the given word is passed over."""
+
+
+class Together(NamedTuple):
+    """Names that are known only in a file one of whose keys matches ``key``; otherwise their keys are leftovers."""
+
+    names: str
+    key: str
+    passed: str = NOTHING
+    """Those of the leftovers that are passed over whatever else the route says of unknown names."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """One way a loader reads a file."""
@@ -100,8 +120,17 @@ class Route:
     """One such key makes it refuse the file, whatever its name and suffix."""
     tolerates: int | None = None
     """With more keys than this that it does not read it passes over the whole file; None: any number."""
-    needs_alpha: bool = False
-    """A module without alpha makes it refuse the file."""
+    words: tuple[tuple[str, frozenset[str]], ...] = ()
+    """(names, suffixes): what it reads of some names instead of ``reads``."""
+    reads_keys: str = NOTHING
+    """Keys of no module that it reads too: learned tokens, replaced norms."""
+    needs: tuple[Needs, ...] = ()
+    together: tuple[Together, ...] = ()
+    layers: bool = False
+    """PEFT's layers hold what loads: a part that one module has and another lacks stays without numbers, and the forward
+    pass fails. Diffusers makes the layers without memory (``low_cpu_mem_usage``), and PEFT makes every layer alike."""
+    keeps_words: bool = False
+    """No key gets another word on the way to PEFT, which makes a layer of every module that any ``.lora_`` key names."""
     complete: tuple[str, ...] = ()
     """Names (prefix included, ``{i}`` the block) of which every block in the file must have each, or the file is refused."""
     every_block: bool = False

@@ -16,6 +16,7 @@ from lorasurgery.checking.diffusers import DIFFUSERS_LIBRARY
 from lorasurgery.checking.rules import (
     AB,
     ALPHA,
+    ANYTHING,
     DIFF,
     DIFFUSERS,
     DORA_SCALE,
@@ -37,6 +38,7 @@ from lorasurgery.checking.rules import (
     Consumer,
     EncoderSpelling,
     Has,
+    Needs,
     Note,
     Route,
     Spelling,
@@ -121,11 +123,14 @@ def _own(*names: Spelling, encoders: tuple[EncoderSpelling, ...], reads: frozens
     return Route(names, reads, when, encoders, because=(AB_UNREAD,))
 
 
+ALPHAS = Needs(ANYTHING, r"^\.lora_", (ALPHA,), "KeyError")
+
+
 def _kohya(only: str, *, wrong: tuple[Note, ...] = ()) -> Route:
     """sd-scripts' files of FLUX.1 and SD3: converted name by name; anything left over and the rest is lost."""
     return Route(
         (Spelling("lora_unet_", flat=True, only=only),), KOHYA | ALPHA, (KOHYA_FILE,), ignores_names=NOTHING,
-        ignores_words=NOTHING, needs_alpha=True, because=(CLIP_LOST,), wrong=wrong, error="nothing loads",
+        ignores_words=NOTHING, needs=(ALPHAS,), because=(CLIP_LOST,), wrong=wrong, error="nothing loads",
     )  # fmt: skip
 
 

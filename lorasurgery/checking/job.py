@@ -1,0 +1,64 @@
+"""What a check has at hand while it goes through the modules of one file."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorasurgery.layouts.words import BIAS, FULL, LORA, MAGNITUDE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorasurgery.adapter import Site
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.checking.names import Known
+    from lorasurgery.checking.rules import Consumer, Route, Together
+    from lorasurgery.checking.subject import Item
+    from lorasurgery.layouts.entry import Entry
+
+
+class Job(NamedTuple):
+    """What is known of the file and the loader, and what was found so far."""
+
+    architecture: Architecture
+    consumer: Consumer
+    route: Route
+    known: Known
+    absent: tuple[Together, ...]
+    """Names that are not known in this file, because what must stand beside them does not."""
+    taken: dict[Site, str]
+    """The first name found for each site."""
+    refusals: dict[str, list[str]]
+    """Why the loader refuses the file, and the keys that make it do so."""
+    unread: list[str]
+    """Keys of modules that it passes over."""
+    layers: dict[str, set[str]]
+    """Modules that PEFT makes a layer of, and which parts of it the file has."""
+
+    def refuse(self, reason: str, *keys: str) -> None:
+        """Note something that makes the loader refuse the file."""
+        self.refusals.setdefault(reason, []).extend(keys)
+
+    def leave(self, item: Item, strange: Sequence[Entry], ignores: str) -> None:
+        """Pass over a module; ``strange`` are the keys that the loader may stop at."""
+        self.unread.extend(e.key for e in item.group.entries.values())
+        for entry in strange:
+            if not re.search(ignores, entry.key):
+                self.refuse(f"{self.route.error} for keys it does not know", entry.key)
+
+    def layer(self, stem: str, entries: Sequence[Entry], unread: Sequence[Entry]) -> None:
+        """Note which parts of PEFT's layer a module has."""
+        parts: set[str] = set()
+        for entry in entries:
+            if entry in unread:
+                continue
+            if entry.word.family == LORA and entry.word.slot in ("down", "up"):
+                parts.add(entry.word.slot)
+            elif entry.word.family in (BIAS, MAGNITUDE):
+                parts.add(entry.word.family)
+            elif entry.word.family == FULL:
+                parts |= {"down", "up"}
+        named = self.route.keeps_words and any(".lora_" in e.key for e in entries)
+        if parts or named:
+            self.layers.setdefault(stem, set()).update(parts)

@@ -167,7 +167,7 @@ def parameter(word: str) -> Callable[[File, str], None]:
 
     def change(file: File, stem: str) -> None:
         cut = stem.rfind(".") if "." in stem else stem.rfind("_")
-        file.put(stem[:cut] + word, torch.ones(4), (4,))
+        file.put(stem[:cut] + (word if "." in stem else word.replace(".", "_", 1)), torch.ones(4), (4,))
 
     return change
 
@@ -184,7 +184,7 @@ MUTATIONS: dict[str, Callable[[File, str], None]] = {
     "LoHa among them": lone(*LOHA), "LoKr among them": lone(*LOKR), "A/B among them": lone(*AB), "down/up among them": lone(*KOHYA),
     "diff_m": parameter(".diff_m"), "norm's diff": parameter(".norm1.diff"), "norm's bias": parameter(".norm1.diff_b"),
     "norm's w_norm": parameter(".norm1.w_norm"), "parameter's diff": parameter(".modulation.diff"),
-    "replaced norm": parameter(".norm1.linear.weight"), "q norm": parameter(".norm_q.weight"), "stray lora": parameter(".lora"),
+    "replaced norm": parameter(".norm1.linear.weight"), "q norm": parameter(".norm_q.weight"), "stray lora": parameter(".x.lora"),
     "nothing": lambda *_: None,
 }  # fmt: skip
 
@@ -200,22 +200,16 @@ class Case(NamedTuple):
     around: bool
 
 
-def cases(arch: Architecture) -> Iterator[Case]:
-    """Every spelling, every change, on two kinds of module."""
+def spellings(arch: Architecture) -> list[str]:
+    """Those that differ for a model."""
     own = arch.sd_scripts == SD_SCRIPTS
-    for spelling, (_, naming, _) in SPELLINGS.items():
-        if naming == SD_SCRIPTS and not own:
-            continue
-        for words in WORDS:
-            for around in (True, False):
-                count = len(plain(arch, spelling, words, around=around).modules)
-                for mutation in MUTATIONS:
-                    for at in range(count):
-                        yield Case(spelling, words, mutation, at, around)
+    return [name for name, (_, naming, _) in SPELLINGS.items() if own or naming != SD_SCRIPTS]
 
 
 def made(arch: Architecture, case: Case) -> File:
     """The file of a case."""
     file = plain(arch, case.spelling, case.words, around=case.around)
+    if not file.modules:
+        return file
     MUTATIONS[case.mutation](file, list(file.modules)[case.at % len(file.modules)])
     return file

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.checking.diffusers_flux import FLUX1, FLUX2
-from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, plain, refuse
+from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, WHOLE_LOKR, plain, popped, refuse
 from lorasurgery.checking.diffusers_video import HUNYUAN, LTX, LTX2, WAN
 from lorasurgery.checking.rules import (
     AB,
@@ -64,6 +64,8 @@ def _unet(*names: Spelling, when: tuple[Has, ...] = ()) -> Route:
         KOHYA_CLIP,
         deletes=DORA,
         ignores_words=NOTHING,
+        needs=popped(KOHYA),
+        shares_alpha=True,
         because=(
             Note(
                 r"_(input|output)_blocks_|_middle_block_",
@@ -87,7 +89,8 @@ def _renamed(
     """Qwen-Image's and Z-Image's converters: one prefix taken off, alphas folded, nothing else accepted."""
     doubled = Note(r"^transformer\.", "the converter, started by an alpha or `default.`, makes the prefix transformer. twice")
     return Route(
-        (Spelling(prefix, naming, flat),), words | ALPHA, when, deletes=DORA, ignores_words=NOTHING, because=(doubled,)
+        (Spelling(prefix, naming, flat),), words | ALPHA, when, deletes=DORA, ignores_words=NOTHING, because=(doubled,),
+        needs=popped(words),
     )
 
 
@@ -99,45 +102,44 @@ def _dotted(names_with_prefix: tuple[str, ...]) -> tuple[Route, ...]:
     names = tuple(Spelling(p, DIFFUSERS) for p in names_with_prefix)
     first = _renamed("", when=kohya, words=KOHYA)
     second = _renamed("", when=peft, words=AB | DEFAULT_AB)
-    return tuple(Route(names, r.reads, r.when, deletes=DORA, ignores_words=NOTHING, because=r.because) for r in (first, second))
+    return tuple(replace(route, names=names) for route in (first, second))
 
 
 FLAT = (Has("^lora_unet_"),)
-QWEN = (
+QWEN_CONVERTED = (
     _renamed("lora_unet_", when=(*FLAT, DOWN_UP), words=KOHYA, flat=True),
-    _renamed("lora_unet_", when=FLAT, words=AB, flat=True),
+    _renamed("lora_unet_", when=FLAT, words=AB | DEFAULT_AB, flat=True),
     *_dotted(("diffusion_model.", "")),
-    PLAIN,
 )
+QWEN = (*(replace(r, needs=tuple(need._replace(given=r"^\.lora") for need in r.needs)) for r in QWEN_CONVERTED), PLAIN)
+"""Its converter takes every alpha out first, with a module or without."""
 QKV = Note(r"attention\.(qkv|out)$", "the converter splits a fused qkv (and renames out) only under lora_unet_")
 Z_FLAT = Route(
     (
         Spelling("lora_unet_", DIFFUSERS, flat=True, without=r"norm_[qk]$"),
         Spelling("lora_unet_", ORIGINAL, flat=True, only=r"attention\.(qkv|out)$"),
     ),
-    KOHYA | ALPHA,
+    KOHYA | OLD | ALPHA,
     (Has("lokr_", "none"), *FLAT),
     deletes=DORA,
     ignores_words=NOTHING,
+    needs=popped(KOHYA | OLD),
 )
 Z_LOKR = Route(
     (Spelling("diffusion_model.", DIFFUSERS), Spelling("", DIFFUSERS)), LOKR | ALPHA,
     (Has(r"\.lokr_"), Has(r"^diffusion_model\.|\.alpha$")), deletes=DORA, ignores_words=NOTHING, because=(QKV,),
+    needs=WHOLE_LOKR,
 )  # fmt: skip
-Z_LOKR_PLAIN = Route((Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_words="lora|lokr")
+Z_LOKR_PLAIN = Route((Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_words="lora|lokr", needs=WHOLE_LOKR)
 
 
 def _z_dotted() -> tuple[Route, ...]:
-    kohya, peft = _dotted(("diffusion_model.", ""))
-    out = tuple(Spelling(p, ORIGINAL, only=r"attention\.out$") for p in ("diffusion_model.", ""))
-    with_out = Route(
-        (*kohya.names, *out), kohya.reads, kohya.when, deletes=DORA, ignores_words=NOTHING, because=(*kohya.because, QKV)
+    kohya, peft = (
+        replace(route, reads=route.reads | OLD, needs=popped(route.reads | OLD)) for route in _dotted(("diffusion_model.", ""))
     )
-    without = Route(
-        peft.names, peft.reads, peft.when, deletes=DORA, ignores_words=NOTHING, because=(*peft.because, QKV),
-        refuses=r"attention\.out\.alpha$",
-    )  # fmt: skip
-    return with_out, without
+    out = tuple(Spelling(p, ORIGINAL, only=r"attention\.out$") for p in ("diffusion_model.", ""))
+    with_out = replace(kohya, names=(*kohya.names, *out), because=(*kohya.because, QKV))
+    return with_out, replace(peft, because=(*peft.because, QKV), refuses=r"attention\.out\.alpha$")
 
 
 LUMINA_BLOCK = tuple(f"attention.{n}" for n in ("qkv", "out")) + tuple(f"feed_forward.w{i}" for i in (1, 2, 3))
@@ -153,6 +155,7 @@ LUMINA = Route(
     deletes=DORA,
     ignores_names=NOTHING,
     ignores_words=NOTHING,
+    needs=popped(AB),
     complete=(
         *(f"diffusion_model.{s}.{{i}}.{n}" for s in ("layers", "noise_refiner", "context_refiner") for n in LUMINA_BLOCK),
         *(f"diffusion_model.{s}.{{i}}.adaLN_modulation.1" for s in ("layers", "noise_refiner")),
@@ -160,11 +163,12 @@ LUMINA = Route(
 )
 HIDREAM = Route(
     (Spelling("diffusion_model.", DIFFUSERS),),
-    AB | VECTOR | {".lora_B.bias"},
+    PLAIN.reads,
     (Has("diffusion_model"), Has("^diffusion_model", "all")),
     deletes=DORA,
     ignores_words=NEEDS_LORA,
     ignores_names=NEEDS_LORA,
+    keeps_words=True,
 )
 ANIMA_AROUND = Spelling("diffusion_model.", DIFFUSERS, without=r"blocks\.|^text_conditioner")
 ANIMA = plain(names=(Spelling("diffusion_model."), ANIMA_AROUND, *PLAIN.names), when=(Has(r"^diffusion_model\."),))

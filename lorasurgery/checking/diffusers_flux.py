@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, refuse
+from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, WHOLE_LOKR, popped, refuse
 from lorasurgery.checking.rules import (
     AB,
     ALPHA,
@@ -31,13 +31,18 @@ EMBEDDERS = Note(
 )
 OTHERS = r"^(?!lora_unet_|diffusion_model\.)|position_embedding|text_projection|\.diff_b$"
 """What its kohya converter filters out; anything else it cannot name is refused."""
-FINAL = r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
+FINAL = r"(img_in|txt_in|(time|vector|guidance)_in[._](in|out)_layer|final_layer[._](linear|adaLN_modulation[._]1))"
+
+NORMS = r"norm.*\.diff$"
+UNET = r"^(lora_unet_|diffusion_model\.)(?!final_layer)"
 
 DOTTED_KOHYA = Route(
     (Spelling("transformer.", DIFFUSERS),),
-    KOHYA | AB,
+    KOHYA | PLAIN.reads,
     (DOWN, Has(r"^transformer\.")),
     deletes=DORA,
+    keeps_words=True,
+    words=((r"norm_(added_)?[qk]$", frozenset({".weight"})),),
     because=(Note(r"^(?!transformer\.)", "beside keys with transformer. all others are dropped"),),
 )
 MIXTURE = Route(
@@ -69,8 +74,9 @@ KOHYA_FILE = Route(
         EncoderSpelling("text_encoders.clip_l.transformer.", ("clip_l",), only=LAYERS),
     ),
     deletes=DORA,
-    ignores_names=f"{OTHERS}|^(lora_unet_|diffusion_model\\.){FINAL}.*(lora_down|lora_up|alpha)",
-    ignores_words=f"{OTHERS}|norm.*\\.diff$",
+    ignores_names=f"{OTHERS}|{NORMS}|^(lora_unet_|diffusion_model\\.){FINAL}\\.(lora_down|lora_up|alpha)",
+    ignores_words=f"{OTHERS}|{NORMS}",
+    needs=tuple(need._replace(names=UNET, given="lora|alpha") for need in popped(KOHYA)),
     because=(EMBEDDERS,),
 )
 XLABS_FILE = Route(
@@ -109,12 +115,18 @@ FAL = Route(
     complete=tuple(f"base_model.model.{c}" for c in CONTROL.complete),
     every_block=True,
 )
-FLUX1_PLAIN = replace(PLAIN, reads=PLAIN.reads | ALPHA, ignores_names=ANYTHING, ignores_words=ANYTHING)
+FLUX1_PLAIN = replace(
+    PLAIN, reads=PLAIN.reads | ALPHA, ignores_names=ANYTHING, ignores_words=ANYTHING, shares_alpha=True,
+    words=((r"norm_(added_)?[qk]$", frozenset({".weight"})),),
+)  # fmt: skip
+"""With the replaced norms of a control LoRA (``_control_lora_supported_norm_keys``)."""
+FLUX1_LOKR = replace(FLUX1_PLAIN, reads=LOKR, when=(Has(r"^transformer\..*\.lokr_"), Has(NEEDS_LORA)), needs=WHOLE_LOKR, keeps_words=False)
+"""One LoKr module makes PEFT read the whole file as LoKr."""
 NOTHING_LEFT = replace(
     refuse(DOWN.pattern), when=(DOWN, Has(r"^(lora_unet_|lora_te1?_|diffusion_model\.|text_encoders\.clip_l)", "none"))
 )
 NO_LORA = replace(refuse(NEEDS_LORA), when=(Has(NEEDS_LORA, "none"), Has(r"norm_(added_)?[qk]", "none")))
-FLUX1 = (DOTTED_KOHYA, MIXTURE, NOTHING_LEFT, KOHYA_FILE, XLABS_FILE, CONTROL, FAL, NO_LORA, FLUX1_PLAIN)
+FLUX1 = (FLUX1_LOKR, DOTTED_KOHYA, MIXTURE, NOTHING_LEFT, KOHYA_FILE, XLABS_FILE, CONTROL, FAL, NO_LORA, FLUX1_PLAIN)
 
 SWAP = Note(
     r"final_layer[._]adaLN_modulation", "the converter does not exchange the halves of the final layer's scale and shift"
@@ -127,6 +139,10 @@ FLUX2_KOHYA = Route(
     KOHYA | ALPHA,
     (DOWN,),
     deletes=DORA,
+    needs=(
+        Needs("^lora_unet_", "lora_down", (frozenset({".lora_up.weight"}),), "KeyError"),
+        Needs("^lora_unet_", "lora_up", (frozenset({".lora_down.weight"}),)),
+    ),
     because=(Note(r"^(?!lora_unet_)", "a file with lora_down is read under lora_unet_ only"),),
 )
 BFL = tuple(Spelling(p) for p in ("diffusion_model.", "base_model.model."))
@@ -136,6 +152,7 @@ LYCORIS = Route(
     LOKR | ALPHA,
     (Has(r"\.lokr_"), Has("^lycoris_")),
     deletes=DORA,
+    needs=WHOLE_LOKR,
     ignores_names=NOTHING,
     ignores_words=NOTHING,
 )
@@ -147,6 +164,7 @@ FLUX2 = (
         LOKR | ALPHA,
         (Has(r"\.lokr_"), Has(r"^(diffusion_model|base_model\.model)\.")),
         deletes=DORA,
+        needs=WHOLE_LOKR,
         ignores_names=NOTHING,
         ignores_words=NOTHING,
         wrong=(SWAP,),
@@ -156,6 +174,7 @@ FLUX2 = (
         LOKR | ALPHA,
         (Has(r"\.lokr_"), Has(r"^transformer\.", "none")),
         deletes=DORA,
+        needs=WHOLE_LOKR,
         ignores_words=NOTHING,
     ),
     Route(
@@ -163,6 +182,7 @@ FLUX2 = (
         LOKR,
         (Has(r"\.lokr_"),),
         deletes=DORA,
+        needs=WHOLE_LOKR,
         ignores_names="lora|lokr",
         ignores_words="lora|lokr",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorasurgery.checking.rules import AB, DIFFUSERS, NOTHING, OLD, VECTOR, EncoderSpelling, Has, Note, Route, Spelling
+from lorasurgery.checking.rules import AB, DIFFUSERS, NOTHING, OLD, VECTOR, EncoderSpelling, Has, Needs, Note, Route, Spelling
 
 DORA = r"dora_scale"
 """These keys are deleted with a warning before anything else."""
@@ -27,6 +27,18 @@ PLAIN = Route(
         ),
     ),
 )
+
+
+def popped(words: frozenset[str], error: str = "KeyError or ValueError") -> tuple[Needs, ...]:
+    """For converters that take a module's two factors out of the file by name: neither may be missing."""
+    ends = (("_A", "_down", ".down"), ("_B", "_up", ".up"))
+    sets = (frozenset(w for w in words if "lora" in w and any(f"{end}." in w for end in own)) for own in ends)
+    return (Needs("", "", tuple(sets), error),)
+
+
+_WHOLE_OR = tuple(frozenset({f".lokr_{w}", f".lokr_{w}_{part}"}) for w in ("w1", "w2") for part in "ab")
+WHOLE_LOKR = (Needs("", "lokr", _WHOLE_OR, "AttributeError"),)
+"""``_create_lokr_config`` asks every module for the shapes of both factors."""
 
 
 def plain(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lorasurgery.checking.diffusers_plain import DORA, NEEDS_LORA, PLAIN, plain, refuse
 from lorasurgery.checking.rules import AB, ALPHA, DIFFUSERS, KOHYA, NOTHING, SD_SCRIPTS, VECTOR, Has, Needs, Note, Route, Spelling, Together
 
@@ -57,9 +59,10 @@ QKV = Has("img_attn_qkv")
 HUNYUAN = (
     Route(
         tuple(Spelling(p, SD_SCRIPTS) for p in ("transformer.", "diffusion_model.", "")),
-        AB | {".lora_B.bias"},
+        AB | VECTOR | {".lora_B.bias"},
         (QKV,),
         deletes=DORA,
+        keeps_words=True,
         ignores_names=NEEDS_LORA,
         ignores_words=NEEDS_LORA,
         wrong=(
@@ -73,9 +76,10 @@ HUNYUAN = (
 LTX = (
     Route(
         (Spelling("diffusion_model.", DIFFUSERS),),
-        AB | VECTOR | {".lora_B.bias"},
+        PLAIN.reads,
         (Has(r"^diffusion_model\."), Has(r"^diffusion_model\.", "all")),
         deletes=DORA,
+        keeps_words=True,
         ignores_names=NEEDS_LORA,
         ignores_words=NEEDS_LORA,
         because=(
@@ -97,5 +101,5 @@ LTX2 = (
         ),
         when=(Has(r"^diffusion_model\."),),
     ),
-    PLAIN,
+    replace(PLAIN, names=(*PLAIN.names, Spelling("", only=PROJECTION))),
 )

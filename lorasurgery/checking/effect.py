@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.checking.job import Job
     from lorasurgery.checking.rules import Consumer, Route
     from lorasurgery.checking.subject import Item
     from lorasurgery.layouts.group import Entry
@@ -25,34 +26,32 @@ ADDITIVE = ("lora", "loha", "lokr", "full", "norm")
 SCALED = ("lora", "loha", "lokr")
 
 
-def effect(
-    item: Item, site: Site | None, arch: Architecture, consumer: Consumer, route: Route, unread: Sequence[Entry]
-) -> Finding:
+def effect(item: Item, site: Site | None, job: Job, unread: Sequence[Entry]) -> Finding:
     """The verdict of a module whose name is read; ``unread`` are those of its tensors whose suffix is not."""
+    consumer, route = job.consumer, job.route
     families = {e.word.family for e in unread}
-    core = [e for e in unread if e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE)]
-    if core:
-        suffix = core[0].suffix
-        return Finding(item.stem, IGNORED, "suffix", f"{consumer.name} does not read {suffix}")
     if item.delta is None and BIAS in families:
         return Finding(item.stem, IGNORED, "suffix", f"{consumer.name} does not read these biases")
     for note in route.wrong:
         if re.search(note.pattern, item.stem):
             return Finding(item.stem, CHANGED, "effect", note.text)
     return (
-        _strength(item, consumer, route)
+        _strength(item, job.consumer, route, job.alpha)
         or _dora(item, consumer, route)
-        or _bias(item, consumer, families, part=_is_part(site, arch))
+        or _bias(item, consumer, families, part=_is_part(site, job.architecture))
         or _swapped(item, site, consumer)
         or Finding(item.stem, LOADS)
     )
 
 
-def _strength(item: Item, consumer: Consumer, route: Route) -> Finding | None:
-    """Another number than the file's own in front of the product."""
+def _strength(item: Item, consumer: Consumer, route: Route, shared: float | None) -> Finding | None:
+    """Another number than the file's own in front of the product; ``shared``: what modules without alpha get."""
     if item.delta is None or item.delta.family not in SCALED:
         return None
     alpha = item.alpha
+    if alpha is None and shared is not None and item.delta.rank and not isclose(shared, item.delta.rank):
+        text = f"{shared / item.delta.rank:.4g} times as strong: without an alpha it gets that of others"
+        return Finding(item.stem, CHANGED, "strength", text)
     if alpha is not None and alpha.size != 1:
         return Finding(item.stem, IGNORED, "strength", f"an alpha of shape {list(alpha.shape)} is no number")
     reads = ".alpha" in route.reads

@@ -17,7 +17,7 @@ from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, REJECTED, UNKNO
 from lorasurgery.adapter import DENOISER
 from lorasurgery.files.read import said_of
 from lorasurgery.layouts.names import PREFIXES
-from lorasurgery.layouts.words import LORA
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ def check(subject: Subject, consumer: Consumer) -> Result:
     if route is None:
         return _result(subject, consumer, [], [f"{consumer.name} has no way to read these keys"], None)
     absent = tuple(own for own in route.together if not any(re.search(own.key, key) for key in subject.keys))
-    job = Job(arch, consumer, route, names_of(arch, route), absent, {}, {}, [], {})
+    job = Job(arch, consumer, route, names_of(arch, route), absent, _shared_alpha(subject, route), {}, {}, [], set(), {})
     findings = [_judge(item, job) for item in subject.items]
     failures = without_numbers(job, subject.others) if route.layers else []
     unread = [key for key in subject.others if not re.search(f"{route.deletes}|{route.reads_keys}", key)]
@@ -59,6 +59,12 @@ def check(subject: Subject, consumer: Consumer) -> Result:
         job.refuse(f"it passes over a file with more than {route.tolerates} keys it does not know", *passed)
     refusals = [_refusal(reason, keys) for reason, keys in job.refusals.items()]
     return _result(subject, consumer, findings, [*refusals, *_missing(subject, route, job.known)], route, unread, failures)
+
+
+def _shared_alpha(subject: Subject, route: Route) -> float | None:
+    """What a module without alpha gets: the most frequent of the file's, where the loader fills it in."""
+    alphas = [i.alpha.item() for i in subject.items if i.alpha is not None and i.alpha.size == 1] if route.shares_alpha else []
+    return Counter(alphas).most_common(1)[0][0] if alphas else None
 
 
 def _refusal(reason: str, keys: Sequence[str]) -> str:
@@ -131,19 +137,26 @@ def _judge(item: Item, job: Job) -> Finding:
         return Finding(item.stem, IGNORED, "name", f"{job.consumer.name} reads these names only beside keys that fit {without.key}")
     for strange in (e.key for e in unread if not re.search(route.ignores_words, e.key)):
         job.refuse(f"{route.error} for keys it does not read", strange)
+    unread += _lonely(item, entries, job)
     site = job.known.sites.get(item.stem)
     if site is None and re.search(route.also, item.stem) is None:
+        job.layer(item.stem, entries, unread, known=False)
         job.unread.extend(e.key for e in entries)
         for strange in (e.key for e in entries if not re.search(route.ignores_names, e.key)):
             job.refuse(f"{route.error} for keys it does not know", strange)
         return Finding(item.stem, IGNORED, *_unknown_name(item, job))
-    unread += _lonely(item, entries, job)
     job.unread.extend(e.key for e in unread)
     if site is not None and site.component == DENOISER:
-        job.layer(item.stem, entries, unread)
+        job.layer(item.stem, entries, unread, known=True)
     if item.problem:
         return _broken(item, unread, job)
-    return _misplaced(item, site, job) or effect(item, site, job.architecture, job.consumer, route, unread)
+    return _unread(item, unread, job) or _misplaced(item, site, job) or effect(item, site, job, unread)
+
+
+def _unread(item: Item, unread: Sequence[Entry], job: Job) -> Finding | None:
+    """A module whose factors have words that are not read."""
+    core = next((e for e in unread if e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE)), None)
+    return None if core is None else Finding(item.stem, IGNORED, "suffix", f"{job.consumer.name} does not read {core.suffix}")
 
 
 def _lonely(item: Item, entries: Sequence[Entry], job: Job) -> list[Entry]:

@@ -27,12 +27,16 @@ class Job(NamedTuple):
     known: Known
     absent: tuple[Together, ...]
     """Names that are not known in this file, because what must stand beside them does not."""
+    alpha: float | None
+    """What a module without alpha gets; None: its rank."""
     taken: dict[Site, str]
     """The first name found for each site."""
     refusals: dict[str, list[str]]
     """Why the loader refuses the file, and the keys that make it do so."""
     unread: list[str]
     """Keys of modules that it passes over."""
+    parts: set[str]
+    """The parts of a layer that any module has."""
     layers: dict[str, set[str]]
     """Modules that PEFT makes a layer of, and which parts of it the file has."""
 
@@ -47,18 +51,21 @@ class Job(NamedTuple):
             if not re.search(ignores, entry.key):
                 self.refuse(f"{self.route.error} for keys it does not know", entry.key)
 
-    def layer(self, stem: str, entries: Sequence[Entry], unread: Sequence[Entry]) -> None:
-        """Note which parts of PEFT's layer a module has."""
-        parts: set[str] = set()
-        for entry in entries:
-            if entry in unread:
-                continue
-            if entry.word.family == LORA and entry.word.slot in ("down", "up"):
-                parts.add(entry.word.slot)
-            elif entry.word.family in (BIAS, MAGNITUDE):
-                parts.add(entry.word.family)
-            elif entry.word.family == FULL:
-                parts |= {"down", "up"}
-        named = self.route.keeps_words and any(".lora_" in e.key for e in entries)
-        if parts or named:
-            self.layers.setdefault(stem, set()).update(parts)
+    def layer(self, stem: str, entries: Sequence[Entry], unread: Sequence[Entry], *, known: bool) -> None:
+        """Note which parts of PEFT's layer a module has; one that the model does not have counts for the others' parts."""
+        if self.route.keeps_words and any(e.key.endswith(".weight") and ".lora_B." in e.key for e in entries):
+            self.parts.add("up")
+        own = {part for entry in entries if entry not in unread for part in _parts(entry)}
+        if not known:
+            self.parts.update(own if self.route.keeps_words and stem.startswith(self.known.prefixes) else ())
+        elif own or (self.route.keeps_words and any(".lora_" in e.key for e in entries)):
+            self.parts.update(own)
+            self.layers.setdefault(stem, set()).update(own)
+
+
+def _parts(entry: Entry) -> tuple[str, ...]:
+    """What a tensor is in PEFT's layer. A whole difference becomes a factor, with a unit matrix as the other (Wan's head)."""
+    family, slot, _ = entry.word
+    if family == FULL:
+        return ("down", "up")
+    return (family,) if family in (BIAS, MAGNITUDE) else (slot,) if family == LORA and slot in ("down", "up") else ()

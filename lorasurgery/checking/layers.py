@@ -27,10 +27,9 @@ def without_numbers(job: Job, others: Sequence[str]) -> list[str]:
                 job.layers.setdefault(stem, set())
     if not job.layers:
         return []
-    everywhere = {part for parts in job.layers.values() for part in parts}
-    if "up" not in everywhere:
+    if "up" not in job.parts:
         job.refuse("IndexError: no module of the denoiser has an up factor")
-    needed = {"down", "up"} | everywhere
+    needed = {"down", "up"} | job.parts
     lacking = {stem: [PARTS[p] for p in PARTS if p in needed - parts] for stem, parts in job.layers.items() if needed - parts}
     if not lacking:
         return []

@@ -123,9 +123,11 @@ class Route:
     words: tuple[tuple[str, frozenset[str]], ...] = ()
     """(names, suffixes): what it reads of some names instead of ``reads``."""
     reads_keys: str = NOTHING
-    """Keys of no module that it reads too: learned tokens, replaced norms."""
+    """Keys of no module that it reads too: learned tokens."""
     needs: tuple[Needs, ...] = ()
     together: tuple[Together, ...] = ()
+    shares_alpha: bool = False
+    """A module without alpha gets the most frequent one of the others (``get_peft_kwargs``)."""
     layers: bool = False
     """PEFT's layers hold what loads: a part that one module has and another lacks stays without numbers, and the forward
     pass fails. Diffusers makes the layers without memory (``low_cpu_mem_usage``), and PEFT makes every layer alike."""

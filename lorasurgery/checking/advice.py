@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from lorasurgery.layouts.words import MAGNITUDE
+from lorasurgery.checking.biases import has_bias
+from lorasurgery.layouts.words import BIAS
 
 if TYPE_CHECKING:
     from lorasurgery.checking.result import Result
     from lorasurgery.checking.rules import Consumer, Route
-    from lorasurgery.checking.subject import Subject
+    from lorasurgery.checking.subject import Item, Subject
 
 
 def notes(subject: Subject, consumer: Consumer, route: Route | None, result: Result) -> tuple[str, ...]:
@@ -27,11 +28,13 @@ def notes(subject: Subject, consumer: Consumer, route: Route | None, result: Res
         )
     if result.unread_keys:
         found.append(f"{len(result.unread_keys)} further keys are passed over, first {result.unread_keys[0]}")
-    if consumer.norm_of_base and any(i.group.modifier(MAGNITUDE) is not None for i in subject.items):
-        found.append(
-            f"{consumer.name} takes a DoRA's output-axis norm of the base weight alone, not of base and change together"
-        )
+    if consumer.patches and any(i.group.modifier(BIAS) is not None and _unsure(i, subject) for i in subject.items):
+        found.append(f"whether {subject.architecture.name} has biases to add these to is not recorded here")
     return tuple(found)
+
+
+def _unsure(item: Item, subject: Subject) -> bool:
+    return item.site is not None and has_bias(subject.architecture, item.site) is None
 
 
 def saved_split(subject: Subject) -> bool:

@@ -1,4 +1,4 @@
-"""ComfyUI: ``comfy/lora.py``, ``comfy/lora_convert.py`` and ``comfy/weight_adapter`` of May 2026.
+"""ComfyUI: ``comfy/lora.py``, ``comfy/lora_convert.py`` and ``comfy/weight_adapter`` of September 2026.
 
 Every weight is known by its own name under two prefixes, for every model; the rest is aliases of single models. Nothing of
 the header is read. What has no name is passed over with a line in the log.
@@ -47,13 +47,19 @@ CLIP = r"\.(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])$|^text_projec
 """``LORA_CLIP_MAP``: of CLIP only these have names other than ComfyUI's own."""
 LAYERS = r"\.(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])$"
 FIRST_CLIP = ("clip_l", "clip_h")
+SINGLE = ("qwen3_06b", "gemma2_2b")
+"""Language models that are a model's only text encoder."""
 ENCODERS = (
     EncoderSpelling("{comfyui}."),
     EncoderSpelling("lora_te_", FIRST_CLIP, flat=True, only=LAYERS),
     EncoderSpelling("lora_te1_", FIRST_CLIP, flat=True, only=LAYERS),
     EncoderSpelling("text_encoder.", FIRST_CLIP, only=LAYERS),
     EncoderSpelling("lora_te2_", ("clip_g",), flat=True, only=CLIP),
+    EncoderSpelling("lora_te1_", ("clip_l",), flat=True, only="^text_projection$"),
     EncoderSpelling("text_encoder_2.", ("clip_g",), only=LAYERS),
+    EncoderSpelling("lora_te_", SINGLE, flat=True),
+    EncoderSpelling("text_encoders.transformer.model.", SINGLE),
+    EncoderSpelling("text_encoders.transformer.", ("t5_xxl",)),
 )
 T5 = ("t5_xxl",)
 
@@ -78,7 +84,6 @@ def _route(*names: Spelling, t5: tuple[str, ...] = (), when: tuple[Has, ...] = (
 
 
 BECAUSE = (
-    Note(r"^lora_te_layers_", "ComfyUI 2026-05 has no such name for this text encoder (later versions do)"),
     Note(
         r"^unet\..*\.attn[12]\.to_", "ComfyUI knows SD's and SDXL's attention in Diffusers' names only as attn1.processor.to_q"
     ),
@@ -89,6 +94,8 @@ BECAUSE = (
 WRONG = ()
 
 FLUX = _aliases("transformer. lycoris_ lora_transformer_ -")
+QKV = Spelling("diffusion_model.", "alias", only=r"\.linear1_qkv$")
+"""The attention rows of a single block, for every model of the FLUX class."""
 CONTROL = (Has(r"^img_in\.lora_A\.weight$"), Has(r"^single_blocks\.0\.norm\.key_norm\.scale$"))
 USO = (
     Has(r"^single_blocks\.37\.processor\.qkv_lora\.up\.weight$"),
@@ -103,23 +110,23 @@ UNET = (
     Spelling("lycoris_", DIFFUSERS, flat=True),
     *(Spelling(p, DIFFUSERS, replace=UNET_DOTTED) for p in ("", "unet.")),
 )
-FLUX1 = _route(*FLUX, *(Spelling(p, DIFFUSERS, p.endswith("_"), FLUX2_NAMES) for p, *_ in FLUX), t5=("lora_te2_", "lora_te3_"))
+FLUX1 = _route(QKV, *FLUX, *(Spelling(p, DIFFUSERS, p.endswith("_"), FLUX2_NAMES) for p, *_ in FLUX), t5=("lora_te2_", "lora_te3_"))
 TENCENT = tuple(Spelling(p, replace=HUNYUAN) for p in ("transformer.", "diffusion_model."))
 TABLES = r"scale_shift_table(_a2v_ca_(video|audio))?$|_embeddings_connector\.learnable_registers$"
 
 COMFYUI = Consumer(
     "comfyui",
     "ComfyUI",
-    "2026-05",
-    "comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter (May 2026)",
+    "2026-09",
+    "comfy/lora.py, comfy/lora_convert.py, comfy/weight_adapter (September 2026)",
     table(
         ("sd1 sd2 sdxl", (_route(*UNET),)),
         ("sd3", (_route(*_aliases("transformer. base_model.model. lora_transformer_ lycoris_"), t5=("lora_te3_",)),)),
         ("auraflow", (_route(*_aliases("transformer.")),)),
         ("pixart", (_route(*_aliases("transformer. base_model.model. unet.base_model.model."), t5=("lora_te1_",)),)),
         ("flux1", (BFL, XLABS_FILE, FLUX1)),
-        ("chroma", (_route(*_aliases("transformer. lycoris_ lora_transformer_ -", without="^distilled"), t5=("lora_te1_",)),)),
-        ("flux2", (_route(*_aliases("transformer. lycoris_ lora_transformer_ -", without="^time_guidance|_modulation")),)),
+        ("chroma", (_route(QKV, *_aliases("transformer. lycoris_ lora_transformer_ -", without="^distilled"), t5=("lora_te1_",)),)),
+        ("flux2", (_route(QKV, *_aliases("transformer. lycoris_ lora_transformer_ -", without="^time_guidance|_modulation")),)),
         ("hunyuan-video hunyuan-video-1.5", (_route(*TENCENT),)),
         ("qwen-image", (_route(*_aliases("- transformer. lycoris_", ORIGINAL)),)),
         ("hidream", (_route(*_aliases("transformer. lycoris_", ORIGINAL), t5=("lora_te3_",)),)),
@@ -128,12 +135,12 @@ COMFYUI = Consumer(
         ("z-image", (_route(*Z, also=r"^(diffusion_model|transformer)\.(x|cap)_pad_token$"),)),
         ("lumina2", (_route(*_aliases("transformer. lycoris_ -", ORIGINAL, only=LUMINA)),)),
         ("wan", (WAN_FUN, _route(also=r"^diffusion_model\.(blocks\.\d+|head)\.modulation$"))),
-        ("ltx-video ltx2", (_route(also=r"^diffusion_model\..*(" + TABLES + ")"),)),
+        ("ltx-video ltx2", (_route(*_aliases("-", ORIGINAL), also=r"^diffusion_model\..*(" + TABLES + ")"),)),
         ("framepack", ()),
     ),
     default=(_route(),),
     layout="comfyui",
     swaps=False,
     slices_bias=False,
-    norm_of_base=True,
+    patches=True,
 )  # fmt: skip

@@ -27,7 +27,7 @@ def _wan_dotted(words: frozenset[str], which: Has) -> Route:
         words=((r"head\.head$", words | bias | {".diff"}), (AROUND, words | bias)),
         needs=(
             Needs(r"\.blocks\.", r"^\.alpha$", factors, "KeyError"),
-            Needs(r"(text|time)_embedding\.", "", factors, "KeyError"),
+            Needs(r"(text|time)_embedding\.[02]$", "", factors, "KeyError"),
             Needs(r"head\.head$", r"^\.diff$", (bias,), "KeyError"),
             Needs(r"img_emb\.proj", r"^\.diff_b$", (up,)),
         ),

@@ -7,6 +7,7 @@ from math import isclose, isfinite
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.checking.patches import patched
 from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, Finding
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE, SET
 
@@ -38,6 +39,7 @@ def effect(item: Item, site: Site | None, job: Job, unread: Sequence[Entry]) -> 
     return (
         _strength(item, job.consumer, route, job.alpha)
         or _dora(item, consumer, route)
+        or (patched(item, site, job.architecture, consumer.name) if consumer.patches else None)
         or _bias(item, consumer, families, part=_is_part(site, job.architecture))
         or _swapped(item, site, consumer)
         or Finding(item.stem, LOADS)

@@ -179,8 +179,8 @@ class Consumer:
     """What becomes of a module of another shape: ``ignored``, or ``rejected`` with the whole file."""
     swaps: bool = True
     """False when a module with exchanged halves is only right for additive families (ComfyUI's patch functions)."""
-    norm_of_base: bool = False
-    """Divides a DoRA with a magnitude per output row by the norm of the base weight alone."""
+    patches: bool = False
+    """Whether ComfyUI's weight adapters patch the weights; see :mod:`lorasurgery.checking.patches`."""
     slices_bias: bool = True
     """False when the bias of a part of a fused weight cannot be addressed."""
 

@@ -92,7 +92,7 @@ FORGE = Consumer(
     layout="sd-scripts",
     misfit="rejected",
     swaps=False,
-    norm_of_base=True,
+    patches=True,
     slices_bias=False,
 )
 

@@ -15,7 +15,7 @@ from lorasurgery.io.tensors import Tensor, scalar
 from tests.real_diffusers import first_blocks, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from lorasurgery.architectures.table import Architecture, Spans
 
@@ -34,7 +34,7 @@ SPELLINGS = {
 }  # fmt: skip
 WORDS = {
     "A/B": AB, "A/B alpha": (*AB, ".alpha"), "down/up": KOHYA, "down/up alpha": (*KOHYA, ".alpha"), "old": OLD,
-    "default": DEFAULT, "LoKr": LOKR, "LoKr alpha": (*LOKR, ".alpha"),
+    "default": DEFAULT, "LoHa": LOHA, "LoKr": LOKR, "LoKr alpha": (*LOKR, ".alpha"),
 }  # fmt: skip
 
 
@@ -175,17 +175,20 @@ def parameter(word: str) -> Callable[[File, str], None]:
 MUTATIONS: dict[str, Callable[[File, str], None]] = {
     "no first factor": without(0), "no second factor": without(1), "one absent": absent, "one misspelled": misspelled,
     "bias alone": lone(".diff_b"), "PEFT's bias alone": lone(".lora_B.bias"), "diff alone": lone(".diff"),
-    "diff and bias": lone(".diff", ".diff_b"), "alpha alone": lone(".alpha"), "magnitude alone": lone(".lora_magnitude_vector"),
-    "w_norm alone": lone(".w_norm"), "strange word beside": beside(".lora_C.weight"), "strange word alone": lone(".lora_C.weight"),
+    "diff and bias": lone(".diff", ".diff_b"), "alpha alone": lone(".alpha"),
+    "magnitude alone": lone(".lora_magnitude_vector"),
+    "w_norm alone": lone(".w_norm"),
+    "strange word beside": beside(".lora_C.weight"), "strange word alone": lone(".lora_C.weight"),
     "bias on one": beside(".diff_b"), "PEFT's bias on one": beside(".lora_B.bias"), "bias on all": everywhere(".diff_b"),
     "PEFT's bias on all": everywhere(".lora_B.bias"), "magnitude on one": beside(".lora_magnitude_vector"),
     "magnitude on all": everywhere(".lora_magnitude_vector"), "dora_scale on one": beside(".dora_scale"),
     "dora_scale on all": everywhere(".dora_scale"), "alpha on one": beside(".alpha"), "diff beside": beside(".diff"),
-    "LoHa among them": lone(*LOHA), "LoKr among them": lone(*LOKR), "A/B among them": lone(*AB), "down/up among them": lone(*KOHYA),
+    "LoHa among them": lone(*LOHA), "LoKr among them": lone(*LOKR), "A/B among them": lone(*AB),
+    "down/up among them": lone(*KOHYA),
     "diff_m": parameter(".diff_m"), "norm's diff": parameter(".norm1.diff"), "norm's bias": parameter(".norm1.diff_b"),
     "norm's w_norm": parameter(".norm1.w_norm"), "parameter's diff": parameter(".modulation.diff"),
-    "replaced norm": parameter(".norm1.linear.weight"), "q norm": parameter(".norm_q.weight"), "stray lora": parameter(".x.lora"),
-    "nothing": lambda *_: None,
+    "replaced norm": parameter(".norm1.linear.weight"), "q norm": parameter(".norm_q.weight"),
+    "stray lora": parameter(".x.lora"), "nothing": lambda *_: None,
 }  # fmt: skip
 
 

@@ -16,10 +16,10 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lorasurgery.architectures.table import DIFFUSERS, flat
+from lorasurgery.architectures.table import DIFFUSERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from lorasurgery.architectures.table import Architecture, Spans
 
@@ -126,7 +126,7 @@ def load(arch: Architecture, mixin: str, tensors: Mapping[str, torch.Tensor], bl
     class Pipeline(getattr(pipelines, mixin)):  # type: ignore[misc]
         transformer_name, text_conditioner_name, connectors_name = "transformer", "text_conditioner", "connectors"
         text_encoder = text_encoder_2 = text_encoder_3 = None
-        hf_device_map, components, lora_scale = None, {}, 1.0  # noqa: RUF012 - what the loaders ask of a pipeline
+        hf_device_map, components, lora_scale = None, {}, 1.0
         load_lora_into_text_encoder = staticmethod(lambda *_, **__: None)
         _maybe_expand_transformer_param_shape_or_error_ = staticmethod(lambda *_: False)
         _maybe_expand_lora_state_dict = staticmethod(lambda transformer, lora_state_dict: lora_state_dict)

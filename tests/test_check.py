@@ -100,7 +100,80 @@ def test_dora_spellings(tmp_path: Path) -> None:
     path = made(tmp_path, z_image(*AB, (".lora_magnitude_vector", (3840,))))
     result = result_of(path, "comfyui")
     assert {f.reason for f in result.findings} == {"dora"}
-    assert result_of(made(tmp_path, z_image(*AB, (".dora_scale", (3840, 1)))), "comfyui").complete
+    assert result_of(made(tmp_path, z_image(*AB, (".dora_scale", (1, 3840)))), "comfyui").complete
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((3840, 1), "norm of the base weight alone"), ((3840,), "multiplied with the columns"),
+        ((3840, 1, 1, 1), "skipped"), ((1, 64), "skipped"),
+    ],
+)  # fmt: skip
+def test_a_magnitude_that_comfyui_takes_otherwise_is_altered(shape: tuple[int, ...], text: str, tmp_path: Path) -> None:
+    result = result_of(made(tmp_path, z_image(*AB, (".dora_scale", shape))), "comfyui")
+    assert not result.complete
+    assert result.counts == {CHANGED: 30}
+    assert text in result.findings[0].text
+
+
+STEM = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+CONV = "lora_unet_input_blocks_4_0_in_layers_2"
+BLOCKS = ("oft_blocks", (8, 80, 80))
+
+
+@pytest.mark.parametrize(
+    ("stem", "shapes", "alpha", "text"),
+    [
+        (STEM, (BLOCKS,), None, ""),
+        (STEM, (BLOCKS,), 0.0, ""),
+        (STEM, (BLOCKS,), 0.5, "another constraint"),
+        (STEM, (BLOCKS, ("rescale", (640, 1))), None, "rescale"),
+        (STEM, (("oft_blocks", (3, 8, 80, 80)),), None, "BOFT without alpha"),
+        (STEM, (("oft_blocks", (3, 8, 80, 80)), ("rescale", (640, 1))), 0.0, ""),
+        (
+            CONV,
+            (("lokr_w1", (16, 20)), ("lokr_w2_a", (4, 40)), ("lokr_w2_b", (4, 16)), ("lokr_t2", (4, 4, 3, 3))),
+            4.0,
+            "torch.kron",
+        ),
+        (CONV, (("lokr_w1", (16, 20)), ("lokr_w2", (40, 16, 3, 3))), 4.0, ""),
+        (STEM, (("lora_down.weight", (4, 640)), ("lora_up.weight", (640, 4)), ("diff_b", (640,))), 4.0, "has none there"),
+        (
+            STEM.replace("to_q", "to_out_0"),
+            (("lora_down.weight", (4, 640)), ("lora_up.weight", (640, 4)), ("diff_b", (640,))),
+            4.0,
+            "",
+        ),
+    ],
+)
+def test_what_comfyui_reads_and_uses_otherwise_is_altered(
+    stem: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], alpha: float | None, text: str, tmp_path: Path
+) -> None:
+    tensors = {f"{stem}.{word}": zeros(*shape) for word, shape in shapes}
+    tensors |= {} if alpha is None else {f"{stem}.alpha": raw(alpha, "F32")}
+    result = result_of(made(tmp_path, tensors), "comfyui", "sdxl")
+    assert result.complete == (not text), result.verdict
+    assert text in result.findings[0].text
+
+
+def test_complete_never_stands_beside_a_key_with_an_effect(tmp_path: Path) -> None:
+    tensors = z_image(*AB) | {"diffusion_model.layers.0.attention_norm1.strange": zeros(3840)}
+    result = result_of(made(tmp_path, tensors), "comfyui")
+    assert result.counts == {LOADS: 30}
+    assert not result.complete
+    assert "passed over" in result.verdict
+    harmless = made(tmp_path, z_image(*AB) | {"lokr_factor": raw(8, "I64")})
+    assert result_of(harmless, "comfyui").complete
+
+
+def test_a_mend_that_leaves_out_says_so(tmp_path: Path) -> None:
+    """A norm has no place in Diffusers' file: leaving it out is offered as the choice that it is."""
+    tensors = z_image(*AB) | {"diffusion_model.layers.0.attention_norm1.w_norm": zeros(3840)}
+    result = result_of(made(tmp_path, tensors), "diffusers")
+    assert result.mend is not None
+    assert "--lossy" in result.mend
+    assert any("leaves out" in note and "choice" in note for note in result.notes)
 
 
 def test_a_part_of_a_fused_weight_has_no_bias_in_comfyui(tmp_path: Path) -> None:
@@ -214,7 +287,7 @@ def test_torch_and_numpy_are_not_imported() -> None:
     code = (
         "import sys; from lorasurgery.checking.consumers import consumer; from lorasurgery.checking.engine import check;"
         "from lorasurgery.checking.subject import read_subject;"
-        f"check(read_subject({str(FIXTURES / 'samples' / 'z_image_lokr.safetensors')!r}), consumer('comfyui'));"
+        f"check(read_subject({str(FIXTURES / 'samples' / 'z_image_lokr.safetensors')!r}), consumer('musubi'));"
         "print({'torch', 'numpy', 'safetensors'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

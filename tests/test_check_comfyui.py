@@ -49,9 +49,15 @@ NO_WEIGHT_HERE = {
 @cache
 def maps() -> dict[str, dict[str, list[Any]]]:
     found: dict[str, dict[str, list[Any]]] = json.loads(gzip.decompress(MAPS.read_bytes()))
+    for key in LATER_BARE:
+        own = {name.removeprefix(OWN): to for name, to in found[key].items() if name.startswith(OWN)}
+        found[key] |= {name: to for name, to in own.items() if not re.search(r"table|registers|\.bias$", name)}
     return found
 
 
+OWN = "diffusion_model."
+LATER_BARE = ("ltx_video", "ltx2")
+"""Models whose own names ComfyUI takes without a prefix since the maps were read (``comfy/lora.py``, 2026-09)."""
 MODELS = [key for key, reference in REFERENCES.items() if reference in maps()]
 
 
@@ -109,7 +115,8 @@ ENCODERS = {
     "flux1-dev": ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder."),
     "sd3-medium": ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder.", "text_encoder_2."),
     "chroma": ("lora_te1_",),
-    "lumina2": (),
+    "lumina2": ("lora_te_",),
+    "anima": ("lora_te_",),
 }
 """Prefixes of ``model_lora_keys_clip`` besides the encoders' own names."""
 

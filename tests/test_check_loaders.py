@@ -18,15 +18,14 @@ import torch
 
 from lorasurgery.architectures import architectures
 from lorasurgery.checking.diffusers import DIFFUSERS_LIBRARY
-from lorasurgery.checking.engine import check
+from lorasurgery.checking.engine import verdict_of
 from lorasurgery.checking.result import CHANGED, IGNORED, LOADS
 from lorasurgery.checking.subject import subject_of
 from lorasurgery.io.header import RawFile
-from tests.loader_variants import ALPHA, MUTATIONS, RANK, SPELLINGS, WORDS, Case, File, made, plain, spellings
+from tests.loader_variants import ALPHA, MUTATIONS, RANK, WORDS, Case, File, made, plain, spellings
 from tests.real_diffusers import load, rows_of
 
 if TYPE_CHECKING:
-    from lorasurgery.architectures.table import Architecture
     from lorasurgery.checking.result import Result
     from lorasurgery.checking.subject import Item
     from tests.real_diffusers import Loaded
@@ -52,6 +51,12 @@ LEFT_OUT = {
     ("old", "A/B among them"): ORDER, ("old", "magnitude on all"): ORDER, ("old", "magnitude on one"): ORDER,
     ("old", "magnitude alone"): ORDER,
 }  # fmt: skip
+ODD = {
+    ("z-image", "diffusion_model. original", "old"),
+    *((key, "component.", words) for key in ("flux1-dev", "chroma") for words in ("LoKr", "LoKr alpha")),
+}
+"""Words that nobody writes under these names (Diffusers splits the fused weights of such a file); and a LoKr whose rank PEFT
+takes from the widths, which are one here, of names that end in each other's."""
 ALL = bool(os.environ.get("LORASURGERY_ALL_VARIANTS"))
 SAMPLE = 48
 """Variants of a model in a default run."""
@@ -85,7 +90,8 @@ def variants(key: str) -> list[Case]:
         good, bad = rng.sample(all_words, len(all_words)), []
     cases = [
         Case(spelling, words, mutation, rng.randrange(1000), around=rng.random() < 0.5)
-        for spelling, words in [*good, *bad] for mutation in MUTATIONS if (words, mutation) not in LEFT_OUT
+        for spelling, words in [*good, *bad] for mutation in MUTATIONS
+        if (words, mutation) not in LEFT_OUT and (key, spelling, words) not in ODD
     ]  # fmt: skip
     return cases if ALL else rng.sample(cases, SAMPLE)
 
@@ -124,7 +130,7 @@ def disagreement(key: str, case: Case) -> tuple[object, ...] | None:
     if not file.raw:
         return None
     subject = subject_of(RawFile(Path("x.safetensors"), file.raw, {}), among=(arch,))
-    result, loaded = check(subject, DIFFUSERS_LIBRARY), load(arch, MIXINS[key], file.tensors)
+    result, loaded = verdict_of(subject, DIFFUSERS_LIBRARY)[0], load(arch, MIXINS[key], file.tensors)
     fails = loaded.error.startswith("forward")
     if loaded.error and not fails:
         return None if nothing(result) else (case, result.verdict, loaded.error)
@@ -143,6 +149,17 @@ def nothing(result: Result) -> bool:
 @pytest.mark.parametrize("key", MIXINS)
 def test_the_verdicts_are_what_the_loader_does(key: str) -> None:
     assert [wrong for case in variants(key) if (wrong := disagreement(key, case)) is not None] == []
+
+
+@pytest.mark.parametrize("key", MIXINS)
+def test_the_verdicts_on_plain_files(key: str) -> None:
+    """Every spelling with every set of words, whether the loader takes it or not."""
+    cases = [
+        Case(spelling, words, "nothing", 0, around=around)
+        for spelling in spellings(architectures()[key]) for words in WORDS for around in (True, False)
+        if (key, spelling, words) not in ODD
+    ]  # fmt: skip
+    assert [wrong for case in cases if (wrong := disagreement(key, case)) is not None] == []
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from lorasurgery.checking.biases import has_bias
+from lorasurgery.checking.patches import has_bias
 from lorasurgery.layouts.words import BIAS
 
 if TYPE_CHECKING:

@@ -110,9 +110,20 @@ UNET = (
     Spelling("lycoris_", DIFFUSERS, flat=True),
     *(Spelling(p, DIFFUSERS, replace=UNET_DOTTED) for p in ("", "unet.")),
 )
-FLUX1 = _route(QKV, *FLUX, *(Spelling(p, DIFFUSERS, p.endswith("_"), FLUX2_NAMES) for p, *_ in FLUX), t5=("lora_te2_", "lora_te3_"))
+FLUX1 = _route(
+    QKV, *FLUX, *(Spelling(p, DIFFUSERS, p.endswith("_"), FLUX2_NAMES) for p, *_ in FLUX), t5=("lora_te2_", "lora_te3_")
+)
 TENCENT = tuple(Spelling(p, replace=HUNYUAN) for p in ("transformer.", "diffusion_model."))
 TABLES = r"scale_shift_table(_a2v_ca_(video|audio))?$|_embeddings_connector\.learnable_registers$"
+
+LTX = Route(
+    tuple(own._replace(without=r"^text_embedding_projection") for own in (*NATIVE, Spelling(""))),
+    READS,
+    encoders=ENCODERS,
+    also=rf"^diffusion_model\..*({TABLES})",
+    because=BECAUSE,
+    error="KeyError",
+)
 
 COMFYUI = Consumer(
     "comfyui",
@@ -125,7 +136,7 @@ COMFYUI = Consumer(
         ("auraflow", (_route(*_aliases("transformer.")),)),
         ("pixart", (_route(*_aliases("transformer. base_model.model. unet.base_model.model."), t5=("lora_te1_",)),)),
         ("flux1", (BFL, XLABS_FILE, FLUX1)),
-        ("chroma", (_route(QKV, *_aliases("transformer. lycoris_ lora_transformer_ -", without="^distilled"), t5=("lora_te1_",)),)),
+        ("chroma", (_route(QKV, *(own._replace(without="^distilled") for own in FLUX), t5=("lora_te1_",)),)),
         ("flux2", (_route(QKV, *_aliases("transformer. lycoris_ lora_transformer_ -", without="^time_guidance|_modulation")),)),
         ("hunyuan-video hunyuan-video-1.5", (_route(*TENCENT),)),
         ("qwen-image", (_route(*_aliases("- transformer. lycoris_", ORIGINAL)),)),
@@ -135,7 +146,7 @@ COMFYUI = Consumer(
         ("z-image", (_route(*Z, also=r"^(diffusion_model|transformer)\.(x|cap)_pad_token$"),)),
         ("lumina2", (_route(*_aliases("transformer. lycoris_ -", ORIGINAL, only=LUMINA)),)),
         ("wan", (WAN_FUN, _route(also=r"^diffusion_model\.(blocks\.\d+|head)\.modulation$"))),
-        ("ltx-video ltx2", (_route(*_aliases("-", ORIGINAL), also=r"^diffusion_model\..*(" + TABLES + ")"),)),
+        ("ltx-video ltx2", (LTX,)),
         ("framepack", ()),
     ),
     default=(_route(),),

@@ -89,7 +89,12 @@ def _renamed(
     """Qwen-Image's and Z-Image's converters: one prefix taken off, alphas folded, nothing else accepted."""
     doubled = Note(r"^transformer\.", "the converter, started by an alpha or `default.`, makes the prefix transformer. twice")
     return Route(
-        (Spelling(prefix, naming, flat),), words | ALPHA, when, deletes=DORA, ignores_words=NOTHING, because=(doubled,),
+        (Spelling(prefix, naming, flat),),
+        words | ALPHA,
+        when,
+        deletes=DORA,
+        ignores_words=NOTHING,
+        because=(doubled,),
         needs=popped(words),
     )
 
@@ -130,7 +135,9 @@ Z_LOKR = Route(
     (Has(r"\.lokr_"), Has(r"^diffusion_model\.|\.alpha$")), deletes=DORA, ignores_words=NOTHING, because=(QKV,),
     needs=WHOLE_LOKR,
 )  # fmt: skip
-Z_LOKR_PLAIN = Route((Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_words="lora|lokr", needs=WHOLE_LOKR)
+Z_LOKR_PLAIN = Route(
+    (Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_words="lora|lokr", needs=WHOLE_LOKR
+)
 
 
 def _z_dotted() -> tuple[Route, ...]:
@@ -173,7 +180,6 @@ HIDREAM = Route(
 ANIMA_AROUND = Spelling("diffusion_model.", DIFFUSERS, without=r"blocks\.|^text_conditioner")
 ANIMA = plain(names=(Spelling("diffusion_model."), ANIMA_AROUND, *PLAIN.names), when=(Has(r"^diffusion_model\."),))
 MODEL_ONLY = plain(note="its pipeline has no load_lora_weights: use pipe.transformer.load_lora_adapter(FILE)")
-
 
 
 def _layers(*rows: tuple[str, tuple[Route, ...]]) -> Mapping[str, tuple[Route, ...]]:

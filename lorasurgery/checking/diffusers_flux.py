@@ -56,13 +56,16 @@ MIXTURE = Route(
     (DOWN, Has(r"^lora_transformer_.*(lora_down|lora_up|alpha)")),
     (EncoderSpelling("lora_te1_", ("clip_l",), flat=True, only=LAYERS),),
     deletes=DORA,
-    ignores_names=r"^(lora_transformer_(single_)?transformer_blocks_|lora_te1_|lora_unet_)",
+    ignores_names=r"^(lora_te1_|lora_unet_)",
     ignores_words=NOTHING,
     needs=(Needs(ANYTHING, r"^\.lora_", (ALPHA,), "KeyError"),),
     because=(
-        Note(r"^lora_transformer_", "the converter knows attention and embedders only; the rest of a block overwrites itself"),
+        Note(
+            r"^lora_transformer_",
+            "the converter knows attention and embedders only, and PEFT makes no layer of the block that it names for the rest",
+        ),
     ),
-    error="AssertionError or KeyError",
+    error="AssertionError, KeyError or ValueError",
 )
 KOHYA_FILE = Route(
     tuple(Spelling(p, flat=f, only=BLOCKS) for p, f in (("lora_unet_", True), ("diffusion_model.", False))),
@@ -120,7 +123,9 @@ FLUX1_PLAIN = replace(
     words=((r"norm_(added_)?[qk]$", frozenset({".weight"})),),
 )  # fmt: skip
 """With the replaced norms of a control LoRA (``_control_lora_supported_norm_keys``)."""
-FLUX1_LOKR = replace(FLUX1_PLAIN, reads=LOKR, when=(Has(r"^transformer\..*\.lokr_"), Has(NEEDS_LORA)), needs=WHOLE_LOKR, keeps_words=False)
+FLUX1_LOKR = replace(
+    FLUX1_PLAIN, reads=LOKR, when=(Has(r"^transformer\..*\.lokr_"), Has(NEEDS_LORA)), needs=WHOLE_LOKR, keeps_words=False
+)
 """One LoKr module makes PEFT read the whole file as LoKr."""
 NOTHING_LEFT = replace(
     refuse(DOWN.pattern), when=(DOWN, Has(r"^(lora_unet_|lora_te1?_|diffusion_model\.|text_encoders\.clip_l)", "none"))

@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorasurgery.checking.diffusers_plain import DORA, NEEDS_LORA, PLAIN, plain, refuse
-from lorasurgery.checking.rules import AB, ALPHA, DIFFUSERS, KOHYA, NOTHING, SD_SCRIPTS, VECTOR, Has, Needs, Note, Route, Spelling, Together
+from lorasurgery.checking.rules import (
+    AB,
+    ALPHA,
+    DIFFUSERS,
+    KOHYA,
+    NOTHING,
+    SD_SCRIPTS,
+    VECTOR,
+    Has,
+    Needs,
+    Note,
+    Route,
+    Spelling,
+    Together,
+)
 
 WAN_BLOCK = tuple(f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo")
 IN_BLOCKS = r"^blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|[kv]_img)|ffn\.[02])$"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.checking.patches import patched
 from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, Finding
-from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE, SET
+from lorasurgery.layouts.words import BIAS, MAGNITUDE, SET
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import DENOISER
 from lorasurgery.checking.advice import notes
 from lorasurgery.checking.effect import effect
 from lorasurgery.checking.job import Job
@@ -14,7 +15,6 @@ from lorasurgery.checking.layers import without_numbers
 from lorasurgery.checking.mending import mend
 from lorasurgery.checking.names import names_of
 from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, REJECTED, UNKNOWN, Finding, Result
-from lorasurgery.adapter import DENOISER
 from lorasurgery.files.read import said_of
 from lorasurgery.layouts.names import PREFIXES
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE
@@ -32,23 +32,37 @@ HARMLESS = "harmless"
 
 
 def check(subject: Subject, consumer: Consumer) -> Result:
-    """What ``consumer`` makes of a file: the first route whose conditions its keys meet reads all of it."""
-    arch = subject.architecture
-    routes = consumer.models.get(arch.id, consumer.default)
+    """What ``consumer`` makes of a file, and the command that mends it."""
+    result, route = verdict_of(subject, consumer)
+    if not result.known:
+        return result
+    found = mend(subject, consumer, route, result, lambda other: verdict_of(other, consumer)[0])
+    said = (*notes(subject, consumer, route, result), *([found.note] if found.note else []))
+    return replace(result, notes=said, mend=found.command)
+
+
+def verdict_of(subject: Subject, consumer: Consumer) -> tuple[Result, Route | None]:
+    """The first route whose conditions the keys meet reads all of the file."""
+    routes = consumer.models.get(subject.architecture.id, consumer.default)
     if not routes:
-        return _no_model(subject, consumer)
+        return _no_model(subject, consumer), None
     if consumer.folder and not subject.layout_folder:
-        return _result(subject, consumer, [], [f"{consumer.name} reads a folder with adapter_config.json, not a file"], None)
+        return _result(subject, consumer, [], [f"{consumer.name} reads a folder with adapter_config.json, not a file"]), None
     if subject.numbered:
         text = f"the modules are numbered, not named; {consumer.name} does not read that"
-        return _result(subject, consumer, [Finding(i.stem, IGNORED, "name", text) for i in subject.items], [], None)
+        return _result(subject, consumer, [Finding(i.stem, IGNORED, "name", text) for i in subject.items], []), None
     route = next((r for r in routes if _applies(r, subject)), None)
     if route is None:
-        return _result(subject, consumer, [], [f"{consumer.name} has no way to read these keys"], None)
+        return _result(subject, consumer, [], [f"{consumer.name} has no way to read these keys"]), None
+    return _read(subject, consumer, route), route
+
+
+def _read(subject: Subject, consumer: Consumer, route: Route) -> Result:
+    arch = subject.architecture
     absent = tuple(own for own in route.together if not any(re.search(own.key, key) for key in subject.keys))
     job = Job(arch, consumer, route, names_of(arch, route), absent, _shared_alpha(subject, route), {}, {}, [], set(), {})
     findings = [_judge(item, job) for item in subject.items]
-    failures = without_numbers(job, subject.others) if route.layers else []
+    failures = without_numbers(job, subject) if route.layers else []
     unread = [key for key in subject.others if not re.search(f"{route.deletes}|{route.reads_keys}", key)]
     bad = [key for key in unread if not re.search(route.ignores_words, key)]
     bad += [key for key in subject.keys if re.search(route.refuses, key)]
@@ -58,7 +72,7 @@ def check(subject: Subject, consumer: Consumer) -> Result:
     if route.tolerates is not None and len(passed) > route.tolerates:
         job.refuse(f"it passes over a file with more than {route.tolerates} keys it does not know", *passed)
     refusals = [_refusal(reason, keys) for reason, keys in job.refusals.items()]
-    return _result(subject, consumer, findings, [*refusals, *_missing(subject, route, job.known)], route, unread, failures)
+    return _result(subject, consumer, findings, [*refusals, *_missing(subject, route, job.known)], unread, failures)
 
 
 def _shared_alpha(subject: Subject, route: Route) -> float | None:
@@ -100,21 +114,18 @@ def _result(
     consumer: Consumer,
     findings: list[Finding],
     refusals: list[str],
-    route: Route | None,
-    unread: list[str] | None = None,
+    unread: Sequence[str] = (),
     failures: Sequence[str] = (),
 ) -> Result:
     if refusals:
         own = {f.module: f for f in findings}
         rejected = Finding("", REJECTED, "file", refusals[0])
         findings = [rejected._replace(module=i.stem, **_kept(own.get(i.stem))) for i in subject.items]
-    counts = Counter(f.status for f in findings)
-    result = Result(
+    return Result(
         str(subject.path), consumer, subject.architecture.key, subject.candidates, tuple(findings),
-        tuple(dict.fromkeys(refusals)), failures=tuple(failures), counts=counts,
-        unread_keys=tuple(k for k in unread or () if said_of(k)[1] != HARMLESS),
+        tuple(dict.fromkeys(refusals)), failures=tuple(failures), counts=Counter(f.status for f in findings),
+        unread_keys=tuple(key for key in unread if said_of(key)[1] != HARMLESS),
     )  # fmt: skip
-    return replace(result, notes=notes(subject, consumer, route, result), mend=mend(subject, consumer, route, result))
 
 
 def _kept(finding: Finding | None) -> dict[str, str]:
@@ -134,10 +145,12 @@ def _judge(item: Item, job: Job) -> Finding:
     without = next((own for own in job.absent if re.search(own.names, item.stem)), None)
     if without is not None:
         job.leave(item, [e for e in entries if not re.search(without.passed, e.key)], route.ignores_names)
-        return Finding(item.stem, IGNORED, "name", f"{job.consumer.name} reads these names only beside keys that fit {without.key}")
+        return Finding(
+            item.stem, IGNORED, "name", f"{job.consumer.name} reads these names only beside keys that fit {without.key}"
+        )
     for strange in (e.key for e in unread if not re.search(route.ignores_words, e.key)):
         job.refuse(f"{route.error} for keys it does not read", strange)
-    unread += _lonely(item, entries, job)
+    unread += _lonely(item, entries, unread, job)
     site = job.known.sites.get(item.stem)
     if site is None and re.search(route.also, item.stem) is None:
         job.layer(item.stem, entries, unread, known=False)
@@ -159,11 +172,14 @@ def _unread(item: Item, unread: Sequence[Entry], job: Job) -> Finding | None:
     return None if core is None else Finding(item.stem, IGNORED, "suffix", f"{job.consumer.name} does not read {core.suffix}")
 
 
-def _lonely(item: Item, entries: Sequence[Entry], job: Job) -> list[Entry]:
+def _lonely(item: Item, entries: Sequence[Entry], unread: Sequence[Entry], job: Job) -> list[Entry]:
     """Tensors that are not read because others of their module are missing; that may stop the loader, too."""
     found: list[Entry] = []
     have = {e.suffix for e in entries}
+    strange = any(e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE) for e in unread)
     for need in job.route.needs:
+        if strange and not need.names:
+            continue
         given = [e for e in entries if re.search(need.given, e.suffix)]
         if not given or not re.search(need.names, item.stem) or all(have & words for words in need.words):
             continue

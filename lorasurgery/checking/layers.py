@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorasurgery.checking.lokr import unfit
+from lorasurgery.checking.rules import DIFFUSERS, LOKR
 from lorasurgery.layouts.words import BIAS, MAGNITUDE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lorasurgery.checking.job import Job
+    from lorasurgery.checking.subject import Subject
 
 PARTS = {"down": "down factor", "up": "up factor", BIAS: "bias", MAGNITUDE: "magnitude"}
 
 
-def without_numbers(job: Job, others: Sequence[str]) -> list[str]:
+def without_numbers(job: Job, subject: Subject) -> list[str]:
     """Why every forward pass fails after loading; empty when it does not. A file without any up factor is refused."""
+    if job.route.reads >= LOKR:
+        known = [item for item in subject.items if item.stem in job.known.sites]
+        names = {spans: name for name, spans in job.architecture.namings[DIFFUSERS].items()}
+        refusal, odd = unfit(known, {i.stem: names.get(job.known.sites[i.stem].spans, i.stem) for i in known})
+        if refusal:
+            job.refuse(refusal)
+        return [f"{odd[0]} has other factors than PEFT makes for its rank" + _more(len(odd))] if odd else []
     if job.route.keeps_words:
-        for key in others:
+        for key in subject.others:
             stem = key.rpartition(".lora_")[0]
             if stem in job.known.sites:
                 job.layers.setdefault(stem, set())
@@ -34,6 +42,9 @@ def without_numbers(job: Job, others: Sequence[str]) -> list[str]:
     if not lacking:
         return []
     first, words = next(iter(lacking.items()))
-    count = f", as {len(lacking) - 1} other modules are" if len(lacking) > 2 else ", as another module is" if len(lacking) == 2 else ""
     why = "others have one" if set(words) & {PARTS[BIAS], PARTS[MAGNITUDE]} else "its layer needs both factors"
-    return [f"{first} is left without its {' and '.join(words)} ({why}){count}"]
+    return [f"{first} is left without its {' and '.join(words)} ({why})" + _more(len(lacking))]
+
+
+def _more(count: int) -> str:
+    return f" ({count} modules)" if count > 1 else ""

@@ -1,99 +1,162 @@
-"""The command that mends a file for a program, from the header alone; nothing is promised that the rules cannot see."""
+"""The command that mends a file for a program: tried in memory on this very file, on headers alone, before it is offered."""
 
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.checking.advice import saved_split
-from lorasurgery.layouts.targets import KOHYA, SUFFIXES, layout
-from lorasurgery.layouts.words import BIAS, LOKR, LORA, MAGNITUDE, NORM
+from lorasurgery.checking.result import CHANGED, LOADS
+from lorasurgery.errors import SurgeryError
+from lorasurgery.io.header import RawFile
+from lorasurgery.io.tensors import Tensor
+from lorasurgery.layouts.targets import layout, written_in
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator
 
+    from lorasurgery.adapter import Adapter
     from lorasurgery.checking.result import Result
     from lorasurgery.checking.rules import Consumer, Route
-    from lorasurgery.checking.subject import Item, Subject
+    from lorasurgery.checking.subject import Subject
+    from lorasurgery.layouts.scales import PeftConfig
     from lorasurgery.layouts.targets import Layout
+    from lorasurgery.report import Report
 
-TO_LORA = frozenset({"loha", "lokr", "full", "miss"})
-"""Families that ``--as lora`` turns into a LoRA exactly."""
+FAILURES = (SurgeryError, ArithmeticError, LookupError, OSError, TypeError, ValueError)
+"""A file that cannot be converted is no reason to give no verdict."""
+READ = 16
+"""Tensors of at most so many elements are read: alphas, flags, shapes. The others are taken for ones."""
 
 
-def mend(subject: Subject, consumer: Consumer, route: Route | None, result: Result) -> str | None:
-    """The conversion whose result the program loads completely, or None where there is none or it cannot be foreseen."""
+class Mend(NamedTuple):
+    """A command whose result is known, or why there is none."""
+
+    command: str | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One conversion: the words of its command after input and output, and what it makes of the file."""
+
+    suffix: str
+    words: tuple[str, ...]
+    verb: str = "convert"
+    as_lora: bool = False
+    lossy: bool = False
+
+
+def mend(subject: Subject, consumer: Consumer, route: Route | None, result: Result, check: Callable[[Subject], Result]) -> Mend:
+    """The first conversion whose result ``check`` calls complete, else the one of which most loads, else why there is none."""
     chosen = consumer.layout if route is None or route.layout is None else route.layout
-    items = [item for item in subject.items if item.site is not None]
-    if chosen is None or result.complete or not items or any(item.problem or item.misfit for item in items):
-        return None
-    target = layout(chosen)
-    routes = _for_target(consumer.models.get(subject.architecture.id, consumer.default), target, subject.architecture.denoiser)
-    families = {_family(item) for item in items}
-    lossy = families - target.holds - TO_LORA
-    kept = [item for item in items if _family(item) not in lossy]
-    as_lora = _as_lora(families, target, routes)
-    if not kept or not all(_can_load(item, target, routes, as_lora=as_lora) for item in kept):
-        return None
-    words = ["lorasurgery", "convert", str(subject.path), _output(subject, target.id, consumer), "--target", target.id]
-    words += ["--as", "lora"] if as_lora else []
-    words += ["--lossy"] if lossy else []
-    words += ["--fix-split-alpha"] if saved_split(subject) else []
-    words += ["--arch", subject.architecture.id] if subject.candidates else []
-    return shlex.join(words)
+    has_loader = bool(consumer.models.get(subject.architecture.id, consumer.default))
+    if chosen is None or result.complete or not subject.items or subject.raw is None or not has_loader:
+        return Mend(None)
+    raw, best, most, why = _hollow(subject.raw), Mend(None), _worth(result), ""
+    for way in _ways(chosen, subject):
+        try:
+            after, left = _tried(way, layout(chosen), subject, raw, check)
+        except FAILURES as error:
+            why = why or (error.message if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}")
+            continue
+        if after.complete:
+            return Mend(_command(way, subject, consumer), _left_out(left))
+        why = why or after.verdict
+        if _worth(after) > most:
+            best, most = Mend(_command(way, subject, consumer), f"after the command below it {after.verdict}"), _worth(after)
+    return best if best.command else Mend(None, f"no conversion makes a file that {consumer.name} loads completely: {why}")
 
 
-def _for_target(routes: tuple[Route, ...], target: Layout, denoiser: str) -> Sequence[Route]:
-    """The ways to read a file that the target's prefix may take; all where none is known by it."""
-    prefix = target.denoiser.prefix.format(denoiser=denoiser, prefix="diffusion_model.")
-    own = [r for r in routes if any(spelling.prefix.format(denoiser=denoiser) == prefix for spelling in r.names)]
-    return own or routes
+def _worth(result: Result) -> int:
+    """How much of a file is used: modules that load count twice, those with another effect once."""
+    return 0 if result.refusals or result.failures else 2 * result.counts[LOADS] + result.counts[CHANGED]
 
 
-def _family(item: Item) -> str:
-    return "bias" if item.delta is None else item.delta.family
+def _ways(target: str, subject: Subject) -> Iterator[_Way]:
+    """Exact ones first, then those that leave something out."""
+    for lossy in (False, True):
+        for as_lora in (False, True):
+            words = ("--target", target, *(["--as", "lora"] if as_lora else []), *(["--lossy"] if lossy else []))
+            yield _Way(target, words, as_lora=as_lora, lossy=lossy)
+    if any(item.site is None for item in subject.items):
+        key = subject.architecture.key
+        yield _Way(key, ("--prune-for", key), verb="prune")
 
 
-def _as_lora(families: set[str], target: Layout, routes: Sequence[Route]) -> bool:
-    """Whether the target or the program needs LoRA instead; a PEFT folder has one family, and its LoKr a shape of its own."""
-    foreign = {f for f in families & TO_LORA if f not in target.holds or not _reads_family(f, routes)}
-    return bool(foreign) or (target.id == "peft" and (len(families) > 1 or LOKR in families))
-
-
-def _reads_family(family: str, routes: Sequence[Route]) -> bool:
-    """Whether any of the program's ways to read this model's files knows the family's words."""
-    telling = {"full": ".diff", "loha": ".hada_w1_a", "lokr": ".lokr_w1", "miss": ".miss_block"}
-    return any(telling[family] in route.reads for route in routes)
-
-
-def _can_load(item: Item, target: Layout, routes: Sequence[Route], *, as_lora: bool) -> bool:
-    """Whether a module can arrive whole: its component, its bias and magnitude, and every tensor that keeps its word."""
-    if item.site is not None and item.site.component in TEXT_ENCODERS and not _reads_encoder(item.site.component, routes):
-        return False
-    reads, words, family = frozenset().union(*(route.reads for route in routes)), SUFFIXES[target.words], _family(item)
-    magnitude = item.group.modifier(MAGNITUDE)
-    if magnitude is not None:
-        columns = len(magnitude.tensor.shape) > 1 and magnitude.tensor.shape[0] == 1
-        if words["magnitude"] not in reads or (columns and not target.in_axis_dora):
-            return False
-    if item.group.modifier(BIAS) is not None and words["norm bias" if family == NORM else "bias"] not in reads:
-        return False
-    if family == LORA:
-        return "mid" not in item.group.slots(LORA) or target.words != KOHYA or words["mid"] in reads
-    return (as_lora and family in TO_LORA) or family == "bias" or _suffixes(item, family) <= reads
-
-
-def _reads_encoder(table: str, routes: Sequence[Route]) -> bool:
-    return any(not own.tables or table in own.tables for route in routes for own in route.encoders)
-
-
-def _suffixes(item: Item, family: str) -> set[str]:
-    """The words of a module's own family, as the file spells them."""
-    return {entry.suffix for (own, _), entry in item.group.entries.items() if own == family}
-
-
-def _output(subject: Subject, target: str, consumer: Consumer) -> str:
-    name = subject.path.stem if subject.path.suffix else subject.path.name
+def _command(way: _Way, subject: Subject, consumer: Consumer) -> str:
+    path = subject.path
+    name = path.stem if path.suffix else path.name
     suffix = "" if consumer.folder else ".safetensors"
-    return str(subject.path.with_name(f"{name}-{target}{suffix}"))
+    words = ["lorasurgery", way.verb, str(path), str(path.with_name(f"{name}-{way.suffix}{suffix}")), *way.words]
+    words += ["--fix-split-alpha"] if way.verb == "convert" and saved_split(subject) else []
+    return shlex.join([*words, *(["--arch", subject.architecture.id] if subject.candidates and way.verb == "convert" else [])])
+
+
+def _left_out(left: list[str]) -> str:
+    if not left:
+        return ""
+    rest = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    return f"the command below leaves out {left[0]}{rest}; that is a choice"
+
+
+def _tried(
+    way: _Way, target: Layout, subject: Subject, raw: RawFile, check: Callable[[Subject], Result]
+) -> tuple[Result, list[str]]:
+    """The verdict on a conversion's result, and what it left out."""
+    from lorasurgery.checking.subject import subject_of
+    from lorasurgery.files.read import parse
+    from lorasurgery.surgery.convert import Options, convert
+    from lorasurgery.surgery.prune import PruneOptions, prune
+
+    if way.verb == "prune":
+        made, pruned = prune(parse(raw, configs=subject.configs), PruneOptions(target=way.words[-1]))
+        made, report = convert(made)
+        left = [name for name, _ in pruned.dropped]
+    else:
+        options = Options(as_lora=way.as_lora, lossy=way.lossy, fix_split_alpha=saved_split(subject))
+        made, report = convert(parse(raw, among=(subject.architecture,), configs=subject.configs), target.id, options)
+        left = []
+    after, configs = _written(made, report)
+    left += [name for name, _ in report.dropped]
+    return check(subject_of(after, among=(subject.architecture,), configs=configs)), left
+
+
+def _written(adapter: Adapter, report: Report) -> tuple[RawFile, dict[str, PeftConfig] | None]:
+    """What would be written, in memory: keys and shapes, and a PEFT folder's configurations."""
+    from pathlib import Path
+
+    from lorasurgery.layouts.emit import emit
+    from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, flattened, model_names
+    from lorasurgery.layouts.scales import PeftConfig
+
+    target = written_in(adapter)
+    emitted = emit(adapter, target, report)
+    raw = RawFile(Path("mended.safetensors"), emitted.tensors, {})
+    if not target.folder:
+        return raw, None
+    configs = {}
+    for component, own in components(emitted.written, adapter.architecture).items():
+        prefix = PREFIX if own[0].stem.startswith(PREFIX) else component + "."
+        root = flattened(component, adapter.architecture)
+        config = adapter_config(own, model_names(component, adapter.architecture, root), prefix, root)
+        configs[component] = PeftConfig.from_dict(config, "adapter_config.json")
+    return raw, configs
+
+
+def _hollow(raw: RawFile) -> RawFile:
+    """The file with ones for its large tensors, so that nothing is read."""
+    return replace(raw, tensors={key: _ones(tensor) for key, tensor in raw.tensors.items()})
+
+
+def _ones(tensor: Tensor) -> Tensor:
+    if tensor.size <= READ:
+        return tensor
+
+    def ones() -> object:
+        import numpy as np
+
+        return np.broadcast_to(np.float32(1.0), tensor.shape)
+
+    return Tensor(tensor.dtype, tensor.shape, compute=ones)  # type: ignore[arg-type]  # an array

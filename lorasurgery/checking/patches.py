@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
-from lorasurgery.checking.biases import has_bias
 from lorasurgery.checking.result import CHANGED, Finding
 from lorasurgery.layouts.words import BIAS, LOKR, MAGNITUDE
 
@@ -33,6 +32,12 @@ def patched(item: Item, site: Site | None, arch: Architecture, program: str) -> 
     return Finding(item.stem, CHANGED, reason, text) if text else None
 
 
+def has_bias(arch: Architecture, site: Site) -> bool | None:
+    """Whether the base has a bias beside this weight; None where that is not known."""
+    table = TEXT_ENCODERS.get(site.component, arch)
+    return table.has_bias(site.spans[0].weight)
+
+
 def _rotation(item: Item) -> str:
     """Of Diag-OFT and BOFT: ``alpha`` bounds the norm of all blocks together, and only BOFT multiplies by ``rescale``."""
     slots = item.group.slots("oft")
@@ -44,7 +49,7 @@ def _rotation(item: Item) -> str:
     if butterfly and alpha is None:
         return f"a BOFT without alpha is compared with nothing: {SKIPPED}"
     if alpha is not None and alpha > 0:
-        return f"the alpha {alpha:g} is taken for the largest norm of all its blocks together, another constraint than the trainer's"
+        return f"the alpha {alpha:g} bounds the norm of all blocks together, which is another constraint than the trainer's"
     return "" if butterfly or "rescale" not in slots else "the factors of .rescale are read and not used"
 
 

@@ -58,21 +58,24 @@ class Result:
     @property
     def verdict(self) -> str:
         """One line."""
-        total, loads, changed = len(self.findings), self.counts[LOADS], self.counts[CHANGED]
+        total, used = len(self.findings), self.counts[LOADS] + self.counts[CHANGED]
         if not self.known:
             return f"unknown: nothing is recorded here about {self.consumer.name} and {self.architecture}"
         if self.refusals:
             return f"nothing loads: {self.refusals[0]}"
         if self.failures:
-            return f"loads {loads + changed} of {total} modules, and every forward pass fails: {self.failures[0]}"
-        if self.complete:
-            return "loads completely"
-        why = "; ".join(self.reasons()[:3])
-        if not loads and not changed:
+            return f"loads {used} of {total} modules, and every forward pass fails: {self.failures[0]}"
+        return "loads completely" if self.complete else self._partly(total, used)
+
+    def _partly(self, total: int, used: int) -> str:
+        changed, why = self.counts[CHANGED], "; ".join(self.reasons()[:3])
+        if total and self.counts[LOADS] == total:
+            return f"loads all {total} modules, and {len(self.unread_keys)} keys are passed over, first {self.unread_keys[0]}"
+        if not used:
             return f"nothing loads: {why}"
-        if loads + changed == total:
+        if used == total:
             return f"loads, but {changed} of {total} modules with another effect: {why}"
-        return f"loads {loads + changed} of {total} modules: {why}"
+        return f"loads {used} of {total} modules: {why}"
 
     def reasons(self) -> list[str]:
         """The sentences about modules that do not simply load, the most frequent first, each with its count."""

@@ -80,6 +80,9 @@ class Subject:
     others: tuple[str, ...]
     """Keys that end in no known suffix."""
     metadata: Mapping[str, str]
+    raw: RawFile | None = None
+    """The file itself."""
+    configs: Mapping[str, PeftConfig] | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -107,8 +110,9 @@ def subject_of(
     items = tuple(_item(stem, taken, arch) for stem in taken.groups)
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
-        raw.path, arch, tuple(kin), configs is not None, bool(named_keys(raw.tensors)), items, tuple(taken.others), raw.metadata
-    )
+        raw.path, arch, tuple(kin), configs is not None, bool(named_keys(raw.tensors)), items, tuple(taken.others),
+        raw.metadata, raw, configs,
+    )  # fmt: skip
 
 
 def _item(stem: str, taken: Taken, arch: Architecture) -> Item:

@@ -106,7 +106,8 @@ ONETRAINER = Consumer(
 
 PEFT_ROUTE = Route(
     (Spelling("base_model.model.", DIFFUSERS), Spelling("{denoiser}.", DIFFUSERS)),
-    AB | VECTOR | LOHA | LOKR | TUCKER | {".lora_B.bias", ".oft_R", ".boft_R", ".boft_s", ".ia3_l", ".miss_block"},
+    AB | VECTOR | LOHA | LOKR | TUCKER
+    | {".lora_B.bias", ".oft_R", ".oft_R.weight", ".boft_R", ".boft_s", ".ia3_l", ".miss_block"},
     encoders=(
         *(EncoderSpelling(p, optional="text_model.")
           for p in ("base_model.model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")),

@@ -72,6 +72,7 @@ TAIL = """
 | `verdict` | one line |
 | `modules` | `total`, `loads`, `changed`, `ignored`, `rejected`, `unknown` (nothing is recorded) |
 | `refusals` | why the program refuses the whole file |
+| `failures` | why every forward pass fails after the file is loaded |
 | `findings` | the modules that do not simply load: `module`, `status`, `reason`, `text` |
 | `unread_keys` | keys of no module that are passed over |
 | `notes` | remarks |

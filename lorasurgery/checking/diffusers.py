@@ -136,7 +136,7 @@ Z_LOKR = Route(
     needs=WHOLE_LOKR,
 )  # fmt: skip
 Z_LOKR_PLAIN = Route(
-    (Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_words="lora|lokr", needs=WHOLE_LOKR
+    (Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_words="lora|lokr", needs=WHOLE_OWN_LOKR
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, WHOLE_LOKR, popped, refuse
+from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, WHOLE_LOKR, WHOLE_OWN_LOKR, popped, refuse
 from lorasurgery.checking.rules import (
     AB,
     ALPHA,
@@ -124,7 +124,7 @@ FLUX1_PLAIN = replace(
 )  # fmt: skip
 """With the replaced norms of a control LoRA (``_control_lora_supported_norm_keys``)."""
 FLUX1_LOKR = replace(
-    FLUX1_PLAIN, reads=LOKR, when=(Has(r"^transformer\..*\.lokr_"), Has(NEEDS_LORA)), needs=WHOLE_LOKR, keeps_words=False
+    FLUX1_PLAIN, reads=LOKR, when=(Has(r"^transformer\..*\.lokr_"), Has(NEEDS_LORA)), needs=WHOLE_OWN_LOKR, keeps_words=False
 )
 """One LoKr module makes PEFT read the whole file as LoKr."""
 NOTHING_LEFT = replace(
@@ -187,7 +187,7 @@ FLUX2 = (
         LOKR,
         (Has(r"\.lokr_"),),
         deletes=DORA,
-        needs=WHOLE_LOKR,
+        needs=WHOLE_OWN_LOKR,
         ignores_names="lora|lokr",
         ignores_words="lora|lokr",
     ),

@@ -39,6 +39,8 @@ def popped(words: frozenset[str], error: str = "KeyError or ValueError") -> tupl
 _WHOLE_OR = tuple(frozenset({f".lokr_{w}", f".lokr_{w}_{part}"}) for w in ("w1", "w2") for part in "ab")
 WHOLE_LOKR = (Needs("", "lokr", _WHOLE_OR, "AttributeError"),)
 """``_create_lokr_config`` asks every module for the shapes of both factors."""
+WHOLE_OWN_LOKR = tuple(need._replace(names=r"^transformer\.") for need in WHOLE_LOKR)
+"""The same where only Diffusers' own names get there."""
 
 
 def plain(

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.entry import Entry
 
 HARMLESS = "harmless"
+IA3, VECTOR = "ia3", ".on_input"
+"""LyCORIS calls the vector of an (IA)^3 plain ``weight``, beside this word."""
 
 
 def check(subject: Subject, consumer: Consumer) -> Result:
@@ -141,7 +143,7 @@ def _judge(item: Item, job: Job) -> Finding:
     route = job.route
     entries = [e for e in item.group.entries.values() if not re.search(route.deletes, e.key)]
     reads = next((words for names, words in route.words if re.search(names, item.stem)), route.reads)
-    unread = [e for e in entries if e.suffix not in reads]
+    unread = [e for e in entries if e.suffix not in reads and not (e.word.family == IA3 and VECTOR in reads)]
     without = next((own for own in job.absent if re.search(own.names, item.stem)), None)
     if without is not None:
         job.leave(item, [e for e in entries if not re.search(without.passed, e.key)], route.ignores_names)

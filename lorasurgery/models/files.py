@@ -38,6 +38,11 @@ class ModelFile:
     prefix: str
     """What stands before its keys in the model: ``transformer.`` for a pipeline's subfolder, nothing otherwise."""
 
+    @property
+    def with_config(self) -> bool:
+        """Whether it lies as Diffusers and transformers save it: in a pipeline's subfolder, or with ``config.json`` beside it."""
+        return bool(self.prefix) or (self.path.parent / "config.json").is_file()
+
 
 def model_files(path: Path) -> tuple[ModelFile, ...]:
     """The files of the model at ``path``; only their headers are read (a PyTorch file is read whole).

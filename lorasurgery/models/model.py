@@ -8,20 +8,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import DENOISER
 from lorasurgery.errors import FileFormatError, RequestError
 from lorasurgery.models.content import content_id
 from lorasurgery.models.detect import recognised
 from lorasurgery.models.files import model_files
-from lorasurgery.models.names import BIAS, OTHER, SCALE, located
+from lorasurgery.models.names import BIAS, OTHER, Located, in_lone_encoder, located
 from lorasurgery.models.quantised import refuse_quantised
 from lorasurgery.models.reading import Piece, assembled, parts_of
-from lorasurgery.models.scales import scale_of
+from lorasurgery.models.scales import is_number_of_another, scale_of
 from lorasurgery.models.weights import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from lorasurgery.architectures.table import Architecture, Spans
+    from lorasurgery.architectures.table import Architecture, Shape, Spans
     from lorasurgery.models.detect import Recognised
     from lorasurgery.models.files import ModelFile
     from lorasurgery.models.reading import Reader
@@ -41,6 +42,15 @@ class Model:
     files: tuple[ModelFile, ...]
     weights: Mapping[str, Weight]
     """By prefix + key, in file order."""
+    prefix: str = ""
+    """What stands before the names of the denoiser in :attr:`weights`, or of the encoder that the model is."""
+    component: str = DENOISER
+    """The denoiser; of a model that is one text encoder, the encoder's table."""
+
+    @property
+    def of_diffusers(self) -> bool:
+        """Whether it is as Diffusers saves a model or a pipeline: its names, and its folder or its configuration."""
+        return self.layout == "diffusers" and (self.path.is_dir() or any(file.with_config for file in self.files))
 
     @cached_property
     def content(self) -> str:
@@ -73,9 +83,9 @@ class Model:
         return None
 
     def sites(self) -> Iterator[tuple[str, Spans]]:
-        """(component, spans) of every weight and norm, as finely as the files divide them."""
+        """(component, spans) of every weight and norm that a table has, as finely as the files divide them."""
         for weight in self.weights.values():
-            if weight.place is not None and weight.role not in {BIAS, OTHER}:
+            if weight.place is not None and weight.listed and weight.role not in {BIAS, OTHER}:
                 yield weight.place.component, weight.place.spans
 
     @cached_property
@@ -111,7 +121,7 @@ def open_model(path: str | Path, *, arch: str | Architecture | None = None) -> M
         refuse_quantised(file.raw)
     known = recognised(files, path, arch)
     weights = MappingProxyType(_weights(files, known))
-    return Model(path, known.architecture, known.layout, files, weights)
+    return Model(path, known.architecture, known.layout, files, weights, known.prefix, known.component)
 
 
 def _weights(files: Iterable[ModelFile], known: Recognised) -> dict[str, Weight]:
@@ -124,11 +134,18 @@ def _weights(files: Iterable[ModelFile], known: Recognised) -> dict[str, Weight]
                 raise FileFormatError(
                     f"{key} is in {weights[name].file.path.name} too", path=file.path, hint="the shards of one model only"
                 )
-            place, role = located(name, tensor.shape, known.architecture, known.naming)
-            if key.endswith(SCALE) and key.removesuffix(SCALE) + ".weight" in file.raw.tensors:
-                place, role = None, OTHER  # a number of the weight beside it, not a norm's weight
-            weights[name] = Weight(key, file, tensor, place, role, scale_of(key, file.raw.tensors, file.path))
+            place = _located(name, tensor.shape, known)
+            if is_number_of_another(key, file.raw.tensors):
+                place = Located(None, OTHER)
+            scale = scale_of(key, file.raw.tensors, file.path)
+            weights[name] = Weight(key, file, tensor, place.place, place.role, scale, listed=place.listed)
     return weights
+
+
+def _located(name: str, shape: Shape, known: Recognised) -> Located:
+    if known.component != DENOISER:
+        return in_lone_encoder(name, shape, known.component, known.prefix)
+    return located(name, shape, known.architecture, known.naming, known.prefix)
 
 
 def _by_weight(weights: Iterable[Weight]) -> Pieces:

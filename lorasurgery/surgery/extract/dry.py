@@ -76,7 +76,7 @@ def plan(
     """Match the models and read nothing else. Raises as :func:`lorasurgery.surgery.extract.extract` does."""
     options.check()
     models = opened(base, tuned, arch, only)
-    options = options.on(models[0].architecture)
+    options = options.aimed(models).on(models[0].architecture)
     pairs = pair_up(*models, options)
     taken = [p for p in pairs.pairs if not p.reason]
     if not taken:

@@ -15,6 +15,7 @@ from lorasurgery.api import SaveOptions, save
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.report import Report
 from lorasurgery.surgery.extract.inputs import check_devices, check_files, opened
+from lorasurgery.surgery.extract.loaders import loader_notes
 from lorasurgery.surgery.extract.meta import file_hash, metadata_of, operation
 from lorasurgery.surgery.extract.options import ExtractOptions
 from lorasurgery.surgery.extract.pairs import Pairs, pair_up
@@ -85,6 +86,7 @@ def extract(
     check_files(output, (Path(base), Path(tuned)), force=running.force)
     models = opened(base, tuned, running.arch, running.only)
     check_devices(options)
+    asked, options = options.target is not None, options.aimed(models)
     identity = _identity(models, options)
     options = options.on(models[0].architecture)
     pairs = pair_up(*models, options)
@@ -100,6 +102,7 @@ def extract(
         finally:
             store.close(keep=any(entry.arrays for entry in store.entries.values()))
     store.remove()
+    report.warnings += loader_notes(output, models, options.layout, asked=asked)
     report.resumed, report.seconds = resumed, time.perf_counter() - started
     return report
 

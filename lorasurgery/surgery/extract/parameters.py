@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import Module, Scale, Site
+from lorasurgery.adapter import DENOISER, Module, Scale, Site
 from lorasurgery.architectures.table import Span
 from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.reading import Part, Reader
@@ -77,7 +77,7 @@ def excluded(site: Site, name: str, options: ExtractOptions) -> bool:
 def _placeless(model: Model) -> dict[str, Weight]:
     return {
         key: w for key, w in model.weights.items()
-        if w.place is None and w.shape and w.tensor.dtype in FLOATS and key.rpartition(".")[2] != MARKER
+        if (w.place is None or not w.listed) and w.shape and w.tensor.dtype in FLOATS and key.rpartition(".")[2] != MARKER
     }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _whole(weight: Weight) -> Reader:
 def _comfyui_name(key: str, model: Model) -> str:
     """What ComfyUI calls it; empty for what is not the denoiser's, or has no original name."""
     inner = next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), None)
-    if inner is None and model.layout in ORIGINAL:
+    if inner is None and model.layout in ORIGINAL and model.component == DENOISER:
         inner = key
     return COMFYUI + inner if inner else ""
 

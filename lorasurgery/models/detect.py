@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.from_base import NEARLY, closest, custom, module_shapes, resized
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, Architecture
 from lorasurgery.errors import RequestError
 from lorasurgery.models.lone import lone_encoder, table_of

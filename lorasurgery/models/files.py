@@ -40,7 +40,7 @@ class ModelFile:
 
     @property
     def with_config(self) -> bool:
-        """Whether it lies as Diffusers and transformers save it: in a pipeline's subfolder, or with ``config.json`` beside it."""
+        """Whether it lies as Diffusers and transformers save it: in a pipeline's subfolder, or beside a ``config.json``."""
         return bool(self.prefix) or (self.path.parent / "config.json").is_file()
 
 

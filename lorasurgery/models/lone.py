@@ -37,7 +37,8 @@ def lone_encoder(shapes: Mapping[str, Shape]) -> tuple[str, str] | None:
 
 def _covered(shapes: Mapping[str, Shape], table: str) -> set[str]:
     """The weights of an encoder that are there in their own shape."""
-    known, found = TEXT_ENCODERS[table].shapes, set()
+    known = TEXT_ENCODERS[table].shapes
+    found: set[str] = set()
     for key, shape in shapes.items():
         inside = within(key, shape, table)
         if inside is not None and inside[1] == "weight":

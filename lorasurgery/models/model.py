@@ -66,7 +66,7 @@ class Model:
         if isinstance(found, str):
             raise RequestError(
                 f"the base model has no rows {found}", path=self.path,
-                hint="the model it was trained on; for text encoders an all-in-one file, or the pipeline's folder",
+                hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline's folder",
             )  # fmt: skip
         return found
 

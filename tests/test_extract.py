@@ -417,7 +417,8 @@ def test_a_second_expert_is_left_to_its_own_folder(tmp_path):
     assert {m.component for m in report.modules} == {"denoiser"}
     assert report.reasons()["the second expert, to be extracted from its own folder"][1] > 0.45
     own = taken(
-        (tmp_path / "base" / "transformer_2", tmp_path / "tuned" / "transformer_2"), tmp_path / "2.safetensors",
+        (tmp_path / "base" / "transformer_2", tmp_path / "tuned" / "transformer_2"),
+        tmp_path / "2.safetensors",
         options(2, target="sd-scripts"),
     )
     assert own.energy > 0.99

@@ -65,3 +65,39 @@ def test_diffusers_becomes_the_tuned_model(key, mix, tmp_path):
     told = report.squared_error + before - report.squared  # original files here have no norms
     assert after < 0.2 * before
     assert math.isclose(after, told, rel_tol=2e-3)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_two_folders_of_diffusers_give_a_file_that_it_loads(key, tmp_path):
+    """No target is named: the file is Diffusers', and its own loader takes every key."""
+    base, tuned = tuned_model(key)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    out = tmp_path / "out" / "lora.safetensors"
+    options = ExtractOptions(cut=ResizeOptions(rank=4, dtype="fp32"))
+    report = extract(tmp_path / "base", tmp_path / "tuned", out, options, Running(hashes=False))
+    assert report.layouts[2] == "diffusers"
+    assert report.warnings == []
+    loaded = copy.deepcopy(base)
+    prefix = "unet" if "UNet" in CONFIGS[key][0] else "transformer"
+    loaded.load_lora_adapter(str(out.parent), weight_name=out.name, prefix=prefix)
+    loaded.fuse_lora()
+    loaded.unload_lora()
+    before, after = difference(base, tuned), difference(loaded, tuned)
+    assert math.isclose(after, report.squared_error + before - report.squared, rel_tol=2e-3)
+
+
+def test_what_diffusers_does_not_load_is_said(tmp_path):
+    """A family that it cannot hold is written for sd-scripts, and the report names everybody who refuses it."""
+    base, tuned = tuned_model("sd1")
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    paths = tmp_path / "base", tmp_path / "tuned"
+    options = ExtractOptions(cut=ResizeOptions(rank=4), family="lokr")
+    report = extract(*paths, tmp_path / "lokr.safetensors", options, Running(hashes=False))
+    assert report.layouts[2] == "sd-scripts"
+    said = report.to_json()["warnings"]
+    assert any(text.startswith("Diffusers 0.42: nothing loads") for text in said)
+    assert any(text.startswith("sd-scripts 2026-02: nothing loads: sd-scripts does not read .lokr_w1") for text in said)
+    options = ExtractOptions(cut=ResizeOptions(rank=4), target="sd-scripts", small="none")
+    assert extract(*paths, tmp_path / "lora.safetensors", options, Running(hashes=False)).warnings == []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER
 from lorasurgery.errors import FileFormatError, RequestError
+from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.content import content_id
 from lorasurgery.models.detect import recognised
 from lorasurgery.models.files import model_files
@@ -66,7 +67,7 @@ class Model:
         if isinstance(found, str):
             raise RequestError(
                 f"the base model has no rows {found}", path=self.path,
-                hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline's folder",
+                hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline",
             )  # fmt: skip
         return found
 
@@ -135,8 +136,8 @@ def _weights(files: Iterable[ModelFile], known: Recognised) -> dict[str, Weight]
                     f"{key} is in {weights[name].file.path.name} too", path=file.path, hint="the shards of one model only"
                 )
             place = _located(name, tensor.shape, known)
-            if is_number_of_another(key, file.raw.tensors):
-                place = Located(None, OTHER)
+            if is_number_of_another(key, file.raw.tensors) or not (place.listed or tensor.dtype in FLOATS):
+                place = Located(None, OTHER)  # not a parameter: a scale, or integers
             scale = scale_of(key, file.raw.tensors, file.path)
             weights[name] = Weight(key, file, tensor, place.place, place.role, scale, listed=place.listed)
     return weights

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import scalar
+from lorasurgery.layouts.foreign import named_modules
 from lorasurgery.layouts.words import split_key
 from lorasurgery.surgery.nested import Origin, nested_modules, origin, verdict
 from lorasurgery.surgery.options import DTYPES
@@ -30,6 +31,8 @@ from lorasurgery.surgery.rerank_alpha import (
 from lorasurgery.surgery.rerank_cut import curve_of, cut_module
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.linalg.prefix import PrefixCurve
@@ -116,6 +119,8 @@ class Nested:
     others: list[str]
     """Modules of other families, carried as they are."""
     origin: Origin = field(default_factory=lambda: Origin(None, None, None, None))
+    numbered: Mapping[str, str] = field(default_factory=dict)
+    """Key -> key as the file has it, of a file that numbers its modules; empty for all others."""
 
     @property
     def rank(self) -> int:
@@ -161,8 +166,10 @@ class Nested:
 
 def open_nested(raw: RawFile) -> Nested:
     """Read the modules of ``raw``; raises SurgeryError for a file without LoRA modules."""
-    modules, others = nested_modules(raw)
-    return Nested(raw, modules, others, origin(raw.metadata))
+    named = named_modules(raw)
+    modules, others = nested_modules(named)
+    numbered = {} if named is raw else dict(zip(named.tensors, raw.tensors, strict=True))
+    return Nested(named, modules, others, origin(raw.metadata), numbered)
 
 
 def rerank(nested: Nested, rank: int, request: Request) -> Reranked:
@@ -178,14 +185,20 @@ def rerank(nested: Nested, rank: int, request: Request) -> Reranked:
     for module, cut in zip(nested.modules, cuts, strict=True):
         tensors |= {module.keys[slot]: tensor for slot, tensor in cut.delta.tensors.items()}
         alpha = new_alpha(module, cut.rank, request.policy, unit)
+        if nested.numbered and alpha is not None:
+            raise RequestError(
+                f"{nested.numbered[module.keys['down']]}: a file that numbers its modules has no alphas, so its strength stays",
+                path=nested.raw.path, hint="--alpha scale, or lorasurgery convert --target sd-scripts first",
+            )  # fmt: skip
         made.append((module, cut.rank, alpha))
         if alpha is not None and alpha != module.alpha and module.component is None:
             tensors[module.alpha_key or f"{module.stem}.alpha"] = scalar(alpha)
     errors = [(m.scale**2 * cut.error, m.scale**2 * c.norm, m.stem) for (m, c), cut in zip(pairs, cuts, strict=True)]
     lost, norm = sum(e for e, *_ in errors), sum(n for _, n, _ in errors)
     worst = max(((stem, sqrt(e / n) if n else 0.0) for e, n, stem in errors), key=lambda item: item[1])
+    spelled = {nested.numbered.get(key, key): tensor for key, tensor in _others_cast(tensors, request).items()}
     return Reranked(
-        rank, _others_cast(tensors, request), metadata_at(nested.raw.metadata, made, rank, request.policy, svd=request.svd),
+        rank, spelled, metadata_at(nested.raw.metadata, made, rank, request.policy, svd=request.svd),
         sqrt(lost / norm) if norm else 0.0, nested.error_at(rank, best=True), _strengths(nested, made), worst,
         tuple(_notes(nested, rank, request)),
     )  # fmt: skip

@@ -130,7 +130,7 @@ def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, optio
             reason = next((r for path, _, r in plan.unmatched if path == source.path), "it has no modules")
             raise RequestError(
                 f"none of its modules belongs to {model.path}: {reason}", path=source.path,
-                hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline's folder",
+                hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline",
             )  # fmt: skip
     report.warnings += check_width(plan, undo=options.unapply)
     return report

@@ -38,7 +38,7 @@ def based(path: Path, layout: str, dtype: str) -> tuple[Base, Path, dict[str, st
     return base, base.save(path, layout), keys
 
 
-def put_in(model: Path, adapter: Added, out: Path, weight: float = 1.0, **how: Any) -> ApplyReport:  # noqa: ANN401
+def put_in(model: Path, adapter: Added, out: Path, weight: float = 1.0, **how: Any) -> ApplyReport:
     opened = open_model(model)
     known = opened.architecture.shapes
     table = replace(

@@ -400,7 +400,7 @@ def numbered() -> dict[str, Raw]:
 
 
 @pytest.mark.parametrize("svd", [False, True])
-def test_numbered_modules_keep_their_numbers(svd: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_numbered_modules_keep_their_numbers(svd: bool, tmp_path: Path) -> None:
     before = numbered()
     write(tmp_path / "a.safetensors", before)
     run("rerank", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--rank", "2", *["--svd"] * svd)

@@ -135,7 +135,7 @@ def test_what_is_extracted_is_the_difference(tmp_path: Path) -> None:
     assert back.unmatched == []
 
 
-def put_in(model: Path, adapter: Path, out: Path, arch: str | None = None, **how: Any) -> ApplyReport:  # noqa: ANN401
+def put_in(model: Path, adapter: Path, out: Path, arch: str | None = None, **how: Any) -> ApplyReport:
     opened = open_model(model, arch=arch)
     dry = bool(how.pop("dry_run", False))
     return apply(opened, [read_source(adapter, opened.architecture)], out, ApplyOptions(**how), dry_run=dry)
@@ -175,7 +175,8 @@ def test_the_encoder_s_part_of_an_adapter_goes_into_its_file(
 @pytest.mark.parametrize(
     ("table", "stems"),
     [
-        ("clip_g", ["lora_te2_text_model_encoder_layers_1_self_attn_q_proj", "text_encoder_2.encoder.layers.1.self_attn.q_proj"]),
+        ("clip_g", ["lora_te2_text_model_encoder_layers_1_self_attn_q_proj",
+                    "text_encoder_2.encoder.layers.1.self_attn.q_proj"]),
         ("clip_h", ["lora_te_text_model_encoder_layers_1_self_attn_q_proj"]),
         ("t5_xxl", ["lora_te3_encoder_block_1_layer_0_SelfAttention_q", "lora_te1_encoder_block_1_layer_0_SelfAttention_q",
                     "text_encoders.t5xxl.transformer.encoder.block.1.layer.0.SelfAttention.q"]),
@@ -197,5 +198,5 @@ def test_every_encoder_takes_its_part(table: str, stems: list[str], tmp_path: Pa
 def test_an_adapter_without_the_encoder_is_refused(tmp_path: Path) -> None:
     added = Added("F32")
     added.lora("lora_unet_double_blocks_0_img_attn_proj", (3072, 3072), 1, 1.0)
-    with pytest.raises(RequestError, match="none of its modules belongs to .*no denoiser"):
+    with pytest.raises(RequestError, match=r"none of its modules belongs to .*no denoiser"):
         put_in(whole(tmp_path, "clip_l"), added.save(tmp_path / "a.safetensors"), tmp_path / "no.safetensors", dry_run=True)

@@ -63,8 +63,10 @@ def test_scales_of_fp8_and_integers_are_none(tmp_path):
     weight = "blocks.0.self_attn.q.weight"
     tensors[weight] = Raw("F8_E4M3", tensors[weight].shape, bytes(np.prod(tensors[weight].shape)))
     stem = weight.removesuffix(".weight")
-    more = {f"{stem}.scale_weight": raw(2.0, "F32"), f"{stem}.input_scale": raw(1.0, "F32"), "scaled_fp8": raw(np.zeros(2), "F16"),
-            "position_ids": Raw("I64", (1,), bytes(8))}  # fmt: skip
+    more = {
+        f"{stem}.scale_weight": raw(2.0, "F32"), f"{stem}.input_scale": raw(1.0, "F32"),
+        "scaled_fp8": raw(np.zeros(2), "F16"), "position_ids": Raw("I64", (1,), bytes(8)),
+    }  # fmt: skip
     write(tmp_path / "a.safetensors", tensors | more)
     model = open_model(tmp_path / "a.safetensors")
     assert dict(parameters(model)) == shapes(named())

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
+    from lorasurgery.architectures.table import Architecture
     from lorasurgery.models import Model
     from lorasurgery.surgery.extract.pairs import Pair
     from lorasurgery.surgery.extract.store import Entry
@@ -95,14 +96,14 @@ def extract(
         try:
             resumed = _work(pairs.pairs, store, options, running.progress)
             hashes = {which: _hash(store, which, future) for which, future in hashing.items()}
-            report = _written(models, pairs, store, options, output, hashes)
+            report, arch = _written(models, pairs, store, options, output, hashes)
+            report.warnings += loader_notes(output, models, arch, options.layout, asked=asked)
         except BrokenModuleError:  # a whole file, or other options, would be another extraction
             store.remove()
             raise
         finally:
             store.close(keep=any(entry.arrays for entry in store.entries.values()))
     store.remove()
-    report.warnings += loader_notes(output, models, options.layout, asked=asked)
     report.resumed, report.seconds = resumed, time.perf_counter() - started
     return report
 
@@ -164,7 +165,8 @@ def _work(pairs: Sequence[Pair], store: Store, options: ExtractOptions, progress
 
 def _written(
     models: tuple[Model, Model], pairs: Pairs, store: Store, options: ExtractOptions, output: Path, hashes: Mapping[str, str]
-) -> ExtractReport:
+) -> tuple[ExtractReport, Architecture]:
+    """The report, and the table with what was written beyond it."""
     base, tuned = models
     conv = any(p.kind == "conv" and not p.reason for p in pairs.pairs)
     metadata = metadata_of(base, tuned, options, output.stem, hashes, conv=conv)
@@ -181,7 +183,7 @@ def _written(
     report.dropped, report.losses = writing.dropped, writing.losses
     report.warnings += [*pairs.notes(options.cut), *made.resizing.warnings, *writing.warnings]
     report.warn()
-    return report
+    return report, adapter.architecture
 
 
 def file_bytes(path: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.api import read_unparsed
 from lorasurgery.architectures import architectures
 from lorasurgery.checking.consumers import CONSUMERS
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
     from lorasurgery.models import Model
 
 
-def loader_notes(path: Path, models: Sequence[Model], target: Layout, *, asked: bool) -> list[str]:
+def loader_notes(path: Path, models: Sequence[Model], arch: Architecture, target: Layout, *, asked: bool) -> list[str]:
     """A sentence for each of the target's programs where none of them loads all of the file at ``path``.
 
-    For Diffusers, too, beside its own models, unless the target was ``asked`` for.
+    ``arch`` is the table it was written by. For Diffusers, too, beside its own models, unless the target was ``asked`` for.
     """
-    arch = _family(models[0])
     raw, configs = read_unparsed(path)
+    arch = arch if arch.rows else _family(arch)
     subject = subject_of(raw, among=(arch,), configs=configs)
     named = [check(subject, own) for own in CONSUMERS.values() if own.name in target.reader and _knows(own, arch)]
     told = [] if any(result.complete for result in named) else named
@@ -48,9 +47,6 @@ def _knows(consumer: Consumer, arch: Architecture) -> bool:
     return arch.id in consumer.models or bool(consumer.default)
 
 
-def _family(model: Model) -> Architecture:
-    """The model's table; of a text encoder alone, that of a family that has it at the same place."""
-    own = model.architecture
-    if model.component == DENOISER or own.rows:
-        return own
-    return next(arch for arch in architectures().values() if set(own.encoders) <= set(arch.encoders))
+def _family(lone: Architecture) -> Architecture:
+    """For a text encoder alone: a family that has it at the same place."""
+    return next(arch for arch in architectures().values() if set(lone.encoders) <= set(arch.encoders))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from lorasurgery.surgery.extract import ExtractOptions, Running, extract
 from lorasurgery.surgery.resize import ResizeOptions
 from tests.models.small import CONFIGS, built, original_of, save
+from tests.oracle import read
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 KEYS = ("flux1-dev", "z-image", "sd1", "sdxl", "qwen-image", "wan-2.1-t2v-1.3b", "sd3-3.5-medium")
@@ -101,3 +104,16 @@ def test_what_diffusers_does_not_load_is_said(tmp_path):
     assert any(text.startswith("sd-scripts 2026-02: nothing loads: sd-scripts does not read .lokr_w1") for text in said)
     options = ExtractOptions(cut=ResizeOptions(rank=4), target="sd-scripts", small="none")
     assert extract(*paths, tmp_path / "lora.safetensors", options, Running(hashes=False)).warnings == []
+
+
+@pytest.mark.parametrize("class_name", ["NewTransformer2DModel", "NewUNet2DModel", ""])
+def test_a_folder_of_a_class_that_no_table_knows(class_name, tmp_path):
+    """Diffusers' own folders give its names; transformers' folders, whose configuration has no such class, do not."""
+    rng = np.random.default_rng(0)
+    for name in ("base", "tuned"):
+        save(tmp_path / name / "diffusion_pytorch_model.safetensors", {"odd.proj.weight": rng.standard_normal((8, 6))})
+        (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": class_name} if class_name else {}))
+    out = tmp_path / "out.safetensors"
+    extract(tmp_path / "base", tmp_path / "tuned", out, ExtractOptions(cut=ResizeOptions(rank=2)), Running(hashes=False))
+    start = {"NewTransformer2DModel": "transformer.odd.proj", "NewUNet2DModel": "unet.odd.proj"}.get(class_name)
+    assert {key.partition(".lora_")[0].removesuffix(".alpha") for key in read(out)[0]} == {start or "lora_unet_odd_proj"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures, named
-from lorasurgery.architectures.from_base import NEARLY, closest, custom, module_shapes, resized
+from lorasurgery.architectures.from_base import CUSTOM, NEARLY, closest, custom, module_shapes, resized
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, Architecture
 from lorasurgery.errors import RequestError
 from lorasurgery.models.lone import lone_encoder, table_of
@@ -53,12 +53,14 @@ def recognised(files: Sequence[ModelFile], path: Path, arch: str | Architecture 
             return lone
         found = _unknown(shapes, path, arch)
     table, naming = found
+    if table.id == CUSTOM and arch is None and any("UNet" in file.class_name for file in files):
+        table = replace(table, denoiser="unet")
     if prefix in COMFYUI:
         whole = any(key.startswith(PARTS) for file in files for key in file.raw.tensors)
         return Recognised(table, naming, "all-in-one" if whole else "comfyui", prefix)
     if naming == DIFFUSERS or (_one_naming(table) and any(file.with_config for file in files)):
         return Recognised(table, naming, "diffusers", prefix)
-    return Recognised(table, naming, "unknown" if table.id == "custom" else "original", prefix)
+    return Recognised(table, naming, "unknown" if table.id == CUSTOM else "original", prefix)
 
 
 def _encoder_alone(files: Sequence[ModelFile], path: Path, arch: str | Architecture | None) -> Recognised | None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER
+from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.errors import FileFormatError, RequestError
 from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.content import content_id
@@ -51,7 +52,11 @@ class Model:
     @property
     def of_diffusers(self) -> bool:
         """Whether it is as Diffusers saves a model or a pipeline: its names, and its folder or its configuration."""
-        return self.layout == "diffusers" and (self.path.is_dir() or any(file.with_config for file in self.files))
+        if self.layout != "diffusers":
+            return False
+        if self.architecture.id == CUSTOM:  # transformers' folders look the same
+            return any(file.class_name for file in self.files)
+        return self.path.is_dir() or any(file.with_config for file in self.files)
 
     @cached_property
     def content(self) -> str:

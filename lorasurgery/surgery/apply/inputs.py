@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,7 @@ def read_source(
 ) -> Source:
     """An adapter whose modules are the model's, at a strength, or one for each module.
 
+    For a text encoder alone (an ``architecture`` of no other weights) it may be of any model that has the encoder.
     ``path``: a file, or PEFT's folder; its weights alone stand for the folder.
     Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model, and
     RequestError for a type of PEFT's whose change is not in its files.
@@ -103,7 +105,7 @@ def read_source(
         raw = read_any(path)
         rules = {"": Rules(backwards=not any(key.startswith(PEFT_PREFIX) for key in raw.tensors))}
     try:
-        adapter = parse(raw, among=(widened(raw, architecture),), configs=scales)
+        adapter = _parsed(raw, scales, architecture)
     except UnknownArchitectureError as error:
         raise UnknownArchitectureError(
             _whose(raw, scales, architecture, error), path=path, candidates=error.candidates,
@@ -117,6 +119,14 @@ def read_source(
         return Source(adapter, strength, text or "by block", keys, rules)
     value = strength
     return Source(adapter, lambda _: value, text or f"{value:g}", keys, rules)
+
+
+def _parsed(raw: RawFile, scales: Mapping[str, PeftConfig] | None, architecture: Architecture) -> Adapter:
+    """The adapter under the model's table; for a text encoder alone under that of its own model, if any is known."""
+    if not architecture.rows:
+        with suppress(UnknownArchitectureError):
+            return parse(raw, configs=scales)
+    return parse(raw, among=(widened(raw, architecture),), configs=scales)
 
 
 def _whose(raw: RawFile, scales: Mapping[str, PeftConfig] | None, model: Architecture, error: UnknownArchitectureError) -> str:

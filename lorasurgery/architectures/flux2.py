@@ -57,12 +57,13 @@ TABLES = tuple(
         source="ComfyUI comfy/ldm/flux/model.py (2026-05), Diffusers Flux2Transformer2DModel 0.42",
         comfyui_split="transformer.",
         onetrainer="dotted",
-        metadata_names=known_as,
+        usage=usage,
+        metadata_names=(*known_as, "flux2", "Flux.2"),
         rows=rows,
     )
-    for variant, known_as, rows in (
-        ("dev", ("flux_2_dev", "Flux.2-dev"), _rows(6144, 15360, 8, 48, ("time", "guidance"))),
-        ("klein-9b", ("flux_2_klein_9b", "Flux.2-klein-9b"), _rows(4096, 12288, 8, 24, ("time",))),
-        ("klein-4b", ("flux_2_klein_4b", "Flux.2-klein-4b"), _rows(3072, 7680, 5, 20, ("time",))),
+    for variant, usage, known_as, rows in (
+        ("dev", 2_000, ("flux_2_dev", "Flux.2-dev"), _rows(6144, 15360, 8, 48, ("time", "guidance"))),
+        ("klein-9b", 8_000, ("flux_2_klein_9b", "Flux.2-klein-9b", "flux2_klein_9b"), _rows(4096, 12288, 8, 24, ("time",))),
+        ("klein-4b", 4_000, ("flux_2_klein_4b", "Flux.2-klein-4b", "flux2_klein_4b"), _rows(3072, 7680, 5, 20, ("time",))),
     )
 )

@@ -58,6 +58,7 @@ TABLES = (
             variant=variant,
             name=f"LTX-Video {variant.upper()}",
             source="ComfyUI comfy/ldm/lightricks/model.py (2026-05), Diffusers LTXVideoTransformer3DModel 0.42",
+            usage=500,
             rows=(
                 row("patchify_proj", (d, 128), "proj_in"),
                 *_modulation("adaln_single", "time_embed", d, 6),
@@ -78,6 +79,8 @@ TABLES = (
         name="LTX-2",
         source="ComfyUI comfy/ldm/lightricks/av_model.py (2026-05), Diffusers LTX2VideoTransformer3DModel 0.42",
         diffusers_roots=(("connectors.", "connectors"),),
+        usage=20_000,
+        metadata_names=("ltx2", "ltx-2", "ltx2.3"),
         rows=(
             row("patchify_proj", (VIDEO, 128), "proj_in"),
             row("audio_patchify_proj", (AUDIO, 128), "audio_proj_in"),

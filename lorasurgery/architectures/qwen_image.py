@@ -23,6 +23,7 @@ TABLES = (
         name="Qwen-Image",
         source="ComfyUI comfy/ldm/qwen_image/model.py (2026-05), Diffusers QwenImageTransformer2DModel 0.42",
         onetrainer="dotted",
+        usage=18_000,
         metadata_names=(
             "qwen_image",
             "qwen_image_edit",

@@ -12,11 +12,12 @@ from lorasurgery.errors import UnknownArchitectureError
 from lorasurgery.inspection.description import Finding, ModuleInfo
 from lorasurgery.inspection.modules import unknown_layout, unknown_module
 from lorasurgery.inspection.tolerant import TOP_LEVEL, Parts, built, grouped, header_rules, parsed
-from lorasurgery.layouts.detect import detect, same_results
+from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.parse import layout_of, warnings_of
+from lorasurgery.surgery.settled import undecided
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +49,8 @@ class Structure(NamedTuple):
     findings: tuple[Finding, ...]
     signs: tuple[Signature, ...] = ()
     """Signatures of programs in the keys."""
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture."""
     sources: tuple[Module, ...] = ()
     """The modules that could be read, with their tensors."""
 
@@ -96,18 +99,19 @@ def _explained(parts: Parts, matches: tuple[Match, list[Match]], rest: _Rest, *,
     infos = [row if isinstance(row := rows.get(stem), ModuleInfo) else _odd(parts, own, found[stem], broken.get(stem, nowhere))
              for stem, own in groups.items()]  # fmt: skip
     lost = [(e.key, nowhere) for stem, place in found.items() if place is None for e in groups[stem].entries.values()]
-    kin = {other.architecture.id: other.architecture for other in ties if other.architecture.id != arch.id}
+    tied = [match.architecture for match in (best, *ties)]
     whole = {stem: place for stem, place in found.items() if stem in rows and stem not in broken}
     return Structure(
         arch,
         tuple((match.architecture.key, match.share) for match in (best, *ties)),
-        tuple(other.key for other in kin.values() if not same_results(arch, other, groups)),
+        undecided(tied, groups),
         best.share,
         layout_of(groups, whole, arch),
         tuple(infos),
         rest.embeddings,
         (*rest.unexplained, *lost),
         tuple(findings),
+        evidence=best.evidence,
         sources=tuple(modules) if keep else (),
     )
 

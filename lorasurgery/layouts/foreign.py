@@ -45,8 +45,8 @@ _TOKENS = re.compile(
 )
 """An adapter's suffix words wherever they stand in a key: in a mangled one they are not at its end after a dot."""
 
-_TWICE = re.compile(r"^(lora_unet_|lora_te\d?_|unet[._]|transformer[._])(?:(?:unet|transformer)[._]|\1)+")
-"""A prefix put before a name that had one."""
+_TWICE = re.compile(r"^(lora_unet_|lora_te\d?_|unet[._]|transformer[._])(?:unet[._]|transformer[._](?!blocks?[._])|\1)+")
+"""A prefix put before a name that had one; ``transformer_blocks`` is a name's own beginning."""
 
 _INDEXED = re.compile(r"^(unet|text_encoder):(\d+):(up|down)$")
 
@@ -96,6 +96,15 @@ def unmangled(stem: str) -> str:
     return _TWICE.sub(r"\1", stem)
 
 
+def mended(stem: str) -> str:
+    """The name that a mangled one was made from: its prefix once, no underscore at its end; "" where it has neither fault.
+
+    Files with ``..._attn_to_k_.lora_up.weight`` exist (ComfyUI issue 4347).
+    """
+    found = unmangled(stem.rstrip("_"))
+    return "" if found == stem else found
+
+
 def expected_key(key: str) -> str:
     """What a mangled key should have been: its module's name, a dot, and the suffix word as trainers write it.
 
@@ -105,7 +114,7 @@ def expected_key(key: str) -> str:
     match = _TOKENS.search(key)
     if match is None:
         return "MODULE.lora_down.weight"
-    stem = unmangled(key[: match.start()])
+    stem = unmangled(key[: match.start()].rstrip("_"))
     if match[1].startswith(("hada", "lokr")):
         return f"{stem}.{match[1]}"
     return f"{stem}.lora_{re.split('[._]', match[1])[-1]}.weight"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
-from lorasurgery.layouts.detect import detect, same_results
+from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of, scale_rules
@@ -18,7 +18,7 @@ from lorasurgery.layouts.names import index
 from lorasurgery.layouts.scales import header_configs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from lorasurgery.adapter import Module, Site
@@ -71,17 +71,10 @@ def parse(
         layout=layout_of(groups, found, arch),
         leftovers=tuple(leftovers),
         candidates=tuple((m.architecture.key, m.share) for m in (best, *ties)),
-        ambiguous=_ambiguous(arch, [m.architecture for m in ties], groups),
+        evidence=best.evidence,
         warnings=tuple(warnings_of(raw, rules, modules.values())),
         path=raw.path,
     )
-
-
-def _ambiguous(arch: Architecture, others: Sequence[Architecture], stems: Iterable[str]) -> tuple[str, ...]:
-    """The architectures among ``others`` for which a conversion would come out differently."""
-    stems = list(stems)
-    kin = {other.id: other for other in others if other.id != arch.id}
-    return tuple(other.key for other in kin.values() if not same_results(arch, other, stems))
 
 
 def _merge_or_refuse(modules: dict[Site, Module], module: Module, path: Path) -> None:

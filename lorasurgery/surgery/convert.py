@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Magnitude, Module, Site
 from lorasurgery.deltas.full import Opaque
-from lorasurgery.errors import RequestError, UnknownArchitectureError
+from lorasurgery.errors import RequestError
 from lorasurgery.layouts.targets import layout
 from lorasurgery.surgery.families import held, uniform
 from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
 from lorasurgery.surgery.refamily import check_target, refamilied, refamilied_metadata
 from lorasurgery.surgery.regroup import regroup
+from lorasurgery.surgery.settled import settled
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
@@ -34,18 +35,13 @@ def convert(adapter: Adapter, target: str, options: Options | None = None) -> tu
 
     Nothing is computed yet but truncated factors: tensors are read when the result is saved, and rounding errors reach
     the report then. Raises NotRepresentableError when the target cannot hold a module exactly and no option allows
-    otherwise, BrokenModuleError for modules that contradict each other, RequestError for options.
+    otherwise, BrokenModuleError for modules that contradict each other, RequestError for options,
+    UnknownArchitectureError when models that the keys fit equally well give different results.
     """
     started = time.perf_counter()
     options = options or Options()
     options.check()
-    if adapter.ambiguous:
-        raise UnknownArchitectureError(
-            f"its keys fit {' and '.join((adapter.architecture.key, *adapter.ambiguous))} equally well, and the results differ",
-            path=adapter.path,
-            hint=f"--arch {adapter.architecture.id}, or whichever it was trained on",
-            candidates=adapter.candidates,
-        )
+    settled(adapter, layout(target), options.prefix)
     job = Job(adapter, layout(target), options)
     check_target(job)
     result = _run(job)

@@ -132,8 +132,13 @@ TABLES = (
         aliases=PROCESSORS["sd"],
         usage=300,
         metadata_names=(
-            "sd_v2", "sd_v2_v", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "stable-diffusion-v2", "sd_2.1",
-        ),  # fmt: skip
+            "sd_v2",
+            "sd_v2_v",
+            "stable-diffusion-v2-512",
+            "stable-diffusion-v2-768-v",
+            "stable-diffusion-v2",
+            "sd_2.1",
+        ),
         rows=tuple(_unet((320, 640, 1280, 1280), (1, 1, 1, 0, 1), 1024, ())),
     ),
     Architecture(

@@ -81,6 +81,8 @@ class Subject:
     others: tuple[str, ...]
     """Keys that end in no known suffix."""
     metadata: Mapping[str, str]
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture."""
 
     @property
     def keys(self) -> list[str]:
@@ -118,8 +120,9 @@ def subject_of(
     items = tuple(_item(own, *built[stem], best.architecture, rules) for stem, own in groups.items())
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
-        raw.path, best.architecture, tuple(kin), configs is not None, named_raw is not raw, items, tuple(others), raw.metadata
-    )
+        raw.path, best.architecture, tuple(kin), configs is not None, named_raw is not raw, items, tuple(others),
+        raw.metadata, best.evidence,
+    )  # fmt: skip
 
 
 def _built(own: Group, path: Path) -> tuple[Delta | None, str]:

@@ -178,11 +178,13 @@ def _unknown(
             hint="--base MODEL, the checkpoint it was trained on (only its header is read)",
         )
     closest = ranked[0]
-    why = f"{against[0].upper()}{against[1:]}." if against else _first_misfit(closest.architecture, stems)
+    why = f"{against[0].upper()}{against[1:]}. " if against else ""
+    if not against or closest.misfits:
+        why += _first_misfit(closest.architecture, stems)
     told = f"--arch {closest.architecture.key} if it is for that model all the same" if against else "--arch NAME"
     return UnknownArchitectureError(
         f"no known architecture explains these keys (nearest: {closest.architecture.name},"
-        f" {closest.fitting} of {closest.total} modules). {why}",
+        f" {closest.fitting} of {closest.total} modules). {why.rstrip()}",
         path=path,
         hint=f"--base MODEL, the checkpoint it was trained on (only its header is read), or {told}",
         candidates=[(m.architecture.key, m.share) for m in ranked],

@@ -35,7 +35,7 @@ class Decision(NamedTuple):
 
 def said(metadata: Mapping[str, str]) -> dict[str, str]:
     """What trainers' metadata calls the base model, letters and digits alone -> the key that says it and its value."""
-    found = {}
+    found: dict[str, str] = {}
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").split("/")[0]
         if value:
@@ -46,6 +46,11 @@ def said(metadata: Mapping[str, str]) -> dict[str, str]:
 def names(arch: Architecture, called: Mapping[str, str]) -> str:
     """What of :func:`said` means this model; "" when nothing does."""
     return next((called[bare] for bare in _known_as(arch) if bare in called), "")
+
+
+def means(arch: Architecture, value: str) -> bool:
+    """Whether ``value``, of one of the keys of :func:`said`, is a name of this model."""
+    return _bare(value.split("/", maxsplit=1)[0]) in _known_as(arch)
 
 
 @cache
@@ -60,8 +65,9 @@ def _bare(value: str) -> str:
 
 def decide(ties: Sequence[Architecture], stems: Collection[str], metadata: Mapping[str, str]) -> Decision:
     """The tables of ``ties`` that the evidence leaves, the likeliest first."""
-    left, evidence = list(ties), []
-    for clue in (_by_metadata, _by_whole_stacks, _by_spelling, _by_earlier_result):
+    told, why = _by_metadata(ties, metadata)
+    left, evidence = told or list(ties), [why] if told else []
+    for clue in (_by_whole_stacks, _by_spelling, _by_earlier_result):
         if len(left) > 1:
             better, why = clue(left, stems, metadata)
             if better and len(better) < len(left):
@@ -76,7 +82,7 @@ def decide(ties: Sequence[Architecture], stems: Collection[str], metadata: Mappi
 Clue = tuple[list["Architecture"], str]
 
 
-def _by_metadata(left: Sequence[Architecture], _: Collection[str], metadata: Mapping[str, str]) -> Clue:
+def _by_metadata(left: Sequence[Architecture], metadata: Mapping[str, str]) -> Clue:
     called = said(metadata)
     found = [arch for arch in left if names(arch, called)]
     return found, f"{names(found[0], called)}, which means {found[0].name}" if found else ""
@@ -94,7 +100,7 @@ def _by_whole_stacks(left: Sequence[Architecture], stems: Collection[str], _: Ma
 def _ends(arch: Architecture, stems: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Stack of blocks -> (the file's last block, the last that has such modules)."""
     place = index(arch).find
-    touched = {span.weight for stem in stems if (found := place(stem)) is not None for span in found.site.spans}
+    touched = {span.weight for stem in stems if (own := place(stem)) is not None for span in own.site.spans}
     every = _last_blocks(arch)
     found: dict[str, tuple[int, int]] = {}
     for weight in touched:
@@ -153,13 +159,21 @@ def _by_earlier_result(left: Sequence[Architecture], _: Collection[str], metadat
     return [arch for arch in left if arch.key == key], f"{OWN_KEY} is {key}"
 
 
+def one_of_each(likely: Iterable[Architecture]) -> list[Architecture]:
+    """The first variant of each model (:attr:`Architecture.id`), in their order."""
+    found: dict[str, Architecture] = {}
+    for arch in likely:
+        found.setdefault(arch.id, arch)
+    return list(found.values())
+
+
 def _untouched(arch: Architecture, stems: Collection[str]) -> list[str]:
     """The table's deep stacks of which the file has nothing."""
     return [part.stack.name for part in parts_of(arch, stems, ()) if part.stack.depth >= DEEP and not part.blocks]
 
 
 def _likelier(left: Sequence[Architecture], stems: Collection[str]) -> str:
-    others = ", ".join(dict.fromkeys(arch.name for arch in left[1:] if arch.id != left[0].id))
+    others = ", ".join(arch.name for arch in one_of_each(left)[1:])
     spared = {stack for arch in left[1:] for stack in _untouched(arch, stems)}
     blocks = "" if _untouched(left[0], stems) or not spared else ", and the file touches all its stacks of blocks"
     return f"it could be {others} as well; {left[0].name} is likelier: it is common{blocks}"

@@ -25,9 +25,9 @@ COMMON = 1000.0
 """From this :attr:`Architecture.usage` on, a model has derivatives with more blocks that adapters are trained on; a file
 that goes deeper than the table of a rarer model is taken to be for another one."""
 FEW_WRONG = 10
-"""One in so many modules of the blocks may have another shape: damaged, or of a variant."""
-FEW_LEFT = 20
-"""Where one of two stacks ends early (a pruned derivative), one in so many modules may be unexplained."""
+"""One in so many modules of the blocks may have another shape: a variant's."""
+FEW_LEFT = 10
+"""One in so many modules may be unexplained, whatever it is."""
 
 _FIRST_NUMBER = re.compile(r"(\D*?)_(\d+)(?=_|$)")
 
@@ -40,21 +40,29 @@ def objection(arch: Architecture, stems: Collection[str], misfits: Sequence[str]
     parts = [part for part in parts_of(arch, stems, misfits) if part.blocks or part.misfits]
     return (
         _other_sizes(arch, parts)
-        or _shallower(arch, parts, few_left=FEW_LEFT * unexplained <= len(stems))
+        or _shallower(arch, parts)
         or _deeper(arch, parts)
         or _beside(arch, stems)
-        or next(filter(None, (_replaced(arch, part) for part in parts)), "")
+        or (FEW_LEFT * unexplained > len(stems) and next(filter(None, (_replaced(arch, part) for part in parts)), ""))
+        or ""
     )
 
 
 def _other_sizes(arch: Architecture, parts: Sequence[Part]) -> str:
+    """Kinds of modules that have other shapes in most blocks; a damaged module is one of many that fit."""
     deep = [part for part in parts if part.stack.depth >= DEEP]
-    wrong, right = sum(part.misfits for part in deep), sum(part.fitting for part in deep)
-    return f"{wrong} modules of its blocks have other sizes than {arch.name}'s" if FEW_WRONG * wrong > wrong + right else ""
+    wrong = [
+        (kind, len(own)) for part in deep for kind, own in part.misfits.items()
+        if 2 * len(own) > len(part.blocks.union(*part.misfits.values()))
+    ]  # fmt: skip
+    count = sum(many for _, many in wrong)
+    if FEW_WRONG * count <= count + sum(part.fitting for part in deep):
+        return ""
+    return f"in its blocks {_some([kind for kind, _ in wrong])} have other sizes than {arch.name}'s"
 
 
-def _shallower(arch: Architecture, parts: Sequence[Part], *, few_left: bool) -> str:
-    """Complete stacks of fewer blocks: all of them, or one while much is unexplained.
+def _shallower(arch: Architecture, parts: Sequence[Part]) -> str:
+    """Complete stacks of fewer blocks, all of them: one alone is a pruned derivative's (FLUX.1-lite).
 
     A few first blocks are a choice of what to train, and so are blocks with gaps.
     """
@@ -63,7 +71,7 @@ def _shallower(arch: Architecture, parts: Sequence[Part], *, few_left: bool) -> 
         part for part in deep
         if DEEP <= len(part.blocks) < part.stack.depth and max(part.blocks) == len(part.blocks) - 1
     ]  # fmt: skip
-    if not early or (len(early) < len(deep) and few_left):
+    if not early or len(early) < len(deep):
         return ""
     ends = " and ".join(str(max(part.blocks)) for part in early)
     theirs = " and ".join(str(part.stack.depth - 1) for part in early)

@@ -63,8 +63,8 @@ class Part(NamedTuple):
     """Names within a block, of what fits."""
     fitting: int
     """Modules that fit."""
-    misfits: int
-    """Modules whose names stand in these blocks, and whose shapes do not fit."""
+    misfits: Mapping[str, frozenset[int]]
+    """Names within a block of what is known and has another shape, and the blocks that have it."""
     foreign: Mapping[str, frozenset[int]]
     """Names within a block that the table lacks, and the blocks that have them; also those beyond its last block."""
 
@@ -146,10 +146,11 @@ class _Collected:
     """A :class:`Part` while it is put together."""
 
     def __init__(self, stack: Stack) -> None:
-        self.stack, self.fitting, self.misfits = stack, 0, 0
+        self.stack, self.fitting = stack, 0
         self.blocks: set[int] = set()
         self.submodules: set[str] = set()
         self.kinds: set[str] = set()
+        self.misfits: dict[str, set[int]] = {}
         self.foreign: dict[str, set[int]] = {}
 
     def add(self, at: tuple[int, str], kind: str, *, known: bool, fits: bool) -> None:
@@ -159,7 +160,7 @@ class _Collected:
             return
         self.submodules.add(self.stack.submodule(at[1]) or kind)
         if not fits:
-            self.misfits += 1
+            self.misfits.setdefault(kind, set()).add(at[0])
             return
         self.fitting += 1
         self.blocks.add(at[0])
@@ -167,6 +168,6 @@ class _Collected:
 
     def part(self) -> Part:
         """As it is in the end."""
-        sets = (frozenset(own) for own in (self.blocks, self.submodules, self.kinds))
-        foreign = {kind: frozenset(own) for kind, own in self.foreign.items()}
-        return Part(self.stack, *sets, self.fitting, self.misfits, foreign)
+        wrong, foreign = ({kind: frozenset(at) for kind, at in own.items()} for own in (self.misfits, self.foreign))
+        submodules, kinds = frozenset(self.submodules), frozenset(self.kinds)
+        return Part(self.stack, frozenset(self.blocks), submodules, kinds, self.fitting, wrong, foreign)

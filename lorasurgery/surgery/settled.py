@@ -9,6 +9,7 @@ from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Module, Scale, Site
 from lorasurgery.architectures import architectures, plugins
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import RequestError, UnknownArchitectureError
+from lorasurgery.layouts.evidence import one_of_each
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.targets import LAYOUTS, Speller, namings
 from lorasurgery.surgery.pieces import plan, targets_of
@@ -49,7 +50,7 @@ def differing(
     tied: Sequence[Architecture], stems: Collection[str], targets: Iterable[Layout], prefix: str = "diffusion_model"
 ) -> tuple[str, ...]:
     """The keys of those of ``tied``, one a family, with which a target would be written otherwise than with the first."""
-    kin = list({arch.id: arch for arch in reversed(tied)}.values())[::-1]  # the first, likeliest variant of each
+    kin = one_of_each(tied)
     if len(kin) < 2:
         return ()
     known = [stem for stem in stems if any(index(arch).find(stem) is not None for arch in kin)]
@@ -96,6 +97,9 @@ def _written(arch: Architecture, component: str, modules: list[Module], target: 
     if more and not all(each.is_rename for each in made):  # what cannot be fused keeps its split names
         made += plan(modules, targets_of(arch.namings[DIFFUSERS]))
     return frozenset(
-        (speller.stem(Site(DENOISER, each.spans)), *((piece.source and piece.source.name, piece.ranges) for piece in each.pieces))
+        (
+            speller.stem(Site(DENOISER, each.spans)),
+            *((piece.source and piece.source.name, piece.ranges) for piece in each.pieces),
+        )
         for each in made
     )

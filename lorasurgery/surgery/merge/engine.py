@@ -25,6 +25,7 @@ from lorasurgery.surgery.merge.report import MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import parse_weight
 from lorasurgery.surgery.merge.sums import Sums
 from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.settled import settled
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def _source(adapter: Adapter, weight: float | str) -> Source:
 
 
 def _merged(run: Merging) -> Adapter:
+    _settle(run)
     run.sources = [_checked(run, source) for source in run.sources]
     files = [weighted(source, i, run.arch) for i, source in enumerate(run.sources)]
     _describe(run, files)
@@ -103,7 +105,6 @@ def _merged(run: Merging) -> Adapter:
         metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
         layout=leading([source.adapter for source in run.sources]).layout,
         leftovers=_leftovers(run),
-        ambiguous=_ambiguous(run),
         operation=f"merge {run.options.method}",
     )
     adapter = _without_factor(adapter)
@@ -151,12 +152,15 @@ def _without_factor(adapter: Adapter) -> Adapter:
     return replace(adapter, metadata=metadata, leftovers=tuple(left for left in adapter.leftovers if left.key != FACTOR))
 
 
-def _ambiguous(run: Merging) -> tuple[str, ...]:
-    """Models that every file could be for as well, where that would change names."""
-    if all(source.adapter.layout == run.target for source in run.sources):
-        return ()
-    others = [set(source.adapter.ambiguous) for source in run.sources]
-    return tuple(sorted(set.intersection(*others) - {run.arch.key}))
+def _settle(run: Merging) -> None:
+    """Raise UnknownArchitectureError where every file could be for another model as well, with another result."""
+    own = [source.adapter for source in run.sources]
+    if all(adapter.layout == run.target for adapter in own):
+        return
+    common = set.intersection(*({key for key, _ in adapter.candidates} for adapter in own))
+    for adapter in own:
+        left = tuple(candidate for candidate in adapter.candidates if candidate[0] in common)
+        settled(replace(adapter, candidates=left), layout(run.target))
 
 
 def _resized(run: Merging, adapter: Adapter) -> Adapter:

@@ -14,7 +14,7 @@ TABLES = (
         source="ComfyUI comfy/ldm/chroma/model.py (2026-05), Diffusers ChromaTransformer2DModel 0.42",
         comfyui_split="transformer.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
-        metadata_names=("chroma", "Chroma1"),
+        metadata_names=("chroma", "chroma", "Chroma1"),  # sd-scripts' two keys, and OneTrainer
         rows=(
             row("img_in", (D, 64), "x_embedder"),
             row("txt_in", (D, 4096), "context_embedder"),

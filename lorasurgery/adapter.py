@@ -156,8 +156,8 @@ class Adapter:
     leftovers: tuple[Leftover, ...] = ()
     candidates: tuple[tuple[str, float], ...] = ()
     """Other architectures that explain the same keys, with the share they explain."""
-    ambiguous: tuple[str, ...] = ()
-    """Keys of architectures that explain the file equally well and would be converted otherwise."""
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture, as sentences without a full stop; the first counts the modules that fit."""
     warnings: tuple[str, ...] = ()
     path: Path | None = None
     operation: str | None = None

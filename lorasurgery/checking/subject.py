@@ -80,6 +80,8 @@ class Subject:
     others: tuple[str, ...]
     """Keys that end in no known suffix."""
     metadata: Mapping[str, str]
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture."""
 
     @property
     def keys(self) -> list[str]:
@@ -107,8 +109,9 @@ def subject_of(
     items = tuple(_item(stem, taken, arch) for stem in taken.groups)
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
-        raw.path, arch, tuple(kin), configs is not None, bool(named_keys(raw.tensors)), items, tuple(taken.others), raw.metadata
-    )
+        raw.path, arch, tuple(kin), configs is not None, bool(named_keys(raw.tensors)), items, tuple(taken.others),
+        raw.metadata, best.evidence,
+    )  # fmt: skip
 
 
 def _item(stem: str, taken: Taken, arch: Architecture) -> Item:

@@ -13,7 +13,7 @@ from lorasurgery.architectures.table import DENOISERS, DIFFUSERS, ORIGINAL, Own
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
-from lorasurgery.layouts.detect import detect, fits, same_results
+from lorasurgery.layouts.detect import detect, fits
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
 from lorasurgery.layouts.spelled import spelling
@@ -101,7 +101,7 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
         layout=how.id,
         leftovers=leftovers(taken),
         candidates=tuple((m.architecture.key, m.share) for m in ((best, *ties) if best is not None else ())),
-        ambiguous=_ambiguous(arch, [m.architecture for m in ties], taken.groups),
+        evidence=() if best is None else best.evidence,
         warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed)),
         path=taken.raw.path,
         spelling=how,
@@ -212,13 +212,6 @@ def said_of(key: str) -> tuple[str, str]:
             if pattern.search(key):
                 return reason, state
     return "not part of any module: its last word is none that an adapter has", "unknown"
-
-
-def _ambiguous(arch: Architecture, others: Sequence[Architecture], stems: Iterable[str]) -> tuple[str, ...]:
-    """The architectures among ``others`` for which a conversion would come out differently."""
-    stems = list(stems)
-    kin = {other.id: other for other in others if other.id != arch.id}
-    return tuple(other.key for other in kin.values() if not same_results(arch, other, stems))
 
 
 def _join_or_refuse(modules: dict[Site, Module], module: Module, taken: Taken) -> None:

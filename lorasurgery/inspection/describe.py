@@ -151,6 +151,7 @@ def _adapter(opened: Opened, found: Structure, *, tags: bool) -> Description:
         architecture_name="" if arch is None else arch.name,
         candidates=found.candidates,
         undecided=found.undecided,
+        evidence=found.evidence,
         coverage=found.coverage,
         layout=found.layout,
         trainer=written_by,

@@ -129,7 +129,7 @@ def expected_key(key: str) -> str:
     match = _TOKENS.search(key)
     if match is None:
         return "MODULE.lora_down.weight"
-    stem = unmangled(key[: match.start()])
+    stem = unmangled(key[: match.start()].rstrip("_"))
     if match[1].startswith(("hada", "lokr")):
         return f"{stem}.{match[1]}"
     return f"{stem}.lora_{re.split('[._]', match[1])[-1]}.weight"

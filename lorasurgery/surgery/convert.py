@@ -22,6 +22,7 @@ from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
 from lorasurgery.surgery.refamily import check_target, refamilied, refamilied_metadata
 from lorasurgery.surgery.regroup import regroup
+from lorasurgery.surgery.settled import settled
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
@@ -38,19 +39,15 @@ def convert(adapter: Adapter, target: str | None = None, options: Options | None
 
     Nothing is computed yet but truncated factors: tensors are read when the result is saved, and rounding errors reach
     the report then. Raises NotRepresentableError when the target cannot hold a module exactly and no option allows
-    otherwise, BrokenModuleError for modules that contradict each other, RequestError for options.
+    otherwise, BrokenModuleError for modules that contradict each other, RequestError for options,
+    UnknownArchitectureError when models that the keys fit equally well give different results.
     """
     started = time.perf_counter()
     options = options or Options()
     options.check()
-    if target is not None and adapter.ambiguous:
-        raise UnknownArchitectureError(
-            f"its keys fit {' and '.join((adapter.architecture.key, *adapter.ambiguous))} equally well, and the results differ",
-            path=adapter.path,
-            hint=f"--arch {adapter.architecture.id}, or whichever it was trained on",
-            candidates=adapter.candidates,
-        )
     writing = written_in(adapter, target)
+    if not writing.own:
+        settled(adapter, writing, options.prefix)
     _refuse_unknown(adapter, writing, options)
     job = Job(adapter, writing, options)
     check_target(job)

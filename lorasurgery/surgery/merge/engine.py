@@ -27,6 +27,7 @@ from lorasurgery.surgery.merge.report import MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import parse_weight
 from lorasurgery.surgery.merge.sums import Sums
 from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.settled import settled
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _source(adapter: Adapter, weight: float | str) -> Source:
 
 
 def _merged(run: Merging) -> Adapter:
+    _settle(run)
     run.sources = [_checked(run, source) for source in run.sources]
     files = [weighted(source, i, run.arch) for i, source in enumerate(run.sources)]
     _describe(run, files)
@@ -111,7 +113,6 @@ def _merged(run: Merging) -> Adapter:
         layout=first.layout,
         spelling=spelling,
         leftovers=_leftovers(run),
-        ambiguous=_ambiguous(run),
         operation=f"merge {run.options.method}",
     )
     adapter = _without_factor(adapter)
@@ -162,12 +163,15 @@ def _without_factor(adapter: Adapter) -> Adapter:
     return replace(adapter, metadata=metadata, leftovers=tuple(left for left in adapter.leftovers if left.key != FACTOR))
 
 
-def _ambiguous(run: Merging) -> tuple[str, ...]:
-    """Models that every file could be for as well, where that would change names."""
+def _settle(run: Merging) -> None:
+    """Raise UnknownArchitectureError where every file could be for another model as well, with another result."""
+    own = [source.adapter for source in run.sources]
     if run.target.own:
-        return ()
-    others = [set(source.adapter.ambiguous) for source in run.sources]
-    return tuple(sorted(set.intersection(*others) - {run.arch.key}))
+        return
+    common = set.intersection(*({key for key, _ in adapter.candidates} for adapter in own))
+    for adapter in own:
+        left = tuple(candidate for candidate in adapter.candidates if candidate[0] in common)
+        settled(replace(adapter, candidates=left), run.target)
 
 
 def _resized(run: Merging, adapter: Adapter) -> Adapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasurgery.deltas.base import CannotError
 
@@ -126,6 +126,8 @@ class Adapter:
     """Keys of architectures that explain the file equally well and would be converted otherwise."""
     warnings: tuple[str, ...] = ()
     path: Path | None = None
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """PEFT's configurations as JSON, by component ("" for the whole file): from its folder, or from the header."""
     operation: str | None = None
     """What was done, for ``lorasurgery.operation`` in the metadata; None: a conversion."""
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import named
-from lorasurgery.errors import BrokenModuleError, DroppedKeysError
+from lorasurgery.errors import BrokenModuleError, DroppedKeysError, RequestError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder, write_peft_folder
+from lorasurgery.io.peft_folder import is_peft_folder, whole_folder, write_peft_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
 from lorasurgery.layouts.parse import FLAGS, parse
-from lorasurgery.layouts.scales import HEADER_KEY, PeftConfig
+from lorasurgery.layouts.peft_keys import is_carried
+from lorasurgery.layouts.peft_read import read_peft
+from lorasurgery.layouts.scales import GIVEN, HEADER_KEY
 from lorasurgery.layouts.targets import Layout
 from lorasurgery.layouts.targets import layout as layout_named
 from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
@@ -28,25 +31,32 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.io.header import RawFile
+    from lorasurgery.layouts.scales import PeftConfig
     from lorasurgery.report import Report
 
 KNOWN_TOP_LEVEL = (FACTOR, *FLAGS)
 
 
-def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None) -> Adapter:
+def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None, alpha: float | None = None) -> Adapter:
     """Read an adapter: safetensors, a PyTorch file (weights only), or a PEFT folder.
 
     ``arch`` overrides detection (``flux1`` or a variant such as ``flux1-schnell``); ``base`` is a checkpoint whose
-    header supplies names and shapes. Tensors stay on disk. Raises SurgeryError for anything that is no adapter.
+    header supplies names and shapes; ``alpha`` is what the file was trained at, where nothing in it says so. Tensors stay
+    on disk. Raises SurgeryError for anything that is no adapter.
     """
     path = Path(path)
+    if alpha is not None and not (isfinite(alpha) and alpha):
+        raise RequestError(f"{GIVEN} is a number other than 0, not {alpha:g}", path=path)
     among: tuple[Architecture, ...] | None = None if arch is None else named(arch)
     if base is not None:
         from lorasurgery.models import open_model
 
         among = (open_model(base).architecture,)
     raw, configs = read_unparsed(path)
-    return parse(raw, among=among, configs=configs)
+    adapter = parse(raw, among=among, configs=configs, alpha=alpha)
+    if alpha is not None and not any(module.scale.source == GIVEN for _, module in adapter):
+        raise RequestError(f"{GIVEN}: the file says its scales itself", path=path, hint=f"no {GIVEN}")
+    return adapter
 
 
 def read_unparsed(path: Path) -> tuple[RawFile, dict[str, PeftConfig] | None]:
@@ -56,8 +66,7 @@ def read_unparsed(path: Path) -> tuple[RawFile, dict[str, PeftConfig] | None]:
     """
     path = whole_folder(path)
     if path.is_dir() and is_peft_folder(path):
-        raw, configs = read_peft_folder(path)
-        return raw, {name: PeftConfig.from_dict(fields, "adapter_config.json") for name, fields in configs.items()}
+        return read_peft(path)
     return read_any(path), None
 
 
@@ -163,7 +172,8 @@ def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Repor
     for left in adapter.leftovers:
         if left.key in KNOWN_TOP_LEVEL:
             continue
-        if target.carries_unknown and left.key not in emitted.tensors:
+        pefts = target.id == "peft" and bool(adapter.configs) and is_carried(left.key, adapter.configs)
+        if (target.carries_unknown or pefts) and left.key not in emitted.tensors:
             emitted.tensors[left.key] = left.tensor
             report.carried.append((left.key, left.reason))
         else:
@@ -181,7 +191,7 @@ def _metadata(adapter: Adapter, target: Layout, emitted: Emitted, report: Report
     if report.scale_written == "header" and target.id != "peft":
         from lorasurgery.layouts.peft_config import header_metadata
 
-        metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
+        metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture, adapter.configs)
     return metadata
 
 
@@ -200,13 +210,10 @@ def _widen(adapter: Adapter, emitted: Emitted) -> None:
 
 
 def _write_peft(path: Path, adapter: Adapter, emitted: Emitted, metadata: Mapping[str, str]) -> None:
-    from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, flattened, model_names
+    from lorasurgery.layouts.peft_write import peft_parts
 
-    adapters = {}
-    for component, own in components(emitted.written, adapter.architecture).items():
-        prefix = PREFIX if own[0].stem.startswith(PREFIX) else component + "."
-        root = flattened(component, adapter.architecture)
-        config = adapter_config(own, model_names(component, adapter.architecture, root), prefix, root)
-        names = {PREFIX + key.removeprefix(prefix).removeprefix(root): key for one in own for key in one.keys}
-        adapters[component] = config, {name: emitted.tensors[key] for name, key in names.items()}
-    write_peft_folder(path, adapters, metadata)
+    parts = {
+        component: (dict(part.config), {name: emitted.tensors[key] for name, key in part.names.items()})
+        for component, part in peft_parts(adapter, emitted).items()
+    }
+    write_peft_folder(path, parts, metadata)

@@ -10,13 +10,14 @@ from lorasurgery.adapter import Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.detect import detect, fits
 from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import scale_rules
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.scales import PeftConfig, header_configs
+from lorasurgery.layouts.peft_read import read_peft
+from lorasurgery.layouts.scales import header_configs
 from lorasurgery.layouts.words import ALPHA
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
-    from lorasurgery.layouts.scales import ScaleRules
+    from lorasurgery.layouts.scales import PeftConfig, ScaleRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,7 @@ def read_subject(path: str | Path, *, arch: str | None = None, base: Architectur
     path = whole_folder(Path(path))
     among = (base,) if base is not None else None if arch is None else named(arch)
     if path.is_dir() and is_peft_folder(path):
-        raw, fields = read_peft_folder(path)
-        configs = {component: PeftConfig.from_dict(own, "adapter_config.json") for component, own in fields.items()}
+        raw, configs = read_peft(path)
         return subject_of(raw, among=among, configs=configs)
     return subject_of(read_any(path), among=among)
 

@@ -16,14 +16,15 @@ from lorasurgery.inspection.structure import Structure, read_structure
 from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
-from lorasurgery.layouts.scales import PeftConfig
+from lorasurgery.layouts.peft_read import read_peft
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lorasurgery.io.header import RawFile
+    from lorasurgery.layouts.scales import PeftConfig
 
 CONFIG = "adapter_config.json"
 KEPT = 64
@@ -81,9 +82,9 @@ def _open(path: Path) -> Opened:
 def _open_folder(path: Path) -> Opened:
     """A PEFT folder."""
     if is_peft_folder(path):
-        raw, fields = read_peft_folder(path)
+        raw, configs = read_peft(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        configs = {component: PeftConfig.from_dict(own, CONFIG) for component, own in fields.items()}
+        fields = {component if len(configs) > 1 else "": own.fields for component, own in configs.items()}
         return Opened(with_scalars(raw), "peft-folder", size, configs, fields)
     raise a_folder(path)
 

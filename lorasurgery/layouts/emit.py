@@ -18,6 +18,7 @@ from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeEr
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.module import LARGEST_SCALE
+from lorasurgery.layouts.peft_keys import EMBEDDING_WORDS, is_embedding, transposed
 from lorasurgery.layouts.scales import LARGEST_ALPHA
 from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
 
@@ -98,7 +99,10 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
         for slot, tensor in delta.tensors.items():
             if isinstance(delta, LowRank) and not target.any_shape:
                 tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
-            tensors[stem + _suffix(delta, slot, words)] = tensor
+            if target.words == PEFT and isinstance(delta, LowRank) and is_embedding(stem):
+                tensors[stem + EMBEDDING_WORDS[slot]] = transposed(tensor)
+            else:
+                tensors[stem + _suffix(delta, slot, words)] = tensor
         if alpha is not None:
             tensors[f"{stem}.alpha"] = alpha
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)
@@ -181,7 +185,9 @@ def _whole_kronecker(
 
 def _suffix(delta: Delta, slot: str, words: Mapping[str, str]) -> str:
     if isinstance(delta, Opaque):
-        return ".set_weight" if delta.family == "set" else slot  # BFL's own word, `.scale`, is understood in its files only
+        return (
+            words.get("set", ".set_weight") if delta.family == "set" else slot
+        )  # BFL's own word, `.scale`, is understood in its files only
     if isinstance(delta, Hadamard):
         return f".hada_{slot}"
     if isinstance(delta, Kronecker):

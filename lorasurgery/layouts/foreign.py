@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import NotAnAdapterError
+from lorasurgery.layouts.peft_types import refuse_other_keys
 from lorasurgery.layouts.words import split_key
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.group import Group
 
 _CHECKPOINT = r"^(model\.diffusion_model|cond_stage_model|conditioner|first_stage_model)\."
-_DIFFERENCE = "lorasurgery extract for an adapter of the difference"
 _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^lllite_", "a ControlNet-LLLite, not a LoRA", "the LLLite nodes of your program"),
     (r"^(control_model\.|controlnet_|input_hint_block|zero_convs)", "a ControlNet, not a LoRA", "the ControlNet folder"),
@@ -27,16 +27,6 @@ _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"\.processor\.ip_adapter_|_ip\.weight$", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"^(encoder\.conv_in|decoder\.conv_in|quant_conv)", "a VAE, not a LoRA", "the VAE folder"),
-    (
-        r"\.(vera_lambda_[bd]|fourierft_spectrum|waveft_spectrum|randlora_lambda|vblora_logits_[AB]|shira_weight)",
-        "an adapter whose change depends on random numbers or a bank of vectors beside it (VeRA, FourierFT, ... of PEFT)",
-        f"merge_and_unload() of PEFT, and {_DIFFERENCE}",
-    ),
-    (
-        r"\.(hra_u|c3a_kernel|road_theta|delora_[AB]|gralora_[AB]|hira_[AB]|psoft_R|glora_[A-E]|ln_tuning_layers)\b",
-        "an adapter of one of PEFT's rarer types, which are not read here",
-        f"merge_and_unload() of PEFT, and {_DIFFERENCE}",
-    ),
     (r"\.qweight$|\.svdq|smooth_factor", "an SVDQuant model, not a LoRA", "the LoRA it was made from"),
 )  # fmt: skip
 
@@ -63,6 +53,7 @@ def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
     if not raw.tensors:
         raise NotAnAdapterError("the file holds no tensors", path=raw.path, hint="the file it was meant to be")
     _refuse_mangled(raw, known)
+    refuse_other_keys(raw.tensors, raw.path)
     for pattern, what, hint in _MARKERS:
         if any(re.search(pattern, key) for key in raw.tensors):
             raise NotAnAdapterError(f"this is {what}", path=raw.path, hint=hint)

@@ -13,6 +13,8 @@ from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.dtypes import CARRIED, FLOATS
+from lorasurgery.layouts.peft_keys import FACTOR, REFUSED, doubles, peft_key, transposed
+from lorasurgery.layouts.peft_types import MERGED
 from lorasurgery.layouts.words import (
     ALPHA,
     BIAS,
@@ -102,6 +104,7 @@ def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
             )
         own.entries[slot] = entry
     _adopt_ia3(groups, others)
+    _adopt_pefts(groups, others, raw.path)
     return groups, others
 
 
@@ -111,6 +114,22 @@ def _adopt_ia3(groups: dict[str, Group], others: dict[str, Tensor]) -> None:
         key = f"{stem}.weight"
         if ("ia3", "on_input") in own.entries and key in others:
             own.entries["ia3", "weight"] = Entry(key, Word("ia3", "weight", "kohya"), others.pop(key))
+
+
+def _adopt_pefts(groups: dict[str, Group], others: dict[str, Tensor], path: object) -> None:
+    """PEFT's saved weights and the LoRA of an embedding; what else it saves beside its factors stays in ``others``."""
+    twice = doubles(others)
+    for key, found in [(key, peft_key(key)) for key in others if key not in twice]:
+        if found is not None and found.role == REFUSED:
+            raise BrokenModuleError(f"{key} is {found.reason}", key=key, path=str(path), hint=MERGED)
+        if found is None or found.word is None or len(others[key].shape) < 1:
+            continue
+        tensor, own = others[key], groups.setdefault(found.stem, Group(found.stem))
+        if found.role == FACTOR and len(tensor.shape) == 2:
+            tensor = transposed(tensor)
+        own.entries.setdefault(found.word[:2], Entry(key, found.word, tensor))
+        if own.entries[found.word[:2]].key == key:
+            del others[key]
 
 
 def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:

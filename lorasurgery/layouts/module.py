@@ -37,11 +37,17 @@ FLAGS = ("use_rslora_flag", "use_dora_flag")
 _NO_SCALE = Scale(1.0, "none (1.0)")
 
 
-def scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig]) -> ScaleRules:
-    """What the file says about scales, beside the alpha tensors; ``configs`` by component."""
+def scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig], alpha: float | None = None) -> ScaleRules:
+    """What the file says about scales, beside the alpha tensors; ``configs`` by component.
+
+    ``alpha``: what the user says it was trained at, for modules of which nothing in the file says it.
+    """
     rslora = raw.tensors.get(FLAGS[0])
     return ScaleRules(
-        configs, rslora_flag=rslora is not None and bool(rslora.item()), whole_lokr_by_shape=FACTOR in raw.tensors
+        configs,
+        rslora_flag=rslora is not None and bool(rslora.item()),
+        whole_lokr_by_shape=FACTOR in raw.tensors,
+        trained_alpha=alpha,
     )
 
 

@@ -176,7 +176,13 @@ def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:
     if encoder.diffusers:
         yield encoder.diffusers + ".", False, "diffusers"
         yield f"base_model.model.{encoder.diffusers}.", False, "peft"
+    yield f"base_model.model.{encoder.table}.", False, "peft"  # see layouts/peft_read.py
     yield encoder.comfyui + ".", False, "comfyui"
+
+
+def encoder_names(table: str) -> Mapping[str, str]:
+    """Dotted name -> weight of a text encoder, as any release of transformers spells it."""
+    return _encoder_names(table)[False]
 
 
 @cache

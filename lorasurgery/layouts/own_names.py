@@ -21,6 +21,7 @@ from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import module_of, scale_rules
 from lorasurgery.layouts.names import Found
 from lorasurgery.layouts.parse import warnings_of
+from lorasurgery.layouts.peft_keys import reason_of
 from lorasurgery.layouts.scales import header_configs
 from lorasurgery.layouts.spelled import PREFIXED, spelling
 from lorasurgery.layouts.targets import layout
@@ -225,10 +226,11 @@ def _adapter(file: _File, prefix: Prefix, names: Mapping[str, str], table: Archi
         modules=modules,
         metadata=dict(file.raw.metadata),
         layout=own,
-        leftovers=tuple(Leftover(key, tensor, "not part of any module") for key, tensor in file.others.items()),
+        leftovers=tuple(Leftover(key, tensor, reason_of(key)) for key, tensor in file.others.items()),
         candidates=((table.key, 1.0),),
         warnings=tuple(warnings_of(file.raw, rules, modules.values())),
         path=file.raw.path,
+        configs={component: config.fields for component, config in rules.configs.items()},
     )
 
 

@@ -15,7 +15,8 @@ from lorasurgery.layouts.foreign import named_modules, refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of, scale_rules
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.scales import header_configs
+from lorasurgery.layouts.peft_keys import reason_of
+from lorasurgery.layouts.scales import header_configs, unknown_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -34,11 +35,13 @@ def parse(
     *,
     among: Iterable[Architecture] | None = None,
     configs: Mapping[str, PeftConfig] | None = None,
+    alpha: float | None = None,
 ) -> Adapter:
     """Understand every key of ``raw``.
 
     ``among`` restricts the architectures considered (``--arch``, ``--base``); ``configs`` are a PEFT folder's
-    configurations by component. Keys that no table explains become leftovers with their reason.
+    configurations by component, ``alpha`` is what a file that does not say it was trained at. Keys that no table explains
+    become leftovers with their reason.
     Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
     """
     raw = named_modules(raw)
@@ -50,7 +53,7 @@ def parse(
     arch = best.architecture
     names = index(arch)
     found = {stem: names.find(stem) for stem in groups}
-    rules = scale_rules(raw, header_configs(raw.metadata) if configs is None else configs)
+    rules = scale_rules(raw, header_configs(raw.metadata) if configs is None else configs, alpha)
     modules: dict[Site, Module] = {}
     for stem, place in found.items():
         if place is None:
@@ -60,7 +63,7 @@ def parse(
             _merge_or_refuse(modules, module, raw.path)
         else:
             modules[place.site] = module
-    leftovers = [Leftover(key, tensor, "not part of any module") for key, tensor in others.items()]
+    leftovers = [Leftover(key, tensor, reason_of(key)) for key, tensor in others.items()]
     for stem in (s for s, place in found.items() if place is None):
         reason = _unexplained(stem, arch)
         leftovers += [Leftover(e.key, e.tensor, reason) for e in groups[stem].entries.values()]
@@ -74,6 +77,7 @@ def parse(
         ambiguous=_ambiguous(arch, [m.architecture for m in ties], groups),
         warnings=tuple(warnings_of(raw, rules, modules.values())),
         path=raw.path,
+        configs={component: config.fields for component, config in rules.configs.items()},
     )
 
 
@@ -131,7 +135,8 @@ def layout_of(groups: Mapping[str, Group], found: Mapping[str, Found | None], ar
 
 def warnings_of(raw: RawFile, rules: ScaleRules, modules: Iterable[Module]) -> list[str]:
     """What is odd about a file although it can be read: its LoKr factor and the scales that hang on it."""
-    found = []
+    modules = list(modules)
+    found = unknown_scales(modules)
     buffer, text = raw.tensors.get(FACTOR), raw.metadata.get("ss_lokr_factor")
     if buffer is not None and text is not None and str(round(buffer.item())) != text:
         found.append(f"lokr_factor is {round(buffer.item())} but ss_lokr_factor says {text}; the buffer counts")

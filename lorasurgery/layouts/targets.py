@@ -32,7 +32,7 @@ SUFFIXES = MappingProxyType(
         KOHYA: _KOHYA,
         PEFT: {
             "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".lora_magnitude_vector",
-            "bias": ".lora_B.bias", "norm bias": ".b_norm",
+            "bias": ".lora_B.bias", "norm bias": ".b_norm", "set": ".weight",
         },
         DOTTED: {  # lora_A and lora_B as in Diffusers, all else as ComfyUI reads it
             "up": ".lora_B.weight", "down": ".lora_A.weight", "magnitude": ".dora_scale", "bias": ".diff_b",

@@ -10,6 +10,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
+from lorasurgery.layouts.peft_types import SHARED_OFT, is_pefts, is_saved
 from lorasurgery.layouts.targets import KOHYA, OWN, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
@@ -64,15 +65,17 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 
 
 def _holds(job: Job, module: Module) -> bool:
+    if is_pefts(module.delta, job.adapter.configs):
+        return job.target.id == "peft" or OWN in job.target.id
     if module.family not in job.target.holds or _is_configured(job, module):
-        return False
+        return job.target.id == "peft" and is_saved(module.delta)
     return module.magnitude is None or module.family == "dora" or job.target.id != "peft"
 
 
 def _is_configured(job: Job, module: Module) -> bool:
     """Whether it is PEFT's OFT, of which only the configuration tells how the rotations are made, on its way elsewhere."""
     slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
-    return bool({".oft_R.weight", ".oft_r"} & set(slots)) and job.adapter.layout == "peft" and OWN not in job.target.id
+    return SHARED_OFT in slots and job.adapter.layout == "peft" and OWN not in job.target.id
 
 
 def _as_lora(job: Job, module: Module) -> Module | None:
@@ -82,7 +85,11 @@ def _as_lora(job: Job, module: Module) -> Module | None:
     if isinstance(delta, Opaque) or delta.family == "norm":
         if job.options.as_lora and _holds(job, module):
             return module
-        what = " without its adapter_config.json" if _is_configured(job, module) else " modules"
+        what = " modules"
+        if is_pefts(delta, job.adapter.configs):
+            what = " of PEFT, which nothing else does"
+        elif _is_configured(job, module):
+            what = " without its adapter_config.json"
         _leave_out(job, module, delta.family.upper() + what)
         return None
     if not job.options.as_lora:

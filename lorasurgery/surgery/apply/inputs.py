@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.api import read_any
 from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureError
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.parse import FLAGS, parse
-from lorasurgery.layouts.scales import PeftConfig
+from lorasurgery.layouts.peft_read import read_peft
 from lorasurgery.layouts.words import split_key
 from lorasurgery.metadata import FACTOR
-from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules, refuse_other_types
+from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules
 from lorasurgery.surgery.apply.widen import widened
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter, Module
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.io.header import RawFile
+    from lorasurgery.layouts.scales import PeftConfig
     from lorasurgery.models import Model
 
 TOP_LEVEL = (FACTOR, *FLAGS)
@@ -60,9 +61,8 @@ class Source:
 
 def source_of(adapter: Adapter) -> Source:
     """An adapter that was read at weight 1; how its OFT and (IA)^3 modules are meant is read from where it came from."""
-    path, rules = adapter.path, {"": Rules(backwards=adapter.layout != "peft")}
-    if path is not None and path.is_dir() and is_peft_folder(path):
-        rules = {component: Rules.from_dict(fields) for component, fields in read_peft_folder(path)[1].items()}
+    rules = {component: Rules.from_dict(fields) for component, fields in adapter.configs.items()}
+    rules = rules or {"": Rules(backwards=adapter.layout != "peft")}
     return Source(adapter, lambda _: 1.0, "1", {}, rules)
 
 
@@ -89,15 +89,12 @@ def read_source(
     """An adapter whose modules are the model's, at a strength, or one for each module.
 
     ``path``: a file, or PEFT's folder; its weights alone stand for the folder.
-    Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model, and
-    RequestError for a type of PEFT's whose change is not in its files.
+    Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model.
     """
     scales, rules, path = None, {}, whole_folder(path)
     if path.is_dir() and is_peft_folder(path):
-        raw, configs = read_peft_folder(path)
-        refuse_other_types(configs, path)
-        scales = {component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()}
-        rules = {component: Rules.from_dict(fields) for component, fields in configs.items()}
+        raw, scales = read_peft(path)
+        rules = {component: Rules.from_dict(config.fields) for component, config in scales.items()}
     else:
         raw = read_any(path)
         rules = {"": Rules(backwards=not any(key.startswith(PEFT_PREFIX) for key in raw.tensors))}

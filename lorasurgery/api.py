@@ -17,7 +17,7 @@ from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
 from lorasurgery.layouts.parse import FLAGS, parse
-from lorasurgery.layouts.peft_keys import is_carried
+from lorasurgery.layouts.peft_keys import is_carried, is_harmless
 from lorasurgery.layouts.peft_read import read_peft
 from lorasurgery.layouts.scales import GIVEN, HEADER_KEY
 from lorasurgery.layouts.targets import Layout
@@ -170,7 +170,7 @@ def _check_values(emitted: Emitted, options: SaveOptions) -> None:
 def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Report) -> None:
     """Keys no module holds: copied where the reader ignores what it does not know, listed either way."""
     for left in adapter.leftovers:
-        if left.key in KNOWN_TOP_LEVEL:
+        if left.key in KNOWN_TOP_LEVEL or is_harmless(left.key):
             continue
         pefts = target.id == "peft" and bool(adapter.configs) and is_carried(left.key, adapter.configs)
         if (target.carries_unknown or pefts) and left.key not in emitted.tensors:

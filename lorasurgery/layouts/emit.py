@@ -96,13 +96,14 @@ def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str
     record = _recorder(report, module.name)
     if module.delta is not None:
         delta, alpha, scale = _scaled(module, module.delta, policy, target, record)
+        turned = target.words == PEFT and isinstance(delta, LowRank) and is_embedding(stem, delta.up)
         for slot, tensor in delta.tensors.items():
+            if turned:
+                tensors[stem + EMBEDDING_WORDS[slot]] = transposed(tensor)
+                continue
             if isinstance(delta, LowRank) and not target.any_shape:
                 tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
-            if target.words == PEFT and isinstance(delta, LowRank) and is_embedding(stem):
-                tensors[stem + EMBEDDING_WORDS[slot]] = transposed(tensor)
-            else:
-                tensors[stem + _suffix(delta, slot, words)] = tensor
+            tensors[stem + _suffix(delta, slot, words)] = tensor
         if alpha is not None:
             tensors[f"{stem}.alpha"] = alpha
         rank = delta.rank or (max(delta.inner) if isinstance(delta, Kronecker) else 1)

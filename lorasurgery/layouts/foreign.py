@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import NotAnAdapterError
+from lorasurgery.layouts.peft_keys import peft_key
 from lorasurgery.layouts.peft_types import refuse_other_keys
 from lorasurgery.layouts.words import split_key
 
@@ -48,12 +49,14 @@ def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
     """
     lllite = any(key.startswith("lllite_") for key in raw.tensors)
     known = sum(len(own.entries) for own in groups.values())
+    if known:  # PEFT saves whole modules and biases beside its factors, more of them than factors where it was told to
+        known += sum(peft_key(key) is not None for key in raw.tensors if split_key(key) is None)
     if 2 * known >= len(raw.tensors) and raw.tensors and not lllite:
         return
     if not raw.tensors:
         raise NotAnAdapterError("the file holds no tensors", path=raw.path, hint="the file it was meant to be")
-    _refuse_mangled(raw, known)
     refuse_other_keys(raw.tensors, raw.path)
+    _refuse_mangled(raw, known)
     for pattern, what, hint in _MARKERS:
         if any(re.search(pattern, key) for key in raw.tensors):
             raise NotAnAdapterError(f"this is {what}", path=raw.path, hint=hint)

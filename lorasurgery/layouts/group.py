@@ -117,7 +117,12 @@ def _adopt_ia3(groups: dict[str, Group], others: dict[str, Tensor]) -> None:
 
 
 def _adopt_pefts(groups: dict[str, Group], others: dict[str, Tensor], path: object) -> None:
-    """PEFT's saved weights and the LoRA of an embedding; what else it saves beside its factors stays in ``others``."""
+    """PEFT's saved weights and the LoRA of an embedding; what else it saves beside its factors stays in ``others``.
+
+    Without any factors they are no adapter but a model's weights.
+    """
+    if not groups and not any(".lora_embedding_" in key for key in others):
+        return
     twice = doubles(others)
     for key, found in [(key, peft_key(key)) for key in others if key not in twice]:
         if found is not None and found.role == REFUSED:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Encoder, Shape, Spans
 
 ALIAS = "alias"
+PEFT_ENCODER = "base_model.model.text_encoder_"
+"""What the modules of a text encoder's own PEFT folder are called here, with its table; there they have no prefix."""
 
 
 class Prefix(NamedTuple):
@@ -176,7 +178,7 @@ def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:
     if encoder.diffusers:
         yield encoder.diffusers + ".", False, "diffusers"
         yield f"base_model.model.{encoder.diffusers}.", False, "peft"
-    yield f"base_model.model.{encoder.table}.", False, "peft"  # see layouts/peft_read.py
+    yield f"{PEFT_ENCODER}{encoder.table}.", False, "peft"
     yield encoder.comfyui + ".", False, "comfyui"
 
 

@@ -10,6 +10,7 @@ configuration says which (``trainable_tokens/layer.py``). The rest is left from 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -99,7 +100,7 @@ def peft_key(key: str, prefixes: Collection[str] = (PREFIX,)) -> PeftKey | None:
             return PeftKey(stem, role, key[len(stem) :], reason)
     if key.startswith(tuple(prefixes)) and split_key(key) is None:
         stem, _, tail = key.rpartition(".")
-        return _saved(stem, f".{tail}", tail) if tail in _PLAIN else PeftKey(key, SAVED, "", _REASONS[SAVED])
+        return _saved(stem, f".{tail}", tail) if tail in _PLAIN else None
     return None
 
 
@@ -123,6 +124,12 @@ def is_carried(key: str, components: Collection[str]) -> bool:
     return found is not None and found.role in (SAVED, BIAS, ROWS, BASE)
 
 
+def is_harmless(key: str) -> bool:
+    """Whether a key that is no module's is left from training and has no effect."""
+    found = peft_key(key)
+    return found is not None and found.role == HARMLESS
+
+
 def reason_of(key: str) -> str:
     """Why a key is in no module, in a few words."""
     found = peft_key(key)
@@ -138,12 +145,21 @@ def doubles(keys: Iterable[str]) -> set[str]:
     return {key for key in have if SAVED_IN in key and key.replace(f"{SAVED_IN}.default", "").replace(SAVED_IN, "") in have}
 
 
+@dataclass(frozen=True)
+class Turned(Tensor):
+    """A matrix turned over, when its values are asked for."""
+
+    original: Tensor | None = None
+
+
 def transposed(tensor: Tensor) -> Tensor:
-    """A matrix turned over, when it is asked for; turned over twice it is the same bytes."""
+    """A matrix turned over; turned over twice it is the same bytes."""
+    if isinstance(tensor, Turned) and tensor.original is not None:
+        return tensor.original
     rows, columns = tensor.shape
-    return Tensor(tensor.dtype, (columns, rows), compute=lambda: tensor.array().T)
+    return Turned(tensor.dtype, (columns, rows), compute=lambda: tensor.array().T, original=tensor)
 
 
-def is_embedding(weight: str) -> bool:
-    """Whether a base weight is an embedding's, by its module's name: PEFT has other words for its LoRA."""
-    return weight.rpartition(".")[2] in EMBEDDINGS
+def is_embedding(stem: str, factor: Tensor) -> bool:
+    """Whether a LoRA is an embedding's, for which PEFT has other words: by its module's name, or as it came from PEFT."""
+    return isinstance(factor, Turned) or stem.rpartition(".")[2] in EMBEDDINGS

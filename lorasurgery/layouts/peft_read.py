@@ -10,7 +10,7 @@ from lorasurgery.errors import BrokenModuleError, SurgeryError
 from lorasurgery.io.peft_folder import CONFIG, read_peft_folder
 from lorasurgery.layouts.detect import fits
 from lorasurgery.layouts.group import build, group
-from lorasurgery.layouts.names import encoder_names
+from lorasurgery.layouts.names import PEFT_ENCODER, encoder_names
 from lorasurgery.layouts.peft_keys import PREFIX, peft_key
 from lorasurgery.layouts.scales import PeftConfig
 from lorasurgery.layouts.words import split_key
@@ -41,7 +41,7 @@ def read_peft(path: Path) -> tuple[RawFile, dict[str, PeftConfig]]:
     encoder = _encoder(raw)
     if encoder is None:
         return raw, configs
-    own = f"{PREFIX}{encoder}."
+    own = f"{PEFT_ENCODER}{encoder}."
     return replace(raw, tensors={own + key.removeprefix(PREFIX): tensor for key, tensor in raw.tensors.items()}), {
         own.removesuffix("."): configs[""]
     }

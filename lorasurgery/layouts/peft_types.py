@@ -89,7 +89,7 @@ OTHERS = MappingProxyType(
 """Every type of PEFT 0.21 that is not in :data:`READ`."""
 
 _KINDS = MappingProxyType({kind.lower(): kind for kind in OTHERS})
-_PARAMETER = re.compile(rf"(?:^|\.)({'|'.join(_KINDS)})_\w+(?:\.\w+)?$")
+_PARAMETER = re.compile(rf"\.({'|'.join(_KINDS)})_\w+(?:\.\w+)?$")
 """The end of a key whose parameter begins with a type's name."""
 
 MERGED = "merge_and_unload() of PEFT, and lorasurgery extract for an adapter of the difference"

@@ -10,6 +10,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
+from lorasurgery.layouts.peft_keys import is_embedding
 from lorasurgery.layouts.peft_types import SHARED_OFT, is_pefts, is_saved
 from lorasurgery.layouts.targets import KOHYA, OWN, PEFT
 from lorasurgery.surgery.reduce import to_lora
@@ -39,13 +40,21 @@ def held(job: Job, module: Module) -> Module | None:
     if module.bias is not None and job.target.words == PEFT and not isinstance(module.delta, LowRank):
         _leave_out(job, module, f"a bias beside {_name(module.family)} factors")
         module = replace(module, bias=None)
-    if module.magnitude is not None and module.magnitude.axis == "in" and not job.target.in_axis_dora:
+    if module.magnitude is not None and module.magnitude.axis == "in" and not _reads_columns(job, module):
         return without_magnitude(job, module, f"{job.target.reader} only knows DoRA magnitudes per output row")
     if isinstance(module.delta, LowRank) and module.delta.mid is not None and job.target.words != KOHYA:
         flat = module.delta.to_low_rank().cast(job.options.dtype_for([module.delta.down]), job.recorder(module))
         module = module.with_delta(flat)
         job.actions[module.site] = "Tucker core folded"
     return module
+
+
+def _reads_columns(job: Job, module: Module) -> bool:
+    """Whether the reader knows DoRA magnitudes per input column: PEFT does for an embedding alone."""
+    delta = module.delta
+    return job.target.in_axis_dora or (
+        job.target.id == "peft" and isinstance(delta, LowRank) and is_embedding(module.name, delta.up)
+    )
 
 
 def uniform(job: Job, modules: list[Module]) -> list[Module]:

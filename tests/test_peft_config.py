@@ -299,7 +299,8 @@ def test_a_field_that_changes_what_the_tensors_mean_is_refused_by_its_name(name:
 
 
 def test_fields_that_say_nothing_are_taken() -> None:
-    for nothing in (None, False, "", [], {}):
+    values: tuple[Any, ...] = (None, False, "", [], {})
+    for nothing in values:
         check_fields({"field_of_tomorrow": nothing, "use_qalora": nothing, "arrow_config": nothing}, "adapter_config.json")
     check_fields({name: None for name in FIELDS["LORA"] if name != "peft_type"}, "adapter_config.json")
 

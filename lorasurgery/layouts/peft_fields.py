@@ -54,6 +54,10 @@ def _kept(reason: str) -> Field:
     return Field(HARMLESS, reason, kept=True)
 
 
+def _how(reason: str) -> Field:
+    return Field(READ, reason, kept=True)
+
+
 def _dropped(reason: str) -> Field:
     return Field(HARMLESS, reason)
 
@@ -145,23 +149,23 @@ _LORA = {
     "num_layers": _dropped("of the wrapped model"),
 }  # fmt: skip
 _OFT = {
-    "r": _kept("the keys have the number of blocks"),
-    "oft_block_size": _kept("the keys have the size of a block"),
+    "r": _how("the number of blocks"),
+    "oft_block_size": _how("the size of a block"),
     "module_dropout": _TRAINING,
     "init_weights": _dropped("it matters before training only"),
-    "coft": _kept("read where a weight is multiplied"),
-    "eps": _kept("read where a weight is multiplied"),
-    "block_share": _kept("the keys have one block for all"),
-    "use_cayley_neumann": _kept("read where a weight is multiplied"),
-    "num_cayley_neumann_terms": _kept("read where a weight is multiplied"),
+    "coft": _how("read where a weight is multiplied"),
+    "eps": _how("read where a weight is multiplied"),
+    "block_share": _how("one block for all"),
+    "use_cayley_neumann": _how("read where a weight is multiplied"),
+    "num_cayley_neumann_terms": _how("read where a weight is multiplied"),
     # until PEFT 0.15
-    "alpha": _dropped("OFT has no scale"), "rank_pattern": _kept("numbers of blocks"), "alpha_pattern": _dropped("no scale"),
+    "alpha": _dropped("OFT has no scale"), "rank_pattern": _how("numbers of blocks"), "alpha_pattern": _dropped("no scale"),
     "rank_dropout": _TRAINING,
 }  # fmt: skip
 _BOFT = {
-    "boft_block_size": _kept("the keys have the size of a block"),
-    "boft_block_num": _kept("the keys have the number of blocks"),
-    "boft_n_butterfly_factor": _kept("the keys have the number of sets"),
+    "boft_block_size": _how("the size of a block"),
+    "boft_block_num": _how("the number of blocks"),
+    "boft_n_butterfly_factor": _how("the number of sets"),
     "boft_dropout": _TRAINING,
     "init_weights": _dropped("it matters before training only"),
 }
@@ -212,7 +216,7 @@ def check_fields(fields: Mapping[str, Any], source: str) -> None:
             hint = f"a newer lorasurgery, or the configuration without {name} if it changes nothing"
         else:
             reason, hint = _initialisation(name, value) or field.reason, field.hint
-        raise FileFormatError(f"{source} has {name}: {_short(value)}: {reason}", hint=hint)
+        raise FileFormatError(f"{source} has {name}: {shortened(value)}: {reason}", hint=hint)
 
 
 def _says_nothing(value: object) -> bool:
@@ -226,7 +230,8 @@ def _initialisation(name: str, value: object) -> str | None:
     return next((reason for start, reason in INITIALISATIONS.items() if str(value).lower().startswith(start)), None)
 
 
-def _short(value: object) -> str:
+def shortened(value: object) -> str:
+    """A value in a message."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

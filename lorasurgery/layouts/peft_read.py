@@ -11,7 +11,7 @@ from lorasurgery.io.peft_folder import CONFIG, read_peft_folder
 from lorasurgery.layouts.detect import fits
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.names import PEFT_ENCODER, encoder_names
-from lorasurgery.layouts.peft_keys import PREFIX, peft_key
+from lorasurgery.layouts.peft_keys import PREFIX, SAVED_IN, peft_key
 from lorasurgery.layouts.scales import PeftConfig
 from lorasurgery.layouts.words import split_key
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from lorasurgery.architectures.table import Shape
     from lorasurgery.io.header import RawFile
-
-SAVED_AS = ".modules_to_save."
 
 
 def read_peft(path: Path) -> tuple[RawFile, dict[str, PeftConfig]]:
@@ -60,7 +58,7 @@ def _marked(key: str, components: Iterable[str]) -> str:
     found = None if split_key(key) is not None else peft_key(key, [f"{name}." for name in components])
     if found is None or found.slot not in (".weight", ".bias") or found.stem in components:
         return key
-    return found.stem + SAVED_AS + found.slot[1:]
+    return f"{found.stem}{SAVED_IN}{found.slot}"
 
 
 def _encoder(raw: RawFile) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasurgery.layouts.peft_config import PREFIX, TEXT_MODEL, WHOLE, adapter_config, components, flattened, model_names
-from lorasurgery.layouts.peft_keys import BIAS, ROWS, peft_key
+from lorasurgery.layouts.peft_keys import BIAS, ROWS, SAVED_IN, peft_key
 from lorasurgery.layouts.scales import component_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def peft_parts(adapter: Adapter, emitted: Emitted) -> dict[str, Part]:
         fields = {} if source is None else adapter.configs[source]
         root = _root(own, component, adapter)
         names = {PREFIX + key.removeprefix(prefix).removeprefix(root): key for one in own for key in one.keys}
-        rest = {PREFIX + name: key for key in beside if (name := _beside(key, source, adapter.configs)) is not None}
+        rest = {PREFIX + name: key for key in sorted(beside) if (name := _beside(key, source, adapter.configs)) is not None}
         config = adapter_config(own, model_names(component, arch, root), prefix, root, fields)
         saved = [w.stem.removeprefix(prefix).removeprefix(root) for w in own if w.module.family == WHOLE]
         config |= _whole(fields, [name.removeprefix(PREFIX) for name in rest], saved)
@@ -49,9 +49,11 @@ def _root(own: list[Written], component: str, adapter: Adapter) -> str:
 
 
 def _beside(key: str, source: str | None, configs: Collection[str]) -> str | None:
-    """The name of a key that is no module's, when it came with this source."""
+    """PEFT's name of a key that is no module's, when it came with this source."""
     own, name = component_of(key, configs)
-    return name if own is not None and own == source else None
+    if own is None or own != source:
+        return None
+    return name.replace(f"{SAVED_IN}.default.", ".").replace(f"{SAVED_IN}.", ".")
 
 
 def _whole(fields: Mapping[str, Any], beside: Collection[str], saved: Collection[str]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import same_values
+from lorasurgery.layouts.peft_merge import merged_configs
 from lorasurgery.layouts.targets import layout, namings
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
@@ -104,6 +105,7 @@ def _merged(run: Merging) -> Adapter:
         layout=leading([source.adapter for source in run.sources]).layout,
         leftovers=_leftovers(run),
         ambiguous=_ambiguous(run),
+        configs=_configs(run),
         operation=f"merge {run.options.method}",
     )
     adapter = _without_factor(adapter)
@@ -141,6 +143,14 @@ def _leftovers(run: Merging) -> tuple[Leftover, ...]:
             if first is not left and not same_values(first.tensor, left.tensor):
                 run.report.dropped.append((f"{source.name}: {left.key}", "another file's was kept"))
     return tuple(found.values())
+
+
+def _configs(run: Merging) -> dict[str, dict[str, Any]]:
+    """What PEFT's configurations of the files that are used say together."""
+    used = [source for source, own in zip(run.sources, run.report.sources, strict=True) if own.used]
+    found, told = merged_configs([(source.name, source.adapter.configs) for source in used])
+    run.report.warnings += told
+    return found
 
 
 def _without_factor(adapter: Adapter) -> Adapter:

@@ -158,6 +158,26 @@ def test_the_change_is_pefts_and_peft_reads_what_is_written(name: str, tmp_path:
         np.testing.assert_allclose(again[key], tensor, rtol=1e-12, atol=1e-13, err_msg=key)
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_apply_makes_the_weights_that_peft_makes(name: str, tmp_path: Path) -> None:
+    """The families that multiply the base too; whole biases and rows are named as not used."""
+    folder = trained(EXACT[name], tmp_path / "in")
+    save_file(base().state_dict(), tmp_path / "m.safetensors")
+    out = tmp_path / "o.safetensors"
+    code, text, err = run("apply", str(tmp_path / "m.safetensors"), str(folder), "-o", str(out), "--json")
+    assert code == 0, err
+    left = [found.stem for own in json.loads(text)["unmatched"] if (found := peft_key(own["key"])) is not None]
+    unused = {stem.removeprefix(PREFIX) for stem in left}
+    got = {key: tensor.double().numpy() for key, tensor in load_file(out).items()}
+    for key, tensor in merged(folder).items():
+        if key.endswith(".bias") and key.removesuffix(".bias") in unused:
+            continue
+        if name == "tokens" and key == "emb.weight":
+            assert "emb" in unused
+            continue
+        np.testing.assert_allclose(got[key], tensor, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
 TOLD = {"base_model_name_or_path": "some/model", "revision": "main", "task_type": "CAUSAL_LM", "lora_dropout": 0.25}
 
 
@@ -196,6 +216,9 @@ def test_other_types_are_refused_by_their_names(kind: str, tmp_path: Path) -> No
     for verb in (lorasurgery.load, lambda path: read(path, tmp_path)):
         with pytest.raises(NotAnAdapterError, match=OTHERS[kind].name.replace("(", r"\(").replace(")", r"\)")):
             verb(tmp_path / "in")
+    code, _, err = run("inspect", str(tmp_path / "in"))
+    assert code != 0
+    assert OTHERS[kind].name in err
 
 
 def _tuner(kind: str) -> Any:
@@ -293,6 +316,9 @@ def test_a_field_that_changes_what_the_tensors_mean_is_refused_by_its_name(name:
     with pytest.raises(FileFormatError, match=name) as refusal:
         lorasurgery.load(path)
     assert refusal.value.hint
+    code, out, err = run("inspect", str(path), "--json")
+    assert (code, json.loads(out)["kind"]) == (0, "adapter"), err
+    assert next(iter(CHANGES[name])) in " ".join(own["message"] for own in json.loads(out)["warnings"])
     code, _, err = run("convert", str(path), str(tmp_path / "out"), "--target", "sd-scripts")
     assert code != 0
     assert next(iter(CHANGES[name])) in err
@@ -437,6 +463,27 @@ def test_a_whole_model_under_pefts_prefix_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(NotAnAdapterError):
         lorasurgery.load(tmp_path / "a.safetensors")
     assert not group(read_safetensors(tmp_path / "a.safetensors"))[0]
+
+
+def test_layers_that_hold_their_weights_turned_over(tmp_path: Path) -> None:
+    """GPT-2's: a square one would take the wrong product without a word."""
+    names = ["h.0.attn.c_proj", "h.0.mlp.c_proj"]
+    save_file({f"{name}.weight": torch.ones(16, 16) for name in names}, tmp_path / "m.safetensors")
+    (tmp_path / "in").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "fan_in_fan_out": True}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {f"{PREFIX}{name}.lora_{side}.weight": raw(np.ones(shape), "F32") for name in names for side, shape in SQUARE}
+    write(tmp_path / "in" / "adapter_model.safetensors", tensors)
+    arguments = ("apply", str(tmp_path / "m.safetensors"), str(tmp_path / "in"), "-o", str(tmp_path / "o.safetensors"))
+    code, _, err = run(*arguments)
+    assert code != 0
+    assert "fan_in_fan_out" in err
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": False}))
+    code, _, err = run(*arguments)
+    assert code == 0, err
+
+
+SQUARE = (("A", (2, 16)), ("B", (16, 2)))
 
 
 # only PEFT's ----------------------------------------------------------------------------------------------------------------

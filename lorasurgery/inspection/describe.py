@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorasurgery.errors import NotAnAdapterError
+from lorasurgery.errors import FileFormatError, NotAnAdapterError
 from lorasurgery.inspection.checks import findings
 from lorasurgery.inspection.description import NONE, Description, Finding, Key, Numbers
 from lorasurgery.inspection.gguf import describe_gguf, is_gguf
@@ -16,7 +16,7 @@ from lorasurgery.inspection.structure import Structure, read_structure
 from lorasurgery.inspection.trainers import key_signs, trainer
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
+from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
 from lorasurgery.layouts.peft_read import read_peft
 
@@ -42,6 +42,8 @@ class Opened(NamedTuple):
     configs: Mapping[str, PeftConfig] | None
     fields: Mapping[str, Mapping[str, Any]]
     """The configurations as JSON, for the metadata."""
+    problem: str = ""
+    """Why they are not used."""
 
 
 def describe(path: str | Path, *, keys: bool = False, tags: bool = False, spectrum: bool = False) -> Description:
@@ -82,8 +84,12 @@ def _open(path: Path) -> Opened:
 def _open_folder(path: Path) -> Opened:
     """A PEFT folder."""
     if is_peft_folder(path):
-        raw, configs = read_peft(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        try:
+            raw, configs = read_peft(path)
+        except FileFormatError as error:  # a configuration that says what nothing here reads: the rest is shown
+            raw, said = read_peft_folder(path)
+            return Opened(with_scalars(raw), "peft-folder", size, {}, said, error.message)
         fields = {component if len(configs) > 1 else "": own.fields for component, own in configs.items()}
         return Opened(with_scalars(raw), "peft-folder", size, configs, fields)
     raise a_folder(path)
@@ -161,7 +167,7 @@ def _adapter(opened: Opened, found: Structure, *, tags: bool) -> Description:
         lokr_factor=factor,
         embeddings=found.embeddings,
         unexplained=found.unexplained,
-        warnings=findings(raw, found, factor),
+        warnings=(*findings(raw, found, factor), *([Finding("bad-config", opened.problem)] if opened.problem else [])),
         modules=modules,
         **_common(opened, tags=tags),
     )

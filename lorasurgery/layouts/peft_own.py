@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.errors import NotRepresentableError
+from lorasurgery.errors import FileFormatError, NotRepresentableError
 from lorasurgery.layouts.peft_types import BOFT, IA3, ONLY_PEFT, SHARED_OFT, type_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def ia3(modules: Mapping[str, Written], source: Mapping[str, Any]) -> dict[str, 
 def is_named(ends: object, name: str) -> bool:
     """Whether a module is one of ``feedforward_modules``: ends of names, or one pattern for the whole name."""
     if isinstance(ends, str):
-        return re.fullmatch(ends, name) is not None
+        try:
+            return re.fullmatch(ends, name) is not None
+        except re.error as error:
+            raise FileFormatError(f"{_FORWARD} is no pattern ({error})", hint="the configuration PEFT wrote") from error
     return isinstance(ends, (list, tuple, set)) and name.endswith(tuple(map(str, ends)))
 
 

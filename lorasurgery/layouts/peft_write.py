@@ -65,8 +65,12 @@ def _whole(fields: Mapping[str, Any], beside: Collection[str], saved: Collection
     if ROWS in roles.values() and fields.get("trainable_token_indices"):
         config["trainable_token_indices"] = fields["trainable_token_indices"]
     there = [f".{name}." for name in (*roles, *saved)]
-    listed = [name for name in fields.get("modules_to_save") or () if any(f".{name}." in own for own in there)]
+    listed = [name for name in _names(fields.get("modules_to_save")) if any(f".{name}." in own for own in there)]
     unlisted = [name for name in saved if not any(f".{own}." in f".{name}." for own in listed)]
     if listed or unlisted:
         config["modules_to_save"] = [*listed, *unlisted]
     return config
+
+
+def _names(value: object) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, (list, tuple)) else []

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasurgery.api import read_any
+from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureError
 from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.parse import FLAGS, parse
@@ -94,6 +95,7 @@ def read_source(
     scales, rules, path = None, {}, whole_folder(path)
     if path.is_dir() and is_peft_folder(path):
         raw, scales = read_peft(path)
+        _refuse_turned(scales, architecture, path)
         rules = {component: Rules.from_dict(config.fields) for component, config in scales.items()}
     else:
         raw = read_any(path)
@@ -113,6 +115,18 @@ def read_source(
         return Source(adapter, strength, text or "by block", keys, rules)
     value = strength
     return Source(adapter, lambda _: value, text or f"{value:g}", keys, rules)
+
+
+def _refuse_turned(configs: Mapping[str, PeftConfig], architecture: Architecture, path: Path) -> None:
+    """Raises RequestError for layers that store their weights as (in, out), as GPT-2's Conv1D does.
+
+    The models that have a table here have none, and PEFT does not heed the field there.
+    """
+    if architecture.id == CUSTOM and any(config.fields.get("fan_in_fan_out") is True for config in configs.values()):
+        raise RequestError(
+            "adapter_config.json has fan_in_fan_out: true: the model's layers hold their weights turned over, which a product"
+            " of this adapter is not", path=path, hint="merge_and_unload() of PEFT",
+        )  # fmt: skip
 
 
 def _whose(raw: RawFile, scales: Mapping[str, PeftConfig] | None, model: Architecture, error: UnknownArchitectureError) -> str:

@@ -162,3 +162,24 @@ def test_rotations_that_are_made_differently_are_not_one_adapter(field: str) -> 
     files = [(name, {"": {"peft_type": "OFT", field: value}}) for name, value in (("a", 4), ("b", 8))]
     with pytest.raises(RequestError, match=field):
         merged_configs(files)
+
+
+OWN: dict[str, dict[str, tuple[int, ...]]] = {
+    "OFT": {"oft_R.weight": (40, 28)},
+    "BOFT": {"boft_R": (1, 80, 4, 4), "boft_s": (320, 1)},
+    "IA3": {"ia3_l": (320, 1)},
+    "MISS": {"miss_block": (4, 320)},
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_peft_reads_what_it_wrote(kind: str, tmp_path: Path) -> None:
+    stem = f"{PREFIX}down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{stem}.{slot}": raw(np.ones(shape), "F32") for slot, shape in OWN[kind].items()}
+    config = {"peft_type": kind, "feedforward_modules": []} if kind == "IA3" else {"peft_type": kind}
+    source = folder(tmp_path / "in", tensors, config)
+    code, text, err = run("check", str(source), "--for", "peft", "--arch", "sd1", "--json")
+    assert code == 0, text + err
+    code, text, err = run("prune", str(source), "--arch", "sd1", "--keep", "unet", "-o", str(tmp_path / "out"))
+    assert code == 0, err
+    assert header(tmp_path / "out" / "adapter_model.safetensors") == set(tensors)

@@ -57,18 +57,19 @@ def _beside(key: str, source: str | None, configs: Collection[str]) -> str | Non
 
 
 def _whole(fields: Mapping[str, Any], beside: Collection[str], saved: Collection[str]) -> dict[str, Any]:
-    """The fields that say which whole tensors stand beside the factors: the source's, of what is still there."""
+    """The fields that say which whole tensors stand beside the factors: the source's, of what is still there.
+
+    A module that is not listed PEFT reads all the same, into the model's own: it has to find every tensor of one that is.
+    """
     roles = {name: found.role for name in beside if (found := peft_key(PREFIX + name)) is not None}
     config: dict[str, Any] = {}
     if BIAS in roles.values() and fields.get("bias"):
         config["bias"] = fields["bias"]
     if ROWS in roles.values() and fields.get("trainable_token_indices"):
         config["trainable_token_indices"] = fields["trainable_token_indices"]
-    there = [f".{name}." for name in (*roles, *saved)]
-    listed = [name for name in _names(fields.get("modules_to_save")) if any(f".{name}." in own for own in there)]
-    unlisted = [name for name in saved if not any(f".{own}." in f".{name}." for own in listed)]
-    if listed or unlisted:
-        config["modules_to_save"] = [*listed, *unlisted]
+    listed = [name for name in _names(fields.get("modules_to_save")) if any(f".{name}." in f".{own}." for own in saved)]
+    if listed:
+        config["modules_to_save"] = listed
     return config
 
 

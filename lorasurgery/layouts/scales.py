@@ -18,6 +18,7 @@ from lorasurgery.adapter import Scale
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import FileFormatError
 from lorasurgery.layouts.peft_fields import check_fields
+from lorasurgery.layouts.peft_types import LORA, type_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -62,7 +63,7 @@ class PeftConfig:
         NotAnAdapterError for a type that is not read.
         """
         check_fields(fields, source)
-        alpha = fields.get("lora_alpha", fields.get("alpha", 8))
+        alpha = fields.get("lora_alpha" if type_of(fields) == LORA else "alpha", 8)
         try:
             ranks = {re.compile(key).pattern: int(rank) for key, rank in (fields.get("rank_pattern") or {}).items()}
             alphas = {re.compile(key).pattern: float(own) for key, own in (fields.get("alpha_pattern") or {}).items()}

@@ -6,12 +6,12 @@ Sources: PEFT 0.21 ``OFTConfig`` (``use_cayley_neumann``, ``num_cayley_neumann_t
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.deltas.orthogonal import NEUMANN_TERMS
 from lorasurgery.errors import FileFormatError
+from lorasurgery.layouts.peft_own import is_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,8 +55,4 @@ class Rules:
 
     def is_feedforward(self, name: str) -> bool | None:
         """Whether a module, by its name in the wrapped model, is one of :attr:`feedforward`; None: not told."""
-        if self.feedforward is None:
-            return None
-        if isinstance(self.feedforward, str):
-            return re.fullmatch(self.feedforward, name) is not None
-        return name.endswith(self.feedforward)
+        return None if self.feedforward is None else is_named(self.feedforward, name)

@@ -16,7 +16,7 @@ from lorasurgery.architectures import architectures
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, flat
 from lorasurgery.errors import UnknownArchitectureError
 from lorasurgery.layouts.detect import detect
-from lorasurgery.layouts.foreign import mended
+from lorasurgery.layouts.foreign import known_unmangled as mended
 from lorasurgery.layouts.targets import LAYOUTS, layout
 from lorasurgery.surgery.settled import differing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
 import typer
 
@@ -64,6 +64,7 @@ def convert(
     factor: Annotated[Optional[int], typer.Option("--factor", help="For --as lokr: LyCORIS' factor, -1 for balanced; --rank and --energy are then w2's.", show_default=False)] = None,  # noqa: UP045
     lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the target cannot hold, and list it.")] = False,
     alpha: Annotated[Optional[str], typer.Option("--alpha", help="How the scale is written: keep (alpha tensors), fold (into the factors), header (configuration). Default: the layout's own.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: Annotated[Optional[float], typer.Option("--trained-alpha", help="The alpha it was trained at, for a file that does not say it (PEFT's weights without adapter_config.json).", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
     lokr_factor: Annotated[Optional[int], typer.Option("--lokr-factor", help="LoKr factor to record instead of the file's own.", show_default=False)] = None,  # noqa: UP045
     diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other.")] = "diffusion_model",
@@ -97,7 +98,12 @@ def convert(
     )
     _check(layout(target), how, writing, arch)
     files = jobs_for(paths or [], given, out, out_dir, folder_output=target == "peft")
-    run_batch(files, lambda job: _one(job, target, how, writing, arch, base), as_json=json_, several=out_dir is not None)
+    run_batch(
+        files,
+        lambda job: _one(job, target, how, writing, Reading(arch, base, trained_alpha)),
+        as_json=json_,
+        several=out_dir is not None,
+    )
 
 
 def _check(target: Layout, how: Options, writing: SaveOptions, arch: str | None) -> None:
@@ -113,15 +119,24 @@ def _check(target: Layout, how: Options, writing: SaveOptions, arch: str | None)
         named(arch)
 
 
-def _one(job: Job, target: str, how: Options, writing: SaveOptions, arch: str | None, base: Path | None) -> Report:
+class Reading(NamedTuple):
+    """How inputs are read: :func:`lorasurgery.load`'s options."""
+
+    arch: str | None
+    base: Path | None
+    alpha: float | None
+
+
+def _one(job: Job, target: str, how: Options, writing: SaveOptions, reading: Reading) -> Report:
     from lorasurgery.api import save
     from lorasurgery.files.opened import load
     from lorasurgery.surgery.convert import convert as convert_adapter
 
     started = time.perf_counter()
+    base = reading.base
     if base is not None and job.target.exists() and base.exists() and job.target.samefile(base):
         raise OutputExistsError("the output is the base model; it is never overwritten", path=job.target, hint="another name")
-    adapter = load(job.source, arch=arch, base=base)
+    adapter = load(job.source, **reading._asdict())
     result, report = convert_adapter(adapter, target, how)
     save(result, job.target, options=writing, report=report)
     report.seconds = time.perf_counter() - started

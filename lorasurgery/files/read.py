@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import Adapter, Leftover
+from lorasurgery.adapter import WHOLE, Adapter, Leftover
 from lorasurgery.architectures.from_base import custom, resized
 from lorasurgery.architectures.table import DENOISERS, DIFFUSERS, ORIGINAL, Own
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
+from lorasurgery.layouts import peft_keys
 from lorasurgery.layouts.detect import detect, fits
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
+from lorasurgery.layouts.peft_keys import doubles, peft_key
+from lorasurgery.layouts.scales import unknown_scales
 from lorasurgery.layouts.spelled import spelling
 from lorasurgery.layouts.widened import as_wide
 from lorasurgery.layouts.words import BIAS, EXTRA
@@ -105,6 +109,7 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
         warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed)),
         path=taken.raw.path,
         spelling=how,
+        configs={component: config.fields for component, config in taken.rules.configs.items()},
     )
 
 
@@ -200,9 +205,17 @@ def _shape(taken: Taken, stem: str) -> Shape:
     return UNKNOWN_SHAPE if bias is None else (bias.tensor.size,)
 
 
+PEFT_STATES = MappingProxyType(
+    {peft_keys.HARMLESS: "harmless", peft_keys.BASE: "harmless", peft_keys.BIAS: WHOLE, peft_keys.ROWS: WHOLE}
+)
+"""Roles of PEFT's own keys."""
+
+
 def leftovers(taken: Taken) -> tuple[Leftover, ...]:
     """The keys that are no part of a module, each with what is known about it."""
-    return tuple(Leftover(key, tensor, *said_of(key)) for key, tensor in taken.others.items())
+    twice = doubles(taken.others)
+    told = {key: ("it says what another key says", "harmless") if key in twice else said_of(key) for key in taken.others}
+    return tuple(Leftover(key, tensor, *told[key]) for key, tensor in taken.others.items())
 
 
 def said_of(key: str) -> tuple[str, str]:
@@ -211,6 +224,9 @@ def said_of(key: str) -> tuple[str, str]:
         for pattern, reason in table:
             if pattern.search(key):
                 return reason, state
+    pefts = peft_key(key)
+    if pefts is not None:
+        return pefts.reason, PEFT_STATES.get(pefts.role, "unknown")
     return "not part of any module: its last word is none that an adapter has", "unknown"
 
 
@@ -273,7 +289,8 @@ _BARE = (("bfl", "bfl"), ("xlabs", "xlabs"), ("processor", "diffusers"))
 
 def warnings_of(raw: RawFile, rules: ScaleRules, modules: Iterable[Module]) -> list[str]:
     """What is odd about a file although it can be read: its LoKr factor and the scales that hang on it."""
-    found = []
+    modules = list(modules)
+    found = unknown_scales(modules)
     buffer, text = raw.tensors.get(FACTOR), raw.metadata.get("ss_lokr_factor")
     if buffer is not None and text is not None and str(round(buffer.item())) != text:
         found.append(f"lokr_factor is {round(buffer.item())} but ss_lokr_factor says {text}; the buffer counts")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Leftover, Module, Site
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.errors import NotRepresentableError, RequestError, UnknownArchitectureError
+from lorasurgery.layouts.peft_keys import is_carried
 from lorasurgery.layouts.targets import namings, written_in
 from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.families import held, uniform
@@ -113,8 +114,9 @@ def _carried(job: Job) -> tuple[Leftover, ...]:
     """The keys that are no part of a module and that the target takes; others are refused, or left out under ``--lossy``."""
     if job.target.carries_unknown or job.target.own:
         return job.adapter.leftovers
+    kept = [left for left in job.adapter.leftovers if _is_taken(job, left)]
     for left in job.adapter.leftovers:
-        if left.state == "harmless":
+        if left in kept:
             continue
         if not job.options.lossy:
             raise NotRepresentableError(
@@ -122,7 +124,14 @@ def _carried(job: Job) -> tuple[Leftover, ...]:
                 hint="--lossy to leave it out",
             )  # fmt: skip
         job.report.dropped.append((left.key, left.reason))
-    return tuple(left for left in job.adapter.leftovers if left.state == "harmless")
+    return tuple(kept)
+
+
+def _is_taken(job: Job, left: Leftover) -> bool:
+    """Whether a key may go into a target that takes no unknown ones, or may be left out without a word."""
+    return left.state == "harmless" or (
+        job.target.folder and bool(job.adapter.configs) and is_carried(left.key, job.adapter.configs)
+    )
 
 
 def _placed(job: Job, component: str, modules: list[Module]) -> list[Module]:

@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
@@ -14,6 +14,7 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
 from lorasurgery.files.alike import one_naming
 from lorasurgery.io.tensors import same_values
+from lorasurgery.layouts.peft_merge import merged_configs
 from lorasurgery.layouts.targets import names_in, namings, written_in
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
@@ -113,6 +114,7 @@ def _merged(run: Merging) -> Adapter:
         layout=first.layout,
         spelling=spelling,
         leftovers=_leftovers(run),
+        configs=_configs(run),
         operation=f"merge {run.options.method}",
     )
     adapter = _without_factor(adapter)
@@ -153,6 +155,14 @@ def _leftovers(run: Merging) -> tuple[Leftover, ...]:
             if first is not left and not same_values(first.tensor, left.tensor):
                 run.report.dropped.append((f"{source.name}: {left.key}", "another file's was kept"))
     return tuple(found.values())
+
+
+def _configs(run: Merging) -> dict[str, dict[str, Any]]:
+    """What PEFT's configurations of the files that are used say together."""
+    used = [source for source, own in zip(run.sources, run.report.sources, strict=True) if own.used]
+    found, told = merged_configs([(source.name, source.adapter.configs) for source in used])
+    run.report.warnings += told
+    return found
 
 
 def _without_factor(adapter: Adapter) -> Adapter:

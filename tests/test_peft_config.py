@@ -16,13 +16,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from lorasurgery.layouts.own_names import Unread, read_by_names
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 
 import lorasurgery
-from lorasurgery.api import read_unparsed
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.errors import BrokenModuleError, FileFormatError, NotAnAdapterError, NotRepresentableError, RequestError
 from lorasurgery.io.header import read_safetensors
@@ -90,7 +88,7 @@ def merged(folder: Path, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
 def read(folder: Path, tmp_path: Path) -> Adapter:
     model = tmp_path / "base.safetensors"
     save_file(base().state_dict(), model)
-    return read_by_names([Unread(*read_unparsed(folder))], open_model(model).architecture)[0]
+    return lorasurgery.load(folder, base=model)
 
 
 def lora(**options: Any) -> Any:

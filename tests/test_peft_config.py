@@ -28,7 +28,6 @@ from lorasurgery.layouts.group import group
 from lorasurgery.layouts.peft_fields import FIELDS, INITIALISATIONS, PLAIN_STARTS, check_fields
 from lorasurgery.layouts.peft_keys import BASE, BIAS, FACTOR, HARMLESS, ROWS, SAVED, doubles, peft_key, transposed
 from lorasurgery.layouts.peft_types import OTHERS, READ, refuse_other_keys, refuse_other_types
-from lorasurgery.models import open_model
 from tests.edges import run
 from tests.oracle import raw, write
 

@@ -10,7 +10,7 @@ import typer
 
 from lorasurgery.cli.batch import Job, jobs_for, run_batch
 from lorasurgery.cli.render import announce
-from lorasurgery.errors import OutputExistsError, RequestError
+from lorasurgery.errors import OutputExistsError, RequestError, UnknownArchitectureError
 
 if TYPE_CHECKING:
     from lorasurgery.api import SaveOptions
@@ -137,6 +137,11 @@ def _one(job: Job, target: str, how: Options, writing: SaveOptions, reading: Rea
     if base is not None and job.target.exists() and base.exists() and job.target.samefile(base):
         raise OutputExistsError("the output is the base model; it is never overwritten", path=job.target, hint="another name")
     adapter = load(job.source, **reading._asdict())
+    if adapter.unknown:
+        raise UnknownArchitectureError(
+            adapter.unknown, path=adapter.path, hint="--base MODEL, the checkpoint it was trained on (only its header is read)",
+            candidates=adapter.candidates,
+        )  # fmt: skip
     result, report = convert_adapter(adapter, target, how)
     save(result, job.target, options=writing, report=report)
     report.seconds = time.perf_counter() - started

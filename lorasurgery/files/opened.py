@@ -187,7 +187,7 @@ def _closest(why: UnknownArchitectureError) -> str:
 def _table(base: Path) -> Architecture:
     from lorasurgery.models import open_model
 
-    return open_model(base).architecture
+    return open_model(base).extended
 
 
 def read_unparsed(path: Path) -> Unparsed:

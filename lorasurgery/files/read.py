@@ -15,7 +15,7 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.layouts import peft_keys
-from lorasurgery.layouts.detect import detect, fits
+from lorasurgery.layouts.detect import detect, fits, score
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
 from lorasurgery.layouts.peft_keys import doubles, peft_key
@@ -78,6 +78,18 @@ def parse(
     """
     taken = taken_apart(Unparsed(raw, configs))
     return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=among, path=raw.path))
+
+
+def parse_for(raw: RawFile, architecture: Architecture, *, configs: Mapping[str, PeftConfig] | None = None) -> Adapter:
+    """The same for the model that a file is going into, whatever other models it fits.
+
+    Raises UnknownArchitectureError where more than half of the modules are not this model's.
+    """
+    taken = taken_apart(Unparsed(raw, configs))
+    found = score(architecture, taken.shapes)
+    if 2 * found.named >= found.total:
+        return adapter_of(taken, found)
+    return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=(architecture,), path=raw.path))
 
 
 def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> Adapter:

@@ -33,7 +33,10 @@ def peft_parts(adapter: Adapter, emitted: Emitted) -> dict[str, Part]:
         source = component_of(own[0].module.name, adapter.configs)[0]
         fields = {} if source is None else adapter.configs[source]
         root = _root(own, component, adapter)
-        names = {PREFIX + key.removeprefix(prefix).removeprefix(root): key for one in own for key in one.keys}
+        alone = f"text_encoder_{own[0].module.site.component}."  # how the reader calls a folder of one text encoder
+        names = {
+            PREFIX + key.removeprefix(prefix).removeprefix(alone).removeprefix(root): key for one in own for key in one.keys
+        }
         rest = {PREFIX + name: key for key in sorted(beside) if (name := _beside(key, source, adapter.configs)) is not None}
         config = adapter_config(own, model_names(component, arch, root), prefix, root, fields)
         saved = [w.stem.removeprefix(prefix).removeprefix(root) for w in own if w.module.family == WHOLE]

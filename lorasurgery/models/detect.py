@@ -55,8 +55,7 @@ def recognised(files: Sequence[ModelFile], path: Path, arch: str | Architecture 
 
     Raises RequestError when ``arch`` is no table's name, or none of its weights is there.
     """
-    tensors = _denoiser(files)
-    prefix, shapes = module_shapes(tensors)
+    prefix, shapes = module_shapes(_denoiser(files))
     found = _table(shapes, arch)
     if found is None:
         lone = _encoder_alone(files, path, arch)
@@ -64,8 +63,6 @@ def recognised(files: Sequence[ModelFile], path: Path, arch: str | Architecture 
             return lone
         found = _unknown(shapes, path, arch)
     table, naming = found
-    if not isinstance(arch, Architecture):
-        table = extended(table, naming, shapes, bare_parameters(tensors, prefix, shapes))
     if table.id == CUSTOM and arch is None and any("UNet" in file.class_name for file in files):
         table = replace(table, denoiser="unet")
     if prefix in COMFYUI:
@@ -74,6 +71,13 @@ def recognised(files: Sequence[ModelFile], path: Path, arch: str | Architecture 
     if naming == DIFFUSERS or (_one_naming(table) and any(file.with_config for file in files)):
         return Recognised(table, naming, "diffusers", prefix)
     return Recognised(table, naming, "unknown" if table.id == CUSTOM else "original", prefix)
+
+
+def with_own_names(files: Sequence[ModelFile], architecture: Architecture, naming: str) -> Architecture:
+    """A model's table with everything that the files have and it has not, under their own names."""
+    tensors = _denoiser(files)
+    prefix, shapes = module_shapes(tensors)
+    return extended(architecture, naming, shapes, bare_parameters(tensors, prefix, shapes))
 
 
 def _encoder_alone(files: Sequence[ModelFile], path: Path, arch: str | Architecture | None) -> Recognised | None:

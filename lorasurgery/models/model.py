@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.from_base import CUSTOM
+from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.errors import FileFormatError, RequestError
 from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.content import content_id
-from lorasurgery.models.detect import recognised
+from lorasurgery.models.detect import recognised, with_own_names
 from lorasurgery.models.files import model_files
 from lorasurgery.models.names import BIAS, OTHER, Located, in_lone_encoder, located
 from lorasurgery.models.quantised import refuse_quantised
@@ -48,6 +49,14 @@ class Model:
     """What stands before the names of the denoiser in :attr:`weights`, or of the encoder that the model is."""
     component: str = DENOISER
     """The denoiser; of a model that is one text encoder, the encoder's table."""
+
+    naming: str = ORIGINAL
+    """Whose names the denoiser's weights have, as in :attr:`Architecture.namings`."""
+
+    @cached_property
+    def extended(self) -> Architecture:
+        """The table with everything that this model has and the table has not, under the model's own names."""
+        return self.architecture if self.component != DENOISER else with_own_names(self.files, self.architecture, self.naming)
 
     @property
     def of_diffusers(self) -> bool:
@@ -127,7 +136,7 @@ def open_model(path: str | Path, *, arch: str | Architecture | None = None) -> M
         refuse_quantised(file.raw)
     known = recognised(files, path, arch)
     weights = MappingProxyType(_weights(files, known))
-    return Model(path, known.architecture, known.layout, files, weights, known.prefix, known.component)
+    return Model(path, known.architecture, known.layout, files, weights, known.prefix, known.component, known.naming)
 
 
 def _weights(files: Iterable[ModelFile], known: Recognised) -> dict[str, Weight]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureError
 from lorasurgery.files.opened import read_any
-from lorasurgery.files.read import parse
+from lorasurgery.files.read import parse, parse_for
 from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.group import group
 from lorasurgery.layouts.module import FLAGS
@@ -125,7 +125,7 @@ def _parsed(raw: RawFile, scales: Mapping[str, PeftConfig] | None, architecture:
     if not architecture.rows:
         with suppress(UnknownArchitectureError):
             return parse(raw, configs=scales)
-    return parse(raw, among=(widened(raw, architecture),), configs=scales)
+    return parse_for(raw, widened(raw, architecture), configs=scales)
 
 
 def _refuse_turned(configs: Mapping[str, PeftConfig], architecture: Architecture, path: Path) -> None:

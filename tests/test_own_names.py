@@ -192,7 +192,7 @@ class TestEveryVerb:
         assert [pair["a"]["name"] for pair in found["modules"] if pair["status"] == "different"] == [case.stem(OWN[0])]
 
     def test_another_layout_refuses_what_it_has_no_name_for(self, case: Case, source: Path, tmp_path: Path) -> None:
-        adapter = lorasurgery.load(source)
+        adapter = lorasurgery.load(source, arch=case.arch)
         for target in ("sd-scripts", "comfyui", "diffusers", "onetrainer", "lycoris", "peft"):
             how = lorasurgery.Options(lossy=True, as_lora=True)
             made, report = lorasurgery.convert(adapter, target, how)

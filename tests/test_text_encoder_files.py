@@ -101,10 +101,12 @@ def test_whatever_stands_before_the_names(prefix: str, tmp_path: Path) -> None:
 
 
 def small_clip(start: str = "text_model.") -> dict[str, Raw]:
-    """The self-attention of ten layers of CLIP-L in fp8: enough of it to be known; two layers have values."""
+    """The self-attention and norms of CLIP-L in fp8: enough of it to be known; one layer has values."""
     rng, found = np.random.default_rng(0), {}
     zeros = stored(np.zeros((768, 768)), "F8_E4M3")
-    for i in range(10):
+    for i in range(12):
+        for number in (1, 2):
+            found[f"{start}encoder.layers.{i}.layer_norm{number}.weight"] = raw(np.ones(768), "BF16")
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             name = f"{start}encoder.layers.{i}.self_attn.{part}"
             found[f"{name}.weight"] = raw(rng.integers(-8, 9, (768, 768)) / 16, "BF16") if i < 1 else zeros

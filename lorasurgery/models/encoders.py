@@ -92,7 +92,7 @@ def _open_clip(module: str, role: str) -> Iterator[tuple[str, str]]:
 
 
 def _known(table: str, name: str, role: str) -> bool:
-    """Whether an encoder has such a module; its norms are not in the tables, their layers are."""
+    """Whether an encoder has such a module; of norms that are not in the tables, the layers are."""
     return name in TEXT_ENCODERS[table].shapes or (role != "weight" and name.rpartition(".")[0] in _parents(table))
 
 

@@ -41,9 +41,9 @@ def _covered(shapes: Mapping[str, Shape], table: str) -> set[str]:
     found: set[str] = set()
     for key, shape in shapes.items():
         inside = within(key, shape, table)
-        if inside is not None and inside[1] == "weight":
+        if inside is not None and inside[1] != "bias":
             spans = inside[0]
-            if (spans[0].stop, *shape[1:]) == known[spans[0].weight]:
+            if spans[0].weight in known and (spans[0].stop, *shape[1:]) == known[spans[0].weight]:
                 found.update(span.weight for span in spans)
     return found
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SDXL, FLUX, Z = model("sdxl"), model("flux1-dev"), model("z-image")
 TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+TO_OUT = "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0"
 TO_K = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
 CONV = "input_blocks.4.0.in_layers.2"
 MID = "middle_block.1.transformer_blocks.0.attn1.to_q"
@@ -284,7 +285,7 @@ def test_a_rank_beyond_both_sides_becomes_a_full_difference_or_is_reduced(tmp_pa
 def test_norms_and_biases_are_added(tmp_path: Path) -> None:
     builders = [Builder.start(SDXL, "sd-scripts", "F32", seed) for seed in (0, 1)]
     for own in builders:
-        stem = own.add(TO_Q, "lora", rank=4, alpha=3.0)
+        stem = own.add(TO_OUT, "lora", rank=4, alpha=3.0)
         own.made.tensors[f"{stem}.diff_b"] = own.random(640)
         norm = "lora_unet_input_blocks_4_1_transformer_blocks_0_norm1"
         own.made.tensors[f"{norm}.w_norm"], own.made.tensors[f"{norm}.b_norm"] = own.random(640), own.random(640)

@@ -4,7 +4,7 @@
 - Norms and full differences are added element by element, and so is everything beside a full difference.
 - All else is written side by side in its exact low-rank form: up = [u_1, u_2, ...], down = [d_1; d_2; ...].
 - Where that rank would exceed both sides of the weight, the sum is a full difference, or a LoRA of the smaller side's
-  rank for readers without those.
+  rank for readers without those. A sum that is cut afterwards is whichever of the two is cut sooner.
 
 One scale is common to all members when their ratios are powers of two: then no number changes but its exponent. Otherwise
 the scales are multiplied into ``up``, once, and alpha is the rank.
@@ -31,6 +31,7 @@ from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import computed, same_values
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
 from lorasurgery.surgery.reduce import Budget, to_lora
+from lorasurgery.surgery.route import dense_is_cheaper, making_dense
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +62,16 @@ class Adding:
     record: Record
     full: bool
     """Whether the target holds full differences."""
-    any_rank: bool = False
-    """Whether the result is cut afterwards: the rank may exceed the sides, and members keep their dtypes on the way."""
+    cut: Cutting | None = None
+    """That the result is cut afterwards: the rank may exceed the sides, and members keep their dtypes on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How a sum is cut afterwards."""
+
+    needed: int | None
+    """How many singular values decide; None: all."""
 
 
 def added(modules: Sequence[Module], how: Adding) -> Sum:
@@ -171,10 +180,9 @@ def _sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def _dense(terms: Sequence[Term], how: Adding) -> _Found | None:
-    """Element by element, where one of them is a full difference or the rank is beyond both sides; else None."""
+    """Element by element, where one of them is a full difference or that is the shorter way; else None."""
     full = any(isinstance(t.delta, Full) for t in terms)
-    rank = 0 if full else sum(t.delta.to_low_rank().rank for t in terms)
-    if not full and (how.any_rank or not how.full or rank <= min(how.shape[0], prod(how.shape[1:]))):
+    if not full and not _better_dense(terms, how):
         return None
 
     def values() -> Float64:
@@ -184,15 +192,24 @@ def _dense(terms: Sequence[Term], how: Adding) -> _Found | None:
         return total
 
     norm = all(t.delta.family == "norm" for t in terms)
-    diff = rounded(computed("F64", how.shape, values), how.dtype, how.record)
+    whole = computed("F64", how.shape, values)
+    diff = whole if how.cut is not None and not norm else rounded(whole, how.dtype, how.record)
     return _Found(Full(diff, "norm" if norm else "full"), 1.0, ADDED if full else FULL)
+
+
+def _better_dense(terms: Sequence[Term], how: Adding) -> bool:
+    """Whether the rank is beyond both sides; of what is cut afterwards, whether that is sooner done with the dense sum."""
+    sides, rank = (how.shape[0], prod(how.shape[1:])), sum(t.delta.to_low_rank().rank for t in terms)
+    if how.cut is None:
+        return how.full and rank > min(sides)
+    return dense_is_cheaper(sides, rank, how.cut.needed, making_dense(t.delta for t in terms))
 
 
 def _side_by_side(terms: Sequence[Term], how: Adding) -> _Found:
     common = _common(terms, how.dtype)
     low = [_low_rank(t, t.factor / common, how) for t in terms]
     joined = side_by_side(low, how)
-    if joined.rank <= min(how.shape[0], prod(how.shape[1:])) or how.any_rank:
+    if joined.rank <= min(how.shape[0], prod(how.shape[1:])) or how.cut is not None:
         return _Found(joined, common, SIDE_BY_SIDE)
     cut = to_lora([(joined, common, how.shape[0])], Budget(), how.dtype, how.record)
     how.record(cut.error, cut.norm)
@@ -215,7 +232,7 @@ def _low_rank(term: Term, factor: float, how: Adding) -> Low:
     """A member's factors; what is not in the dtype of the result yet is multiplied in a wide one and rounded once."""
     low = term.delta.to_low_rank()
     own = widest([low.up.dtype, low.down.dtype])
-    if own != how.dtype and not (how.any_rank and own in NARROW):
+    if own != how.dtype and not (how.cut is not None and own in NARROW):
         whole = widest([own, "F32"])
         low = LowRank(low.up.cast(whole), low.down.cast(whole)).scaled(factor).cast(how.dtype, how.record)
         factor = 1.0

@@ -20,7 +20,7 @@ from lorasurgery.surgery.merge.align import aligned
 from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, weighted
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
-from lorasurgery.surgery.merge.options import DENSE, MergeOptions
+from lorasurgery.surgery.merge.options import MergeOptions
 from lorasurgery.surgery.merge.report import MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import parse_weight
 from lorasurgery.surgery.merge.sums import Sums
@@ -160,7 +160,7 @@ def _ambiguous(run: Merging) -> tuple[str, ...]:
 
 
 def _resized(run: Merging, adapter: Adapter) -> Adapter:
-    """Cut as ``resize`` cuts; modules with a DoRA magnitude stay, as they cannot be cut without the base."""
+    """Cut as ``resize`` cuts, full differences too; modules with a DoRA magnitude stay: they cannot be cut without the base."""
     from lorasurgery.surgery.resize import resize
 
     options = run.options.resize
@@ -168,9 +168,6 @@ def _resized(run: Merging, adapter: Adapter) -> Adapter:
     dora = [re.escape(module.name) for module in adapter.modules.values() if module.magnitude is not None]
     exclude = (*options.exclude, *([f"^({'|'.join(dora)})$"] if dora else []))
     dtype = run.options.dtype if run.options.dtype != "keep" else {v: k for k, v in DTYPES.items()}.get(run.dtype, "fp32")
-    options = replace(
-        options, exclude=exclude, dtype=dtype, layout=run.target, text_encoders=True,
-        full=options.full or run.options.method in DENSE,
-    )  # fmt: skip
+    options = replace(options, exclude=exclude, dtype=dtype, layout=run.target, text_encoders=True, full=True)
     result, run.report.resize = resize(adapter, options)
     return result

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta, Record
     from lorasurgery.io.tensors import Float64, Shape, Tensor
 
+ROWS = 64
+"""Of a dense change that are multiplied at a time."""
 NARROW = frozenset({"F16", "BF16"})
 ADDED, SHARED, SIDE_BY_SIDE, FULL, REDUCED, GONE = (
     "added", "added in one factor", "side by side", "added in full", "side by side, reduced", "cancelled out",
@@ -188,7 +190,9 @@ def _dense(terms: Sequence[Term], how: Adding) -> _Found | None:
     def values() -> Float64:
         total: Float64 = np.zeros(how.shape)
         for delta, factor in terms:
-            total += delta.dense().reshape(how.shape) * factor
+            own = delta.dense().reshape(how.shape)
+            for start in range(0, len(own), ROWS):  # a second matrix of that size would take longer than the sum
+                total[start : start + ROWS] += own[start : start + ROWS] * factor
         return total
 
     norm = all(t.delta.family == "norm" for t in terms)

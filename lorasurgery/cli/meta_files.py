@@ -41,13 +41,13 @@ class Destination:
     force: bool = False
     dry_run: bool = False
 
-    def check(self, inputs: list[Found], *, several: bool) -> None:
+    def check(self, inputs: list[Found]) -> None:
         """Raises RequestError unless exactly one place is named (none is enough for ``--dry-run``)."""
         given = sum((self.out is not None, self.out_dir is not None, self.in_place))
         if given > 1 or (not given and not self.dry_run):
             raise RequestError("one place for the result, please", hint="-o OUT for a new file, or --in-place")
-        if self.out is not None and several:
-            raise RequestError("several inputs have no room in one output", hint="--out-dir DIR or --in-place")
+        if self.out is not None and len(inputs) > 1:
+            raise RequestError(f"{len(inputs)} inputs have no room in one output", hint="--out-dir DIR or --in-place")
         if self.out_dir is not None and len({one.relative for one in inputs}) < len(inputs):
             raise RequestError("two inputs would get the same name in --out-dir", hint="one run for each")
 

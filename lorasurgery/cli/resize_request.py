@@ -151,7 +151,8 @@ class Theirs(NamedTuple):
         """Our options with sd-scripts' in their place.
 
         A whole command line of it, which names its input by ``--model``, means what it means there: text encoders are
-        included, nothing said is rank 4, and its ``--device`` is not needed. One spelling alone changes nothing else. Raises RequestError where both spellings of one thing are given.
+        included, nothing said is rank 4, and its ``--device`` is not needed. One spelling alone changes nothing else.
+        Raises RequestError where both spellings of one thing are given.
         """
         pairs = (
             ("rank", "--rank", "--new_rank", self.rank), ("conv_rank", "--conv-rank", "--new_conv_rank", self.conv_rank),

@@ -15,7 +15,7 @@ from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.in_place import header_of
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
-from lorasurgery.surgery.meta_hashes import SPEC_HASH, legacy_of
+from lorasurgery.surgery.meta_hashes import SPEC_HASH, legacy_era, legacy_of
 from lorasurgery.surgery.meta_values import SPEC, SPEC_VERSION, spec_notes
 from lorasurgery.surgery.privacy import private_keys, without_paths
 
@@ -90,9 +90,9 @@ def edited(path: Path, change: Change) -> Edited:
     raw = read_metadata(path)
     metadata, notes = change(raw)
     before = raw.metadata.get(LEGACY_HASH)
-    if before is not None and metadata.get(LEGACY_HASH) == before and before == legacy_of(raw.tensors, raw.metadata).value:
+    if before is not None and metadata.get(LEGACY_HASH) == before and legacy_era(raw.tensors, raw.metadata, before):
         after = legacy_of(raw.tensors, metadata).value
-        if after is not None and after != before:
+        if after is not None and not legacy_era(raw.tensors, metadata, before):
             metadata[LEGACY_HASH] = after
             notes = [*notes, f"{LEGACY_HASH} hangs on the ss_ metadata and was computed again"]
     return Edited(header_of(raw), metadata, tuple(notes))

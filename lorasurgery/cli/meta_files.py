@@ -15,6 +15,7 @@ import typer
 from lorasurgery.cli.files import Found, found_in, means_several
 from lorasurgery.cli.render import data, error_text, plain, show_error
 from lorasurgery.errors import OutputExistsError, RequestError, SurgeryError
+from lorasurgery.interrupts import held
 
 SCHEMA = 1
 """Version of the JSON forms of ``meta``; see docs/meta.md."""
@@ -90,7 +91,9 @@ def run_each(
         return
     failed = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if parallel else 1) as pool:
-        for found, result in zip(files, pool.map(lambda one: _attempt(one, act), files), strict=True):
+        with held():
+            results = pool.map(lambda one: _attempt(one, act), files)
+        for found, result in zip(files, results, strict=True):
             if isinstance(result, Shown):
                 _show(result, as_json=as_json, indent=None)
                 failed += result.failed

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorasurgery.interrupts import held
 from lorasurgery.io.behind import CHUNK
 from lorasurgery.io.hashes import LEGACY_LENGTH, LEGACY_START, NOW, OLDER, Era, legacy_hash, legacy_window
 from lorasurgery.io.header import serialiser_order
@@ -126,8 +127,9 @@ def verify(raw: RawFile) -> Verified:
     ordered = _merged(_regions(raw.tensors, serialiser_order(raw.tensors)))
     in_order = [(region.offset, region.length) for region in ordered] == [(data.offset, data.length)] * bool(data.length)
     with ThreadPoolExecutor(3) as pool:
-        file_hash, data_hash = pool.submit(sha256_of, [whole]), pool.submit(sha256_of, [data])
-        model_hash = data_hash if in_order else pool.submit(sha256_of, ordered)
+        with held():
+            file_hash, data_hash = pool.submit(sha256_of, [whole]), pool.submit(sha256_of, [data])
+            model_hash = data_hash if in_order else pool.submit(sha256_of, ordered)
         digests = file_hash.result(), data_hash.result(), model_hash.result()
     window = Region(whole.source, LEGACY_START, max(min(LEGACY_LENGTH, whole.length - LEGACY_START), 0))
     stored = (_model(raw, digests[2], digests[1]), _legacy(raw, digests[2]), _spec(raw, digests[1], digests[2]))

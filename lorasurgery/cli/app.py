@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from lorasurgery.cli.render import show_error
+from lorasurgery.cli.spellings import SPELLINGS, Spelled
 from lorasurgery.cli.stopping import STOPPED, quiet
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.interrupts import held
@@ -90,7 +91,7 @@ def application(only: str | None = None) -> typer.Typer:
         if isinstance(command, typer.Typer):
             app.add_typer(command)
         else:
-            app.command()(command)
+            app.command(cls=Spelled if name in SPELLINGS else None)(command)
     return app
 
 

@@ -4,7 +4,8 @@
 - Norms and full differences are added element by element, and so is everything beside a full difference.
 - All else is written side by side in its exact low-rank form: up = [u_1, u_2, ...], down = [d_1; d_2; ...].
 - Where that rank would exceed both sides of the weight, the sum is a full difference, or a LoRA of the smaller side's
-  rank for readers without those. A sum that is cut afterwards is whichever of the two is cut sooner.
+  rank for readers without those, or the nearest LoKr of LoKr modules where that is asked for. A sum that is cut afterwards
+  is whichever of the two is cut sooner.
 
 One scale is common to all members when their ratios are powers of two: then no number changes but its exponent. Otherwise
 the scales are multiplied into ``up``, once, and alpha is the rank.
@@ -29,6 +30,7 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.rounding import factor_records, rounded
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import computed, same_values
+from lorasurgery.surgery.merge.lokr import nearest_lokr
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
 from lorasurgery.surgery.reduce import Budget, to_lora
 from lorasurgery.surgery.route import dense_is_cheaper, making_dense
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
 ROWS = 64
 """Of a dense change that are multiplied at a time."""
 NARROW = frozenset({"F16", "BF16"})
-ADDED, SHARED, SIDE_BY_SIDE, FULL, REDUCED, GONE = (
-    "added", "added in one factor", "side by side", "added in full", "side by side, reduced", "cancelled out",
+ADDED, SHARED, SIDE_BY_SIDE, FULL, NEAREST, REDUCED, GONE = (
+    "added", "added in one factor", "side by side", "added in full", "nearest LoKr", "side by side, reduced", "cancelled out",
 )  # fmt: skip
 
 
@@ -64,6 +66,10 @@ class Adding:
     record: Record
     full: bool
     """Whether the target holds full differences."""
+    lokr: bool = False
+    """Whether sums of LoKr are to be the nearest LoKr."""
+    factor: int | None = None
+    """LyCORIS' factor of these; None: the members' own."""
     cut: Cutting | None = None
     """That the result is cut afterwards: the rank may exceed the sides, and members keep their dtypes on the way."""
 
@@ -89,7 +95,7 @@ def added(modules: Sequence[Module], how: Adding) -> Sum:
         return Sum(replace(kept, bias=bias, name=head.name), ADDED)
     refuse_nonlinear(own)
     terms = [Term(m.delta, m.scale.value) for m in own if m.delta is not None]
-    found = _shared(terms, how) or _dense(terms, how) or _side_by_side(terms, how)
+    found = _shared(terms, how) or _lokr(terms, how) or _dense(terms, how) or _side_by_side(terms, how)
     if found.delta is None and bias is None:
         return Sum(None, GONE)
     scale = Scale(found.scale, "sum")
@@ -179,6 +185,12 @@ def _sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
         return total
 
     return computed("F64", terms[0][0].shape, values)
+
+
+def _lokr(terms: Sequence[Term], how: Adding) -> _Found | None:
+    """The nearest LoKr, where that is asked for and there is one of the members' shapes."""
+    delta = nearest_lokr(terms, how) if how.lokr else None
+    return None if delta is None else _Found(delta, 1.0, NEAREST)
 
 
 def _dense(terms: Sequence[Term], how: Adding) -> _Found | None:

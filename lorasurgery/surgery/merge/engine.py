@@ -97,10 +97,12 @@ def _merged(run: Merging) -> Adapter:
     if not made:
         raise RequestError("nothing would be left: every weight is 0, the files cancel out, or nothing in them can be added")
     used = [bool(source.used) for source in run.report.sources]
+    metadata, warnings = merged_metadata(run.sources, used, run.options.method, run.options.metadata)
+    run.report.warnings += warnings
     adapter = Adapter(
         architecture=run.arch,
         modules={module.site: module for module in made},
-        metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
+        metadata=metadata,
         layout=leading([source.adapter for source in run.sources]).layout,
         leftovers=_leftovers(run),
         ambiguous=_ambiguous(run),

@@ -71,8 +71,11 @@ class Sums:
         cut = None if resizing is None else Cutting(resizing.rank if resizing.is_fixed else None)
         dtype = self.dtype_of(members) if cut is None else "F32"
         name = members[0].original.name
-        full = "full" in layout(self.run.target).holds
-        return Adding(expected_shape(self.run.arch, site), dtype, self.run.recorder(name), full, cut)
+        lokr = self.run.options.as_lokr  # what is none of their shape becomes one when it is written
+        return Adding(
+            expected_shape(self.run.arch, site), dtype, self.run.recorder(name),
+            full=lokr or "full" in layout(self.run.target).holds, lokr=lokr, factor=self.run.options.lokr_factor, cut=cut,
+        )  # fmt: skip
 
     def dtype_of(self, members: Sequence[Weighted]) -> str:
         """The dtype that was asked for, the members' own where they agree, or the first file's."""

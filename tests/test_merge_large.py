@@ -232,3 +232,36 @@ def test_nothing_is_offered_to_who_has_chosen(tmp_path: Path, way: list[str]) ->
     (a, _), (b, _) = lokr(tmp_path, 1), lokr(tmp_path, 2)
     report = json.loads(run("merge", a, b, "-o", tmp_path / "o.safetensors", *way, "--dry-run", "--json").out)
     assert report["choices"] == []
+
+
+@pytest.mark.parametrize("rank", [3, 30])
+def test_a_fused_lora_of_many_ranks_is_cut_the_short_way(rank: int) -> None:
+    from lorasurgery.deltas.hadamard import Hadamard
+    from lorasurgery.io.tensors import of_array
+    from lorasurgery.surgery.reduce import Budget, to_lora
+
+    rng = np.random.default_rng(7)
+    shapes = ((300, 24), (24, 420), (300, 24), (24, 420))
+    parts = [[rng.standard_normal(shape) for shape in shapes] for _ in range(2)]
+    deltas = [Hadamard(*(of_array(array, "F64") for array in part)) for part in parts]
+    found = to_lora([(deltas[0], 0.5, 300), (None, 1.0, 20), (deltas[1], -2.0, 300)], Budget(rank=rank), "F64", lambda *_: None)
+    halves = [(a @ b) * (c @ d) for a, b, c, d in parts]
+    truth = np.vstack([0.5 * halves[0], np.zeros((20, 420)), -2.0 * halves[1]])
+    values = np.linalg.svd(truth, compute_uv=False)
+    optimum = float(np.linalg.norm(values[rank:]))
+    up, down = (found.delta.tensors[slot].f64() for slot in ("up", "down"))
+    assert np.linalg.norm(truth - up @ down) <= optimum * 1.001
+    assert np.sqrt(found.error) == pytest.approx(optimum, rel=1e-3)
+
+
+def test_a_rank_beyond_the_sides_is_a_lora_where_the_layout_has_no_full_differences(tmp_path: Path) -> None:
+    rng, paths = np.random.default_rng(3), []
+    for number in range(2):
+        stem = STEM.format("q")
+        up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((SIDE, 400), (400, SIDE)))
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}, paths[-1])
+    done = run("merge", *paths, "-o", tmp_path / "o.safetensors", "--rank", 2000, "--target", "diffusers")
+    assert done.code == 0, done.err
+    shapes = {value.shape for value in load_file(tmp_path / "o.safetensors").values()}
+    assert shapes == {(SIDE, SIDE)}

@@ -107,8 +107,8 @@ def _warn_without_effect(job: Job, modules: list[Module]) -> None:
     dora = [module for module in modules if how.as_lora and module.magnitude is not None]
     if dora:
         job.report.warnings.append(
-            f"{len(dora)} modules stay DoRA, whose magnitude only the base model can make part of a LoRA (first: {dora[0].name}): "
-            "lorasurgery resize --rank N --dora fold --base MODEL"
+            f"{len(dora)} modules stay DoRA (first: {dora[0].name}), whose magnitude only the base model can make part of a "
+            "LoRA: lorasurgery resize --rank N --dora fold --base MODEL"
         )
 
 

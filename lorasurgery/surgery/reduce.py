@@ -124,7 +124,7 @@ def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
     assert whole is not None  # noqa: S101  a stack has at least one member
     sides, making = (whole.shape[0], prod(whole.shape[1:])), making_dense(d for d, *_ in members if d is not None)
     if budget.rank is not None and dense_is_cheaper(sides, whole.rank, budget.rank, making):
-        return dense_svd(_stacked_dense(members, sides), rank=budget.rank, energy=budget.energy)
+        return dense_svd(_stacked_dense(members, sides), rank=budget.rank, energy=budget.energy, dtype=np.float64)
     left, values, right = factored_svd(whole.up.f64().reshape(whole.up.shape[0], -1), whole.down.f64().reshape(whole.rank, -1))
     kept = max(int(np.sum(values > 1e-13 * values[0])) if values.size else 1, 1)
     kept = min(kept, budget.rank or kept)

@@ -170,6 +170,9 @@ def _resized(run: Merging, adapter: Adapter) -> Adapter:
     dora = [re.escape(module.name) for module in adapter.modules.values() if module.magnitude is not None]
     exclude = (*options.exclude, *([f"^({'|'.join(dora)})$"] if dora else []))
     dtype = run.options.dtype if run.options.dtype != "keep" else {v: k for k, v in DTYPES.items()}.get(run.dtype, "fp32")
-    options = replace(options, exclude=exclude, dtype=dtype, layout=run.target, text_encoders=True, full=True)
+    as_lora = options.as_lora or "full" not in layout(run.target).holds  # what a dense sum may not stay
+    options = replace(
+        options, exclude=exclude, dtype=dtype, layout=run.target, text_encoders=True, full=True, as_lora=as_lora
+    )  # fmt: skip
     result, run.report.resize = resize(adapter, options)
     return result

@@ -67,7 +67,7 @@ def convert(
     trained_alpha: Annotated[Optional[float], typer.Option("--trained-alpha", help="The alpha it was trained at, for a file that does not say it (PEFT's weights without adapter_config.json).", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
     lokr_factor: Annotated[Optional[int], typer.Option("--lokr-factor", help="LoKr factor to record instead of the file's own.", show_default=False)] = None,  # noqa: UP045
-    diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other.")] = "diffusion_model",
+    diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other; - is none.")] = "diffusion_model",
     fix_split_alpha: Annotated[bool, typer.Option("--fix-split-alpha", help="Mend the alpha of fused modules that sd-scripts' split_qkv saved too weak.")] = False,
     drop: Annotated[Optional[list[str]], typer.Option("--drop", help="Leave out te, unet, or modules whose name matches a regular expression. Repeatable.", show_default=False)] = None,  # noqa: UP045
     strict: Annotated[bool, typer.Option("--strict", help="Fail when any key would be left out or a module would be off by more than 5 %, and check every value for NaN and infinity.")] = False,
@@ -82,20 +82,15 @@ def convert(
 
     if as_ not in (None, "lora", "lokr", "loha", "full"):
         raise typer.BadParameter("lora, lokr, loha or full", param_hint="--as")
+    prefix = "" if diffusers_prefix == "-" else diffusers_prefix.rstrip(".")
     how = Options(
         qkv=qkv, rank=rank, energy=energy, as_lora=as_ == "lora",
         family=None if as_ == "lora" else as_, factor=factor, lossy=lossy, drop=tuple(drop or ()), dtype=dtype,
-        prefix=diffusers_prefix, fix_split_alpha=fix_split_alpha,
+        prefix=prefix, fix_split_alpha=fix_split_alpha,
     )  # fmt: skip
     writing = SaveOptions(
-        alpha=alpha,
-        prefix=diffusers_prefix,
-        lokr_factor=lokr_factor,
-        strict=strict,
-        force=force,
-        dry_run=dry_run,
-        announce=announce,
-    )
+        alpha=alpha, prefix=prefix, lokr_factor=lokr_factor, strict=strict, force=force, dry_run=dry_run, announce=announce
+    )  # fmt: skip
     _check(layout(target), how, writing, arch)
     files = jobs_for(paths or [], given, out, out_dir, folder_output=target == "peft")
     run_batch(

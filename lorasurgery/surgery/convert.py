@@ -156,6 +156,12 @@ def _warn_without_effect(job: Job, modules: list[Module]) -> None:
         job.report.warnings.append(
             f"{len(stay)} modules multiply the base weight, have no LoRA form and stay as they are (first: {first})"
         )
+    dora = [module for module in modules if how.as_lora and module.magnitude is not None]
+    if dora:
+        job.report.warnings.append(
+            f"{len(dora)} modules stay DoRA (first: {dora[0].name}), whose magnitude only the base model can make part of a "
+            "LoRA: lorasurgery resize --rank N --dora fold --base MODEL"
+        )
 
 
 def _dropped(job: Job, module: Module) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.alerts import Alert, bytes_of
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.errors import BrokenModuleError, RequestError
+from lorasurgery.interrupts import held
 from lorasurgery.report import Report
 from lorasurgery.surgery.extract.inputs import check_devices, check_files, opened
 from lorasurgery.surgery.extract.loaders import loader_notes
@@ -130,7 +131,9 @@ def _hashing(models: tuple[Model, Model], *, wanted: bool) -> Iterator[dict[str,
     pool, stop = ThreadPoolExecutor(1), Event()
     named = zip(("base", "tuned"), models, strict=True)
     try:
-        yield {which: pool.submit(file_hash, m.files[0].path, stop) for which, m in named if wanted and len(m.files) == 1}
+        with held():
+            hashes = {w: pool.submit(file_hash, m.files[0].path, stop) for w, m in named if wanted and len(m.files) == 1}
+        yield hashes
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -23,7 +23,7 @@ from lorasurgery.surgery.merge.align import aligned
 from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, spelled_as, spelling_of, weighted
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
-from lorasurgery.surgery.merge.options import DENSE, MergeOptions
+from lorasurgery.surgery.merge.options import MergeOptions
 from lorasurgery.surgery.merge.report import MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import parse_weight
 from lorasurgery.surgery.merge.sums import Sums
@@ -105,12 +105,14 @@ def _merged(run: Merging) -> Adapter:
     if not made:
         raise RequestError("nothing would be left: every weight is 0, the files cancel out, or nothing in them can be added")
     used = [bool(source.used) for source in run.report.sources]
+    metadata, warnings = merged_metadata(run.sources, used, run.options.method, run.options.metadata)
+    run.report.warnings += warnings
     first = leading([source.adapter for source in run.sources])
     spelling, homes = spelling_of([source.adapter for source in run.sources])
     adapter = Adapter(
         architecture=run.arch,
         modules={module.site: spelled_as(module, homes.get(module.site.component)) for module in made},
-        metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
+        metadata=metadata,
         layout=first.layout,
         spelling=spelling,
         leftovers=_leftovers(run),
@@ -185,7 +187,7 @@ def _settle(run: Merging) -> None:
 
 
 def _resized(run: Merging, adapter: Adapter) -> Adapter:
-    """Cut as ``resize`` cuts; modules with a DoRA magnitude stay, as they cannot be cut without the base."""
+    """Cut as ``resize`` cuts, full differences too; modules with a DoRA magnitude stay: they cannot be cut without the base."""
     from lorasurgery.surgery.resize import resize
 
     options = run.options.resize
@@ -193,9 +195,10 @@ def _resized(run: Merging, adapter: Adapter) -> Adapter:
     dora = [re.escape(module.name) for module in adapter.modules.values() if module.magnitude is not None]
     exclude = (*options.exclude, *([f"^({'|'.join(dora)})$"] if dora else []))
     dtype = run.options.dtype if run.options.dtype != "keep" else {v: k for k, v in DTYPES.items()}.get(run.dtype, "fp32")
+    as_lora = options.as_lora or "full" not in run.target.holds  # what a dense sum may not stay
     options = replace(
         options, exclude=exclude, dtype=dtype, layout=None if run.target.own else run.target.id, text_encoders=True,
-        full=options.full or run.options.method in DENSE,
+        full=True, as_lora=as_lora,
     )  # fmt: skip
     result, run.report.resize = resize(adapter, options)
     return result

@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the terminal's signals are those of Linux")
 
 MOMENTS = int(os.environ.get("INTERRUPTS", "30"))
-READY = "import sys; sys.stdout.write('.'); sys.stdout.flush(); from lorasurgery.__main__ import main; main()"
-"""The command, which says when it is the program's own: before that an interrupt is Python's."""
-SMALL = """
+READY = """
+import sys
 from lorasurgery.cli.stopping import quiet
-from lorasurgery.interrupts import held
 quiet()
+sys.stdout.write(".")
+sys.stdout.flush()
+"""
+"""Says when the command has its first step behind it: until then an interrupt is Python's own."""
+RUN = "from lorasurgery.__main__ import main\nmain()\n"
+SMALL = """
+from lorasurgery.interrupts import held
 with held():
     from lorasurgery.surgery.apply import writing
     writing.WORTH = 0  # processes for a model of any size
@@ -62,7 +67,7 @@ COMMANDS = {"apply": apply_files, "resize": resize_files, "inspect": inspect_fil
 def interrupted(arguments: list[str], folder: Path, after: float, prelude: str = "") -> tuple[int, str]:
     """The exit code and stderr of a command that the terminal interrupts so many seconds after it began."""
     child = subprocess.Popen(
-        [sys.executable, "-c", prelude + READY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", READY + prelude + RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, cwd=folder,
     )  # fmt: skip
     assert child.stdout is not None
@@ -80,7 +85,9 @@ def test_an_interrupt_at_any_moment_leaves_no_trace(tmp_path: Path, name: str) -
     out.mkdir()
     arguments, prelude = COMMANDS[name](tmp_path), SMALL if name == "apply" else ""
     started, rng = time.monotonic(), random.Random(0)
-    whole = subprocess.run([sys.executable, "-c", prelude + READY, *arguments], cwd=tmp_path, capture_output=True, check=True)
+    whole = subprocess.run(
+        [sys.executable, "-c", READY + prelude + RUN, *arguments], cwd=tmp_path, capture_output=True, check=True
+    )
     assert len(whole.stdout) > 1
     took = time.monotonic() - started
     for number in range(MOMENTS if name == "apply" else MOMENTS // 3):

@@ -83,7 +83,7 @@ def _as_lokr(sources: Sequence[Source], options: MergeOptions, target: str | Non
 
 def _as_lora(adapter: Adapter, large: Sequence[Module], options: MergeOptions, target: str | None) -> list[Choice]:
     sample = [large[i] for i in sorted({round(i) for i in np.linspace(0, len(large) - 1, SAMPLE)})]
-    spectra = map_threads(_spectrum, sample, len(sample))
+    spectra = map_threads(_spectrum, sample, 1)  # each takes a few matrices of the weight's size
     dtype = DTYPES.get(options.dtype) or _widest(large)
     found = []
     for rank in RANKS:
@@ -98,7 +98,7 @@ def _spectrum(module: Module) -> tuple[np.ndarray, float]:
     """The largest singular values, and the squared norm."""
     assert module.delta is not None  # noqa: S101  it is a full difference
     matrix = module.delta.dense().reshape(module.delta.shape[0], -1)
-    return dense_svd(matrix, rank=min(max(RANKS), *matrix.shape)).singular_values, float(np.sum(matrix**2))
+    return dense_svd(matrix, rank=min(max(RANKS), *matrix.shape)).singular_values, float(np.vdot(matrix, matrix))
 
 
 def _of_rank(module: Module, rank: int, dtype: str) -> Module:

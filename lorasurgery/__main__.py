@@ -1,6 +1,18 @@
-"""``python -m lorasurgery``."""
+"""``python -m lorasurgery``, and the command of that name."""
 
-from lorasurgery.cli.app import main
+from __future__ import annotations
+
+from lorasurgery.cli.stopping import quiet
+from lorasurgery.interrupts import held
+
+
+def main() -> None:
+    """Run the command line, interrupts in good hands from here on."""
+    quiet()
+    with held():
+        from lorasurgery.cli.app import main as run
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasurgery.architectures.table import DENOISERS
 from lorasurgery.deltas.base import CannotError
@@ -132,6 +132,10 @@ class Module:
         return replace(self, delta=delta, scale=self.scale if kept else Scale(value, self.scale.source))
 
 
+WHOLE = "whole"
+"""State of a leftover that replaces a part of the model: right as long as nothing is scaled or added."""
+
+
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """A key that belongs to no module."""
@@ -141,7 +145,8 @@ class Leftover:
     reason: str
     """Why it is harmless, what it is, or what is not understood about it."""
     state: str = "unknown"
-    """``harmless`` (changes nothing), ``kept`` (understood, and copied where its reader is written for), ``unknown``."""
+    """``harmless`` (changes nothing), ``kept`` (understood, and copied where its reader is written for), :data:`WHOLE`, or
+    ``unknown``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +161,12 @@ class Adapter:
     leftovers: tuple[Leftover, ...] = ()
     candidates: tuple[tuple[str, float], ...] = ()
     """Other architectures that explain the same keys, with the share they explain."""
-    ambiguous: tuple[str, ...] = ()
-    """Keys of architectures that explain the file equally well and would be converted otherwise."""
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture, as sentences without a full stop; the first counts the modules that fit."""
     warnings: tuple[str, ...] = ()
     path: Path | None = None
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """PEFT's configurations as JSON, by component ("" for the whole file): from its folder, or from the header."""
     operation: str | None = None
     """What was done, for ``lorasurgery.operation`` in the metadata; None: a conversion."""
     unknown: str = ""
@@ -177,7 +184,7 @@ class Adapter:
     def ledger(self) -> Ledger:
         """What became of each key of the file: part of a module, harmless, or not understood."""
         used = {key: module.name for module in self.modules.values() for key in module.keys.values()}
-        used |= {left.key: left.reason for left in self.leftovers if left.state == "kept"}
+        used |= {left.key: left.reason for left in self.leftovers if left.state in ("kept", WHOLE)}
         harmless, lost = (
             {left.key: left.reason for left in self.leftovers if left.state == state} for state in ("harmless", "unknown")
         )

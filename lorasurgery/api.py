@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import WHOLE
 from lorasurgery.alerts import much_larger
 from lorasurgery.errors import BrokenModuleError, DroppedKeysError, NotRepresentableError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
@@ -14,6 +15,7 @@ from lorasurgery.io.peft_folder import write_peft_folder
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
 from lorasurgery.layouts.module import FLAGS
+from lorasurgery.layouts.peft_keys import is_carried
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.layouts.targets import Layout, written_in
 from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
@@ -153,10 +155,13 @@ def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Repor
     """Keys no module holds: copied where the file keeps its spelling or its reader passes over them, and named."""
     for left in adapter.leftovers:
         top = left.key in KNOWN_TOP_LEVEL
-        if (target.own or (target.carries_unknown and not top)) and left.key not in emitted.tensors:
+        pefts = target.folder and bool(adapter.configs) and is_carried(left.key, adapter.configs)
+        if (target.own or pefts or (target.carries_unknown and not top)) and left.key not in emitted.tensors:
             emitted.tensors[left.key] = left.tensor
             report.carried.append((left.key, left.reason))
-            if left.state == "kept" and not target.own and not target.embeddings:
+            if (left.state == "kept" and not target.own and not target.embeddings) or (
+                left.state == WHOLE and not (target.own or pefts)
+            ):
                 report.lose(left.key, f"{left.reason}; {target.reader} reads none from an adapter's file")
 
 
@@ -172,7 +177,7 @@ def _metadata(adapter: Adapter, target: Layout, emitted: Emitted, report: Report
     if report.scale_written == "header" and not target.folder:
         from lorasurgery.layouts.peft_config import header_metadata
 
-        metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture)
+        metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture, adapter.configs)
     return metadata
 
 
@@ -196,13 +201,10 @@ def _widen(adapter: Adapter, emitted: Emitted) -> None:
 
 
 def _write_peft(path: Path, adapter: Adapter, emitted: Emitted, metadata: Mapping[str, str]) -> None:
-    from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, flattened, model_names
+    from lorasurgery.layouts.peft_write import peft_parts
 
-    adapters = {}
-    for component, own in components(emitted.written, adapter.architecture).items():
-        prefix = PREFIX if own[0].stem.startswith(PREFIX) else component + "."
-        root = flattened(component, adapter.architecture)
-        config = adapter_config(own, model_names(component, adapter.architecture, root), prefix, root)
-        names = {PREFIX + key.removeprefix(prefix).removeprefix(root): key for one in own for key in one.keys}
-        adapters[component] = config, {name: emitted.tensors[key] for name, key in names.items()}
-    write_peft_folder(path, adapters, metadata)
+    parts = {
+        component: (dict(part.config), {name: emitted.tensors[key] for name, key in part.names.items()})
+        for component, part in peft_parts(adapter, emitted).items()
+    }
+    write_peft_folder(path, parts, metadata)

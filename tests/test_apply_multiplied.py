@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lorasurgery.errors import NotRepresentableError, RequestError
+from lorasurgery.errors import NotAnAdapterError, NotRepresentableError
 from lorasurgery.models import open_model
 from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
 from lorasurgery.surgery.apply.verify import verify
@@ -353,12 +353,12 @@ def test_a_square_convolution_of_peft_needs_its_configuration(tmp_path: Path) ->
         apply(opened, [source], tmp_path / "o.safetensors")
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("VERA", "random matrices"), ("HRA", "not known"), ("ADALORA", "not known")])
+@pytest.mark.parametrize(("kind", "reason"), [("VERA", "random matrices"), ("HRA", "not known"), ("ADALORA", "count of ranks")])
 def test_types_of_peft_that_are_not_read_are_named(tmp_path: Path, kind: str, reason: str) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "r": 4}))
     write(folder / "adapter_model.safetensors", {f"{PEFT}x_embedder.lora_A.weight": raw(np.ones((4, 64)), "F32")})
     opened = open_model(Base.make("BF16").save(tmp_path / "m.safetensors"))
-    with pytest.raises(RequestError, match=f"{kind} of PEFT.*{reason}"):
+    with pytest.raises(NotAnAdapterError, match=f"{kind} of PEFT.*{reason}"):
         read_source(folder, opened.architecture)

@@ -175,7 +175,7 @@ def test_a_base_of_other_sizes(tmp_path: Path) -> None:
         base, {f"{name}.weight": raw(np.zeros((shape[0], shape[1] + 1, *shape[2:])), "F16") for name, shape in SHAPES.items()}
     )
     error = refused("prune", a, tmp_path / "o.safetensors", "--negate", "--base", base)
-    assert "base_model.model.warblers.0.mix_in is [16, 12], base expects [16, 13]" in error
+    assert "base_model.model.hatch is [12, 3, 1, 1], base expects [12, 4, 1, 1]" in error
 
 
 def test_files_for_two_models(tmp_path: Path) -> None:

@@ -372,6 +372,13 @@ def test_lokr_factor(tmp_path: Path) -> None:
     assert any("8" in text and "16" in text for text in report["warnings"])
 
 
+def test_trained_alpha(tmp_path: Path) -> None:
+    """For a file that does not say its scale; what that gives is in test_peft_config.py."""
+    source = save(tmp_path / "in.safetensors", lora(alpha=None))
+    report = convert(source, "comfyui", "--trained-alpha", 2)
+    assert set(report["scale"]["sources"]) == {"--trained-alpha"}
+
+
 def test_diffusers_prefix(tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", lora())
     convert(source, "other", "--diffusers-prefix", "transformer")

@@ -62,7 +62,10 @@ def random_file(of: Model, layout: str, family: str, dtype: str, seed: int) -> M
                 how["whole2"] = bool(rng.random() < 0.3) and not how.get("tucker")
             builder.add(name, family, rank=rank, alpha=alpha, **how)
     if layout == "peft":
-        builder.made.configs[""]["peft_type"] = {"dora": "LORA"}.get(family, family.upper())
+        config = builder.made.configs[""]
+        config["peft_type"] = {"dora": "LORA"}.get(family, family.upper())
+        if config["peft_type"] != "LORA":
+            config["alpha"] = config.pop("lora_alpha")
     return builder.made
 
 

@@ -12,9 +12,9 @@ from lorasurgery.errors import BrokenModuleError, FileFormatError, OutputExistsE
 from lorasurgery.surgery.extract import ExtractOptions, Running, extract
 from lorasurgery.surgery.extract.dry import plan
 from lorasurgery.surgery.resize import ResizeOptions
-from tests.edges import run
+from tests.edges import calm, run
 from tests.extracting import GRID, changed, differences, grid, optimum, relative, said, whole_low_rank
-from tests.models.small import diffusers_arrays, original_of, save, save_gguf
+from tests.models.small import diffusers_arrays, original_arrays, original_of, save, save_gguf
 from tests.models.test_encoders import all_in_one, arrays_of, encoder
 from tests.oracle import raw, read, write
 
@@ -294,7 +294,7 @@ def test_names_that_fit_nothing_are_told(tmp_path):
     report = taken(paths, tmp_path / "out.safetensors", options(4, ranks=named, include=("[ab]$", "q$"), exclude=("x",)))
     assert [m.rank for m in report.modules] == [2]
     notes = [f"{name!r} fits no module" for name in ("q$", "x", "_c$")]
-    assert report.warnings == notes
+    assert calm(report.warnings) == notes
     assert list(plan(paths[0], paths[1], options(4, ranks=named, include=("[ab]$", "q$"), exclude=("x",))).warnings) == notes
 
 
@@ -377,7 +377,7 @@ def test_unrelated_models_are_told_from_tuned_ones(tmp_path):
             shapes,
         )
         own = taken(paths, tmp_path / f"{rank}.safetensors", options(8))
-        assert not own.warnings
+        assert not calm(own.warnings)
 
 
 def test_modules_of_which_a_policy_keeps_nothing_can_be_left_out(tmp_path):
@@ -401,6 +401,7 @@ def test_parameters_that_no_table_has_go_to_comfyui(tmp_path):
         found = {k: v.f64() for k, v in tensors.items() if k.endswith(("modulation.diff", "token.diff"))}
         assert len(found) == expected == sum(m.kind == "parameter" for m in report.modules)
         assert ("no table has a place for it" in report.reasons()) == (not expected)
+        assert not any("modules" in text for text in report.warnings)  # whatever is written for ComfyUI is in its key map
     assert np.array_equal(
         found["diffusion_model.layers.0.modulation.diff"], (tuned["layers.0.modulation"] - base["layers.0.modulation"])
     )
@@ -417,7 +418,9 @@ def test_a_second_expert_is_left_to_its_own_folder(tmp_path):
     assert {m.component for m in report.modules} == {"denoiser"}
     assert report.reasons()["the second expert, to be extracted from its own folder"][1] > 0.45
     own = taken(
-        (tmp_path / "base" / "transformer_2", tmp_path / "tuned" / "transformer_2"), tmp_path / "2.safetensors", options(2)
+        (tmp_path / "base" / "transformer_2", tmp_path / "tuned" / "transformer_2"),
+        tmp_path / "2.safetensors",
+        options(2, target="sd-scripts"),
     )
     assert own.energy > 0.99
 
@@ -624,3 +627,18 @@ def test_text_encoders_of_an_all_in_one_file_and_a_pipeline(tmp_path):
     assert any(one.reason == "a text encoder's" for one in none.left_out)
     kept = extract(base, tuned, tmp_path / "kept.safetensors", options(4, encoder_min_diff=1e3))
     assert {m.component for m in kept.modules} == {"denoiser"}
+
+
+def test_parameters_of_a_known_model_are_spelled_as_comfyui_reads_them(tmp_path):
+    """Every parameter is in its key map: weights without ``.weight``, all others under their whole name."""
+    own = {"blocks.0.modulation": (1, 6, 8), "vace_blocks.0.q.weight": (6, 4), "vace_blocks.0.q.bias": (6,)}
+    base = original_arrays("wan-2.1-t2v-1.3b") | {name: np.ones(shape) for name, shape in own.items()}
+    tuned = changed(base, whole_low_rank(1))
+    out = tmp_path / "out.safetensors"
+    report = taken(pair(tmp_path, base, tuned), out, options(2, target="comfyui"))
+    tensors = read(out)[0]
+    for name in own:
+        found = tensors[f"diffusion_model.{name.removesuffix('.weight')}.diff"]
+        assert np.array_equal(found.f64(), tuned[name] - base[name])
+    assert calm(report.warnings) == []
+    assert sum(m.kind == "parameter" for m in report.modules) == 3

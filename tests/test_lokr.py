@@ -240,6 +240,7 @@ def test_peft_scales_by_its_configuration(whole2: bool, tmp_path: Path) -> None:
     """alpha / r even for two whole factors; everybody else would ignore it, so it is baked."""
     builder = Builder.start(model("z-image"), "peft", "F32", 15)
     builder.add("layers.3.feed_forward.w1", "lokr", rank=4, alpha=3.0, blocks=80, whole2=whole2)
-    builder.made.configs[""]["peft_type"] = "LOKR"
+    config = builder.made.configs[""]
+    config |= {"peft_type": "LOKR", "alpha": config.pop("lora_alpha")}
     output = convert(builder.made, "comfyui", tmp_path)
     assert_same(builder.made.meaning(), output.meaning(), 1e-7)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SDXL, FLUX, Z = model("sdxl"), model("flux1-dev"), model("z-image")
 TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+TO_OUT = "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0"
 TO_K = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
 CONV = "input_blocks.4.0.in_layers.2"
 MID = "middle_block.1.transformer_blocks.0.attn1.to_q"
@@ -284,7 +285,7 @@ def test_a_rank_beyond_both_sides_becomes_a_full_difference_or_is_reduced(tmp_pa
 def test_norms_and_biases_are_added(tmp_path: Path) -> None:
     builders = [Builder.start(SDXL, "sd-scripts", "F32", seed) for seed in (0, 1)]
     for own in builders:
-        stem = own.add(TO_Q, "lora", rank=4, alpha=3.0)
+        stem = own.add(TO_OUT, "lora", rank=4, alpha=3.0)
         own.made.tensors[f"{stem}.diff_b"] = own.random(640)
         norm = "lora_unet_input_blocks_4_1_transformer_blocks_0_norm1"
         own.made.tensors[f"{norm}.w_norm"], own.made.tensors[f"{norm}.b_norm"] = own.random(640), own.random(640)
@@ -598,3 +599,37 @@ def test_sums_are_linear_and_do_not_depend_on_the_order(
         for weight in {**truth.deltas, **result.meaning.deltas}:
             one, other = truth.deltas.get(weight, 0.0), result.meaning.deltas.get(weight, 0.0)
             assert np.linalg.norm(np.asarray(one - other)) <= 1e-6 * size
+
+
+SAID = {
+    "reference_downscale_factor": ("2", "4"), "ss_reference_downscale_factor": ("1", "2"),
+    "reference_temporal_scale_factor": ("1", "8"), "modelspec.prediction_type": ("epsilon", "v"), "ss_v2": ("True", "False"),
+    "ss_base_model_version": ("sdxl_base_v1-0", "flux1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["merge", "first", "strip"])
+@pytest.mark.parametrize(("key", "values"), SAID.items())
+@pytest.mark.parametrize("which", ["first", "second", "both alike", "both", "second at weight 0"])
+def test_what_programs_load_a_file_by_survives(
+    tmp_path: Path, policy: str, key: str, values: tuple[str, str], which: str
+) -> None:
+    files = []
+    for number, name in enumerate(("a.safetensors", "b.safetensors")):
+        own = Builder.start(SDXL, "sd-scripts", "F32", number)
+        own.add(TO_Q, "lora", rank=2)
+        says = which.startswith(("both", ("first", "second")[number]))
+        own.made.metadata |= {"ss_network_module": "networks.lora", "note": name}
+        if says:
+            own.made.metadata[key] = values[0] if which == "both alike" else values[number]
+        files.append(source(loaded(own, tmp_path), "0" if (number, which) == (1, "second at weight 0") else "1", name))
+    result = Result(files, tmp_path, metadata=policy)
+    told = [text for text in result.report.warnings if text.startswith(f"{key} is ")]
+    if which == "second at weight 0":
+        assert result.metadata.get(key) != values[1]
+        assert not told
+        return
+    assert result.metadata[key] == values[1 if which == "second" else 0]
+    assert bool(told) == (which == "both")
+    if told:
+        assert all(word in told[0] for word in (*values, "a.safetensors", "b.safetensors"))

@@ -139,7 +139,9 @@ def test_refusals_leave_nothing_behind(files: tuple[Path, Path, Meaning, Meaning
     refused(tmp_path, ["merge", f"{a}:0", f"{b}:0", "-o", out], "every weight is 0", code=2)
     refused(tmp_path, ["merge", a, tmp_path / "none.safetensors", "-o", out], "none.safetensors: No such file")
     refused(tmp_path, ["merge", a, b, "-o", out, "--target", "peft"], "PEFT's layout is a folder", code=2)
-    refused(tmp_path, ["merge", a, b, "-o", out, "--as", "lokr"], "--as is lora or full", code=2)
+    refused(tmp_path, ["merge", a, b, "-o", out, "--as", "loha"], "--as is lora, full or lokr", code=2)
+    refused(tmp_path, ["merge", a, b, "-o", out, "--as", "lokr", "--rank", 4], "--as lokr alone", code=2)
+    refused(tmp_path, ["merge", a, b, "-o", out, "--factor", 4], "of a result as LoKr", code=2)
 
 
 def test_an_existing_output_needs_force(files: tuple[Path, Path, Meaning, Meaning], tmp_path: Path) -> None:

@@ -320,3 +320,21 @@ def test_file_without_tensors(tmp_path):
     path.write_bytes(to_bytes({}))
     run("meta", "set", path, "a=b", "--in-place")
     assert meta_of(path) == {"a": "b"}
+
+
+@pytest.mark.parametrize("command", [("strip", "--all"), ("fix", "--add"), ("set", "--title", "x"), ("unset", "note")])
+@pytest.mark.parametrize("form", ["folder", "glob"])
+def test_a_folder_with_one_file_has_room_in_one_output(tmp_path, command, form):
+    home = tmp_path / "in"
+    home.mkdir()
+    file(home, metadata={"note": "n"})
+    name, *options = command
+    source, out = home if form == "folder" else home / "*.safetensors", tmp_path / "out.safetensors"
+    arguments = [source, *options] if name != "unset" else [source, "note"]
+    done = run("meta", name, *arguments, "-o", out)
+    assert done.code == 0, done.err
+    assert out.is_file()
+    file(home, "b.safetensors", metadata={"note": "n"})
+    done = run("meta", name, *arguments, "-o", tmp_path / "other.safetensors")
+    assert done.code == 2
+    assert "2 inputs have no room in one output" in done.err

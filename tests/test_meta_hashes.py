@@ -180,3 +180,54 @@ def test_folder_goes_on_after_a_bad_file(tmp_path):
     assert run("meta", "verify", tmp_path).code == 0
     assert run("meta", "verify", tmp_path, "--strict").code == 3
     assert run("meta", "verify", tmp_path / "good.safetensors", "--strict").code == 1
+
+
+def old_hash(tensors: dict[str, torch.Tensor], metadata: dict[str, str], era: str) -> str:
+    """What sd-scripts computed with an old safetensors: 0.2 sorted by name and did not pad, 0.3.0 padded by the remainder."""
+    ranks = {torch.float32: (0, "F32"), torch.float16: (1, "F16")}
+    names = sorted(tensors, key=lambda n: n if era == "0.2" else (ranks[tensors[n].dtype][0], n))
+    entries: dict[str, object] = {"__metadata__": {k: v for k, v in metadata.items() if k.startswith("ss_")}}
+    data = b""
+    for name in names:
+        own = tensors[name].numpy().tobytes()
+        offsets = [len(data), len(data) + len(own)]
+        kind = ranks[tensors[name].dtype][1]
+        entries[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": offsets}
+        data += own
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (0 if era == "0.2" else len(text) % 8)
+    return hashlib.sha256((len(text).to_bytes(8, "little") + text + data)[0x100000:0x110000]).hexdigest()[:8]
+
+
+@pytest.mark.parametrize("era", ["0.2", "0.3.0"])
+@pytest.mark.parametrize("comment", ["", "1", "12", "123", "1234", "12345", "123456", "1234567"])
+@pytest.mark.parametrize("order", ["serialiser", "names"])
+def test_hashes_of_the_time_before_headers_were_padded_are_right(tmp_path, era, comment, order):
+    torch.manual_seed(1)
+    tensors = {"a.up": torch.randn(700, 300).half(), "a.wide": torch.randn(500, 500), "b.up": torch.randn(300, 700).half()}
+    metadata = SS | {"ss_comment": comment}
+    legacy, path = old_hash(tensors, metadata, era), tmp_path / "a.safetensors"
+    stored = metadata | {"sshs_legacy_hash": legacy}
+    if order == "names":
+        save_in_order(path, dict(sorted(tensors.items())), stored)
+    else:
+        save_file(tensors, path, stored)
+    found = verify(read_safetensors(path)).stored[1]
+    now = reference(tensors, metadata)[1]
+    assert (found.verdict, found.expected) == ("right", now)
+    assert (era in found.note) == (legacy != now)
+    assert run("meta", "fix", path, "--in-place").code == 0
+    assert read_safetensors(path).metadata["sshs_legacy_hash"] == legacy
+    assert run("meta", "set", path, "--title", "x", "--in-place").code == 0
+    assert read_safetensors(path).metadata["sshs_legacy_hash"] == legacy  # it hangs on ss_ keys alone
+    assert run("meta", "set", path, "ss_comment=a longer one", "--in-place").code == 0
+    assert (
+        read_safetensors(path).metadata["sshs_legacy_hash"] == reference(tensors, metadata | {"ss_comment": "a longer one"})[1]
+    )
+
+
+def test_a_wrong_legacy_hash_is_still_stale(tmp_path):
+    tensors = tensors_of("large")
+    save_file(tensors, tmp_path / "a.safetensors", SS | {"sshs_legacy_hash": "01234567"})
+    found = verify(read_safetensors(tmp_path / "a.safetensors")).stored[1]
+    assert (found.verdict, found.expected) == ("stale", reference(tensors, SS)[1])

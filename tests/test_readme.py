@@ -82,6 +82,8 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal(shape).astype("f2")
 
 
+SHIFT = "lora_unet_layers_0_adaLN_modulation_0"
+"""A layer that has a bias."""
 NORM = "lora_unet_layers_0_attention_norm1"
 FAMILIES: dict[str, list[dict[str, np.ndarray]]] = {
     "LoRA, LoCon": [lora(OUT)],
@@ -90,9 +92,9 @@ FAMILIES: dict[str, list[dict[str, np.ndarray]]] = {
     "LoHa": [loha(OUT)],
     "LoKr": [lokr(OUT)],
     "full difference": [{f"{OUT}.diff": noise(DIM, DIM)}],
-    "bias beside a LoRA": [{**lora(OUT), f"{OUT}.diff_b": noise(DIM)}],
+    "bias beside a LoRA": [{**lora(SHIFT, 15360, 256), f"{SHIFT}.diff_b": noise(15360)}],
     "bias alone, norm, replacement": [
-        {f"{OUT}.diff_b": noise(DIM)},
+        {f"{SHIFT}.diff_b": noise(15360)},
         {f"{NORM}.w_norm": noise(DIM)},
         {f"{NORM}.set_weight": noise(DIM)},
     ],

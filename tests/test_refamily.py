@@ -380,3 +380,19 @@ def test_what_has_no_form_stays_and_nan_is_named(tmp_path: Path) -> None:
     builder.made.tensors[f"{stem}.lora_up.weight"] = raw(np.full((320, 2), np.nan), "F32")
     with pytest.raises(BrokenModuleError, match="NaN"):
         convert(builder.made, "comfyui", tmp_path, family="lokr")
+
+
+@pytest.mark.parametrize("target", ["sd-scripts", "comfyui"])
+def test_a_dora_that_stays_one_where_lora_was_asked_for_is_named(tmp_path: Path, target: str) -> None:
+    own = Builder.start(model("sdxl"), "sd-scripts", "F32", 0)
+    own.add("input_blocks.4.1.transformer_blocks.1.attn1.to_q", "dora", rank=3, alpha=1.0)
+    own.add("input_blocks.4.1.transformer_blocks.1.attn1.to_k", "lokr")
+    adapter = lorasurgery.load(own.made.save(tmp_path), arch="sdxl")
+    result, report = lorasurgery.convert(adapter, target, lorasurgery.Options(as_lora=True))
+    assert {module.family for module in result.modules.values()} == {"dora", "lora"}
+    told = [text for text in report.warnings if "stay DoRA" in text]
+    assert len(told) == 1
+    assert "1 modules stay DoRA" in told[0]
+    assert "attn1_to_q" in told[0]
+    assert "--dora fold" in told[0]
+    assert not [text for text in lorasurgery.convert(adapter, target)[1].warnings if "stay DoRA" in text]

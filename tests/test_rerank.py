@@ -388,3 +388,36 @@ def test_a_dry_run_names_another_file_than_the_input(source: Path, tmp_path: Pat
     assert folder.code == 0
     assert "reranked/dylora.safetensors (not written)" in folder.out
     assert [p.name for p in tmp_path.iterdir()] == ["dylora.safetensors"]
+
+
+def numbered() -> dict[str, Raw]:
+    """cloneofsimo's own form of Stable Diffusion 1: modules in the order of the model's tree, without alphas."""
+    rng, tensors = np.random.default_rng(0), {}
+    for key, shape in {"unet:0": (320, 320), "unet:4": (2560, 320), "unet:6": (320, 768), "text_encoder:1": (768, 768)}.items():
+        tensors[f"{key}:up"] = raw(rng.standard_normal((shape[0], 4)), "F32")
+        tensors[f"{key}:down"] = raw(rng.standard_normal((4, shape[1])), "F32")
+    return tensors
+
+
+@pytest.mark.parametrize("svd", [False, True])
+def test_numbered_modules_keep_their_numbers(svd: bool, tmp_path: Path) -> None:
+    before = numbered()
+    write(tmp_path / "a.safetensors", before)
+    run("rerank", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--rank", "2", *["--svd"] * svd)
+    after, _ = read(tmp_path / "b.safetensors")
+    assert set(after) == set(before)
+    for key in {key.rpartition(":")[0] for key in before}:
+        up, down, new_up, new_down = (of[f"{key}:{side}"].f64() for of in (before, after) for side in ("up", "down"))
+        if svd:
+            left, values, right = np.linalg.svd(up @ down)
+            np.testing.assert_allclose(new_up @ new_down, (left[:, :2] * values[:2]) @ right[:2], atol=1e-4)
+        else:
+            assert np.array_equal(new_up, up[:, :2])
+            assert np.array_equal(new_down, down[:2])
+
+
+def test_numbered_modules_have_no_alpha(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", numbered())
+    nested = open_nested(read_safetensors(tmp_path / "a.safetensors"))
+    with pytest.raises(RequestError, match="unet:0:down: a file that numbers its modules has no alphas"):
+        rerank(nested, 2, Request(rank=2, alpha="rescale"))

@@ -23,13 +23,13 @@ ENTRY_POINT_GROUP = "lorasurgery.architectures"
 
 @cache
 def architectures() -> Mapping[str, Architecture]:
-    """Every architecture of this package by its key (``flux1-dev``), by precedence, then in the order of the files.
+    """Every architecture of this package by its key (``flux1-dev``), the commonest first, then in the order of the files.
 
     Raises ValueError when two tables claim the same key.
     """
     found: dict[str, Architecture] = {}
     tables = [t for info in sorted(iter_modules(__path__), key=lambda m: m.name) for t in _tables_of(info.name)]
-    for table in sorted(tables, key=lambda t: -t.precedence):
+    for table in sorted(tables, key=lambda t: -t.usage):
         if table.key in found:
             raise ValueError(f"two architecture tables are called {table.key}")
         found[table.key] = table

@@ -37,6 +37,8 @@ TABLES = (
         source="ComfyUI comfy/ldm/aura/mmdit.py (2026-05), Diffusers AuraFlowTransformer2DModel 0.42",
         no_bias=r"^(?!init_x_linear$|t_embedder\.)",
         comfyui_split="transformer.",
+        usage=50,
+        metadata_names=("auraflow",),
         rows=(
             row("t_embedder.mlp.0", (D, 256), "time_step_proj.linear_1"),
             row("t_embedder.mlp.2", (D, D), "time_step_proj.linear_2"),

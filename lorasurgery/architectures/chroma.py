@@ -8,16 +8,16 @@ G = 5120
 TABLES = (
     Architecture(
         id="chroma",
-        precedence=-1,
+        usage=2_000,
         variant="",
         name="Chroma",
         source="ComfyUI comfy/ldm/chroma/model.py (2026-05), Diffusers ChromaTransformer2DModel 0.42",
         no_bias=r"_norm$|\.norms\.\d+$",
         comfyui_split="transformer.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
-        metadata_names=("chroma",),
         aliases=(QKV,),
         replaced_norms=WHOLE_NORMS,
+        metadata_names=("chroma", "chroma", "Chroma1"),  # sd-scripts' two keys, and OneTrainer
         rows=(
             row("img_in", (D, 64), "x_embedder"),
             row("txt_in", (D, 4096), "context_embedder"),

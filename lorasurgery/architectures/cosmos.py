@@ -66,6 +66,7 @@ TABLES = (
         no_bias=r"^(?!llm_adapter\.(blocks\.\d+\.mlp\.|out_proj$))",
         encoders=(Encoder("qwen3_06b", "lora_te", "text_encoder", "text_encoders.qwen3_06b.transformer.model"),),
         diffusers_roots=(("llm_adapter.", "text_conditioner"),),
+        usage=5_000,
         metadata_names=("anima", "anima-preview", "anima-unknown"),
         rows=(
             *_rows(2048, 28, 17),
@@ -82,9 +83,10 @@ TABLES = (
             name=f"Cosmos-Predict2 {size.upper()}{' Video2World' if task else ' Text2Image'}",
             source=SOURCE,
             no_bias=r"^",
+            usage=usage,
             rows=_rows(d, layers, channels),
         )
-        for task, channels in (("", 17), ("-video", 18))
+        for task, channels, usage in (("", 17, 60), ("-video", 18, 40))
         for size, d, layers in (("2b", 2048, 28), ("14b", 5120, 36))
     ),
 )

@@ -64,7 +64,8 @@ TABLES = tuple(
         ),
         replaced_norms=WHOLE_NORMS,
         widened=("img_in",) if variant == "control" else (),
-        metadata_names=("flux1", "flux-1", *known_as),
+        usage=usage,
+        metadata_names=("flux1", "flux-1", "flux.1", *known_as),
         rows=(
             row("img_in", (D, image), "x_embedder"),
             row("txt_in", (D, 4096), "context_embedder"),
@@ -84,10 +85,10 @@ TABLES = tuple(
             row("final_layer.adaLN_modulation.1", (2 * D, D), "norm_out.linear", swap_halves=True),
         ),
     )
-    for variant, image, embedders, known_as in (
-        ("dev", 64, GUIDED, ("flux-1-dev", "Flux.1-dev", "flux_kontext")),
-        ("schnell", 64, EMBEDDERS, ("flux-1-schnell",)),
-        ("fill", 384, GUIDED, ()),
-        ("control", 128, GUIDED, ()),
+    for variant, image, embedders, usage, known_as in (
+        ("dev", 64, GUIDED, 20_000, ("flux-1-dev", "Flux.1-dev", "flux_kontext", "flux.1_kontext")),
+        ("schnell", 64, EMBEDDERS, 1_500, ("flux-1-schnell",)),
+        ("fill", 384, GUIDED, 400, ()),
+        ("control", 128, GUIDED, 50, ()),
     )
 )

@@ -58,13 +58,14 @@ TABLES = tuple(
         no_bias=r"^",
         comfyui_split="transformer.",
         onetrainer="dotted",
-        metadata_names=known_as,
+        usage=usage,
+        metadata_names=(*known_as, "flux2", "Flux.2"),
         aliases=(("single_blocks.{i}.linear1_qkv", ("single_blocks.{i}.linear1", (0, 3 * d))),),  # ComfyUI
         rows=rows,
     )
-    for variant, d, known_as, rows in (
-        ("dev", 6144, ("flux_2_dev", "Flux.2-dev"), _rows(6144, 15360, 8, 48, ("time", "guidance"))),
-        ("klein-9b", 4096, ("flux_2_klein_9b", "Flux.2-klein-9b"), _rows(4096, 12288, 8, 24, ("time",))),
-        ("klein-4b", 3072, ("flux_2_klein_4b", "Flux.2-klein-4b"), _rows(3072, 7680, 5, 20, ("time",))),
+    for variant, usage, d, known_as, rows in (
+        ("dev", 2_000, 6144, ("flux_2_dev", "Flux.2-dev"), _rows(6144, 15360, 8, 48, ("time", "guidance"))),
+        ("klein-9b", 8_000, 4096, ("flux_2_klein_9b", "flux2_klein_9b"), _rows(4096, 12288, 8, 24, ("time",))),
+        ("klein-4b", 4_000, 3072, ("flux_2_klein_4b", "flux2_klein_4b"), _rows(3072, 7680, 5, 20, ("time",))),
     )
 )

@@ -36,7 +36,7 @@ SINGLE = (
 TABLES = (
     Architecture(
         id="framepack",
-        precedence=-1,
+        usage=300,
         variant="",
         name="FramePack",
         source="Diffusers HunyuanVideoFramepackTransformer3DModel 0.42",

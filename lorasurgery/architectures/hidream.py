@@ -35,6 +35,8 @@ TABLES = (
         name="HiDream-I1",
         source="ComfyUI comfy/ldm/hidream/model.py (2026-05), Diffusers HiDreamImageTransformer2DModel 0.42",
         no_bias=r"_rms_norm|\.ff_[it]\.|^caption_projection\.",
+        usage=400,
+        metadata_names=("hidream_i1", "hidream-i1"),
         encoders=(
             Encoder("clip_l", "lora_te1", "text_encoder", "text_encoders.clip_l.transformer"),
             Encoder("clip_g", "lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"),

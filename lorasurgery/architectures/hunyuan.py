@@ -107,6 +107,7 @@ TABLES = (
         source="ComfyUI comfy/ldm/hunyuan_video/model.py (2026-05), Diffusers HunyuanVideoTransformer3DModel 0.42",
         no_bias=r"_norm$",
         sd_scripts=SD_SCRIPTS,
+        usage=3_000,
         metadata_names=("hunyuan_video", "hunyuan-video"),
         rows=(
             row("img_in.proj", (VIDEO, 16, 1, 2, 2), "x_embedder.proj"),
@@ -130,6 +131,7 @@ TABLES = (
         aliases=tuple(  # ComfyUI also takes Tencent's names with q, k and v fused
             (f"double_blocks.{{i}}.{s}_attn_qkv", f"double_blocks.{{i}}.{s}_attn.qkv") for s in ("img", "txt")
         ),
+        usage=700,
         metadata_names=("hunyuan_video_1_5", "hunyuan-video-1.5"),
         rows=(
             row("img_in.proj", (VIDEO_15, 65, 1, 1, 1), "x_embedder.proj"),
@@ -152,6 +154,7 @@ TABLES = (
         source="ComfyUI comfy/ldm/hunyuan_video/model.py (2026-05), Diffusers HunyuanImageTransformer2DModel 0.42",
         no_bias=r"_norm$",
         sd_scripts=SD_SCRIPTS,
+        usage=100,
         metadata_names=("hunyuan-image-2.1", "hunyuan-image"),
         rows=(
             row("img_in.proj", (IMAGE, 64, 1, 1), "x_embedder.proj"),

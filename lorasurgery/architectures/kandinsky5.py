@@ -28,6 +28,7 @@ TABLES = tuple(
         name=name,
         source="ComfyUI comfy/ldm/kandinsky5/model.py (2026-05), Diffusers Kandinsky5Transformer3DModel 0.42",
         no_bias=r"_norm$|\.feed_forward\.",
+        usage=100,
         metadata_names=("kandinsky5", "Kandinsky-5"),
         rows=(
             row("time_embeddings.in_layer", (time, d)),

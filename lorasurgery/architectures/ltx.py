@@ -59,6 +59,7 @@ TABLES = (
             name=f"LTX-Video {variant.upper()}",
             source="ComfyUI comfy/ldm/lightricks/model.py (2026-05), Diffusers LTXVideoTransformer3DModel 0.42",
             no_bias=r"_norm$",
+            usage=500,
             rows=(
                 row("patchify_proj", (d, 128), "proj_in"),
                 *_modulation("adaln_single", "time_embed", d, 6),
@@ -81,6 +82,8 @@ TABLES = (
         no_bias=r"_norm$|^text_embedding_projection\.",
         diffusers_roots=(("connectors.", "connectors"),),
         bare=("text_embedding_projection.",),
+        usage=20_000,
+        metadata_names=("ltx2", "ltx-2", "ltx2.3"),
         rows=(
             row("text_embedding_projection.aggregate_embed", (TEXT, 49 * TEXT), "connectors.text_proj_in"),
             row("patchify_proj", (VIDEO, 128), "proj_in"),

@@ -31,6 +31,7 @@ TABLES = (
         source="ComfyUI comfy/ldm/lumina/model.py (2026-05), Diffusers Lumina2Transformer2DModel 0.42",
         no_bias=r"norm\d?$|\.(attention|feed_forward)\.|^cap_embedder\.0$",
         encoders=(Encoder("gemma2_2b", "lora_te", "text_encoder", "text_encoders.gemma2_2b.transformer.model"),),
+        usage=30,
         metadata_names=("lumina2", "lumina-2", "lumina"),
         rows=(
             row("x_embedder", (D, 64)),

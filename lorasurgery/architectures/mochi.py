@@ -37,6 +37,7 @@ TABLES = (
         source="Diffusers MochiTransformer3DModel and convert_mochi_transformer_checkpoint_to_diffusers 0.42",
         no_bias=r"_norm_[xy]$|\.qkv_[xy]$|\.mlp_[xy]\.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
+        usage=10,
         rows=(
             row("x_embedder.proj", (H, 12, 2, 2), "patch_embed.proj"),
             row("t_embedder.mlp.0", (H, 256), "time_embed.timestep_embedder.linear_1"),

@@ -28,6 +28,8 @@ TABLES = tuple(
         no_bias=r"(?!)",
         comfyui_split="transformer.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
+        usage=20,
+        metadata_names=("pixart", f"pixart-{variant}"),
         rows=(
             row("x_embedder.proj", (D, 4, 2, 2), "pos_embed.proj"),
             row("t_embedder.mlp.0", (D, 256), "adaln_single.emb.timestep_embedder.linear_1"),

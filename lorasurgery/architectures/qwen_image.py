@@ -24,6 +24,7 @@ TABLES = (
         source="ComfyUI comfy/ldm/qwen_image/model.py (2026-05), Diffusers QwenImageTransformer2DModel 0.42",
         no_bias=r"norm(_(added_)?[qk])?$",
         onetrainer="dotted",
+        usage=18_000,
         metadata_names=(
             "qwen_image",
             "qwen_image_edit",

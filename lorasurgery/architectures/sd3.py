@@ -74,26 +74,30 @@ TABLES = tuple(
             Encoder("clip_g", "lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"),
             Encoder("t5_xxl", "lora_te3", "text_encoder_3", "text_encoders.t5xxl.transformer"),
         ),
-        metadata_names=known_as,
+        usage=usage,
+        metadata_names=(*known_as, "sd_3"),
         rows=rows,
     )
-    for variant, name, known_as, rows in (
+    for variant, name, usage, known_as, rows in (
         (
             "medium",
             "Stable Diffusion 3 Medium",
-            ("medium", "stable-diffusion-3-medium"),
+            200,
+            ("medium", "stable-diffusion-3-medium", "stable-diffusion-v3-medium"),
             _rows(1536, 24, 0, norms=False),
         ),
         (
             "3.5-medium",
             "Stable Diffusion 3.5 Medium",
-            ("5-medium", "stable-diffusion-3-5-medium"),
+            500,
+            ("5-medium", "stable-diffusion-3-5-medium", "stable-diffusion-v3.5"),
             _rows(1536, 24, 13, norms=True),
         ),
         (
             "3.5-large",
             "Stable Diffusion 3.5 Large",
-            ("5-large", "stable-diffusion-3-5-large"),
+            700,
+            ("5-large", "stable-diffusion-3-5-large", "stable-diffusion-v3.5"),
             _rows(2432, 38, 0, norms=True),
         ),
     )

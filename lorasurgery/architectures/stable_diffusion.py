@@ -117,7 +117,8 @@ TABLES = (
         diffusers_encoders=("text_encoder",),
         encoders=(Encoder("clip_l", "lora_te", "text_encoder", CLIP_L),),
         aliases=PROCESSORS["sd"],
-        metadata_names=("sd_v1", "sd_v1_v", "stable-diffusion-v1"),
+        usage=12_000,
+        metadata_names=("sd_v1", "sd_v1_v", "stable-diffusion-v1", "sd_1.5"),
         rows=tuple(_unet((320, 640, 1280, 1280), (1, 1, 1, 0, 1), 768, (1, 1))),
     ),
     Architecture(
@@ -131,7 +132,15 @@ TABLES = (
         diffusers_encoders=("text_encoder",),
         encoders=(Encoder("clip_h", "lora_te", "text_encoder", "text_encoders.clip_h.transformer"),),
         aliases=PROCESSORS["sd"],
-        metadata_names=("sd_v2", "sd_v2_v", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
+        usage=300,
+        metadata_names=(
+            "sd_v2",
+            "sd_v2_v",
+            "stable-diffusion-v2-512",
+            "stable-diffusion-v2-768-v",
+            "stable-diffusion-v2",
+            "sd_2.1",
+        ),
         rows=tuple(_unet((320, 640, 1280, 1280), (1, 1, 1, 0, 1), 1024, ())),
     ),
     Architecture(
@@ -147,7 +156,8 @@ TABLES = (
             Encoder("clip_g", "lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"),
         ),
         aliases=PROCESSORS["sdxl"],
-        metadata_names=("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+        usage=25_000,
+        metadata_names=("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "sdxl_1.0"),
         rows=(
             *_unet((320, 640, 1280), (0, 2, 10, 10), 2048, ()),
             row("label_emb.0.0", (TIME, 2816), "add_embedding.linear_1"),

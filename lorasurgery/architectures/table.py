@@ -115,8 +115,9 @@ class Architecture:
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
     bare: tuple[str, ...] = ()
     """How the names begin of modules that stand beside the denoiser: no dotted layout but Diffusers' puts a prefix there."""
-    precedence: int = 0
-    """Of tables that explain a file equally well, the one with the highest counts (the more common model)."""
+    usage: float = 0.0
+    """How common adapters of the model are: about how often, of those in a month of 2026, a workflow of the kind is run
+    (ComfyUI's template index where it has the model). Tells which of several models that fit a file is likelier."""
     widened: tuple[str, ...] = ()
     """Weights with more input columns than the plain base model's, which a reader must pad first (control LoRAs)."""
     replaced_norms: tuple[str, ...] = ()
@@ -126,7 +127,9 @@ class Architecture:
     own: tuple[Own, ...] = ()
     """Weights beyond the rows, named by the files at hand or by a base model."""
     metadata_names: tuple[str, ...] = ()
-    """Values of ``ss_base_model_version`` and ``modelspec.architecture`` (before the slash) that mean this model."""
+    """What trainers call the model in ``ss_base_model_version`` and ``modelspec.architecture`` (before the slash). Letters
+    and digits alone are compared: ``Flux.1-dev`` is ``flux_1_dev``. Sources: sd-scripts, musubi-tuner, ai-toolkit
+    (``get_base_model_version``) and OneTrainer (``resources/sd_model_spec``), 2026."""
 
     @property
     def key(self) -> str:

@@ -61,14 +61,15 @@ TABLES = tuple(
         name=name,
         source="ComfyUI comfy/ldm/wan/model.py (2026-05), Diffusers WanTransformer3DModel 0.42",
         no_bias=r"\.norm_",
-        metadata_names=("wan", "wan2.1"),
+        usage=usage,
+        metadata_names=("wan", "wan2.1", "wan_2.1", *known_as),
         rows=rows,
     )
-    for variant, name, rows in (
-        ("2.1-t2v-14b", "Wan 2.1 and 2.2 T2V 14B", _rows(5120, 13824, 40, 16, 16)),
-        ("2.1-t2v-1.3b", "Wan 2.1 T2V 1.3B", _rows(1536, 8960, 30, 16, 16)),
-        ("2.1-i2v-14b", "Wan 2.1 I2V 14B", _rows(5120, 13824, 40, 36, 16, clip_image=True)),
-        ("2.2-i2v-14b", "Wan 2.2 I2V 14B", _rows(5120, 13824, 40, 36, 16)),
-        ("2.2-ti2v-5b", "Wan 2.2 TI2V 5B", _rows(3072, 14336, 30, 48, 48)),
+    for variant, name, usage, known_as, rows in (
+        ("2.1-t2v-14b", "Wan 2.1 and 2.2 T2V 14B", 15_000, ("wan_2.2_14b",), _rows(5120, 13824, 40, 16, 16)),
+        ("2.1-t2v-1.3b", "Wan 2.1 T2V 1.3B", 2_000, (), _rows(1536, 8960, 30, 16, 16)),
+        ("2.1-i2v-14b", "Wan 2.1 I2V 14B", 5_000, (), _rows(5120, 13824, 40, 36, 16, clip_image=True)),
+        ("2.2-i2v-14b", "Wan 2.2 I2V 14B", 14_000, ("wan_2.2_14b",), _rows(5120, 13824, 40, 36, 16)),
+        ("2.2-ti2v-5b", "Wan 2.2 TI2V 5B", 2_000, ("wan_2.2_5b",), _rows(3072, 14336, 30, 48, 48)),
     )
 )

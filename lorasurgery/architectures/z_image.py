@@ -26,7 +26,8 @@ TABLES = (
         sd_scripts="diffusers",
         comfyui_split="diffusion_model.",
         onetrainer="dotted",
-        metadata_names=("z_image", "Z-Image"),
+        usage=18_000,
+        metadata_names=("z_image", "Z-Image", "zimage"),
         rows=(
             row("x_embedder", (D, 64), "all_x_embedder.2-1"),
             row("cap_embedder.0", (2560,)),

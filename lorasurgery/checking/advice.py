@@ -21,6 +21,7 @@ def notes(subject: Subject, consumer: Consumer, route: Route | None, result: Res
         found.append(route.note)
     if subject.candidates:
         found.append(f"the same keys fit {', '.join(subject.candidates)}; --arch decides")
+    found += subject.evidence[1:]
     if saved_split(subject):
         found.append(
             "trained with split_qkv: sd-scripts saves the fused modules too weak for every program; "

@@ -64,8 +64,9 @@ def _encoder_names(arch: Architecture, spelling: EncoderSpelling) -> Iterator[tu
         if (spelling.tables and own.table not in spelling.tables) or ("{diffusers}" in spelling.prefix and not loaded):
             continue
         prefix = spelling.prefix.format(
-            sd_scripts=own.sd_scripts, comfyui=own.comfyui, diffusers=own.diffusers, onetrainer=own.onetrainer or own.sd_scripts
-        )
+            table=own.table, sd_scripts=own.sd_scripts, comfyui=own.comfyui, diffusers=own.diffusers,
+            onetrainer=own.onetrainer or own.sd_scripts,
+        )  # fmt: skip
         yield (
             prefix,
             {

@@ -80,6 +80,8 @@ class Subject:
     others: tuple[str, ...]
     """Keys that end in no known suffix."""
     metadata: Mapping[str, str]
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture."""
     raw: RawFile | None = None
     """The file itself."""
     configs: Mapping[str, PeftConfig] | None = None
@@ -111,7 +113,7 @@ def subject_of(
     kin = dict.fromkeys(m.architecture.id for m in ties if m.architecture.id != best.architecture.id)
     return Subject(
         raw.path, arch, tuple(kin), configs is not None, bool(named_keys(raw.tensors)), items, tuple(taken.others),
-        raw.metadata, raw, configs,
+        raw.metadata, best.evidence, raw, configs,
     )  # fmt: skip
 
 

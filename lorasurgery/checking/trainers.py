@@ -28,6 +28,7 @@ from lorasurgery.checking.rules import (
     Spelling,
     table,
 )
+from lorasurgery.layouts.names import PEFT_ENCODER
 
 NETWORK = Route(
     (Spelling("lora_unet_", SD_SCRIPTS, flat=True),),
@@ -107,10 +108,11 @@ ONETRAINER = Consumer(
 PEFT_ROUTE = Route(
     (Spelling("base_model.model.", DIFFUSERS), Spelling("{denoiser}.", DIFFUSERS)),
     AB | VECTOR | LOHA | LOKR | TUCKER
-    | {".lora_B.bias", ".oft_R", ".oft_R.weight", ".boft_R", ".boft_s", ".ia3_l", ".miss_block"},
+    | {".lora_B.bias", ".oft_R", ".oft_R.weight", ".boft_R", ".boft_s", ".ia3_l", ".miss_block"}
+    | {".lora_embedding_A", ".lora_embedding_B", ".weight"},
     encoders=(
         *(EncoderSpelling(p, optional="text_model.")
-          for p in ("base_model.model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")),
+          for p in ("base_model.model.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", PEFT_ENCODER + "{table}.")),
     ),
     because=(Note(r"^diffusion_model\.", "PEFT wraps the Diffusers model, whose modules have other names"),),
 )  # fmt: skip

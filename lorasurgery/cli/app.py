@@ -12,6 +12,7 @@ gc.set_threshold(100_000, 50, 50)
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import signal
 import sys
 from functools import cache
 from importlib import import_module
@@ -21,7 +22,10 @@ import typer
 from typer.core import TyperGroup
 
 from lorasurgery.cli.render import show_error
+from lorasurgery.cli.spellings import SPELLINGS, Spelled
+from lorasurgery.cli.stopping import STOPPED, quiet
 from lorasurgery.errors import RequestError, SurgeryError
+from lorasurgery.interrupts import held
 from lorasurgery.version import __version__
 
 COMMANDS = (
@@ -43,7 +47,7 @@ COMMANDS = (
 
 COMPUTING = frozenset({"extract", "resize", "merge", "apply", "rerank", "ema", "compare"})
 """Commands that make many arrays."""
-FAILED, USAGE, STOPPED = 1, 2, 130
+FAILED, USAGE = 1, 2
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's ``mallopt``, from its ``malloc.h``."""
 
@@ -87,7 +91,7 @@ def application(only: str | None = None) -> typer.Typer:
         if isinstance(command, typer.Typer):
             app.add_typer(command)
         else:
-            app.command()(command)
+            app.command(cls=Spelled if name in SPELLINGS else None)(command)
     return app
 
 
@@ -125,6 +129,15 @@ def main() -> None:
     if first in COMPUTING:
         _keep_memory()
     try:
-        application(first if first in COMMANDS else None)()
+        quiet()
+        with held():  # what is half imported fails in other words
+            run = application(first if first in COMMANDS else None)
+            if first in COMPUTING:
+                import_module("numpy")
+        run()
+    except KeyboardInterrupt as error:
+        show_error(error)
+        sys.exit(STOPPED)
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done; an interrupt of the way out has nothing to say
         gc.freeze()  # the process ends: three searches for cycles on the way out took a fifth of a short command

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
 import typer
 
 from lorasurgery.cli.batch import Job, jobs_for, run_batch
 from lorasurgery.cli.render import announce
-from lorasurgery.errors import OutputExistsError, RequestError
+from lorasurgery.errors import OutputExistsError, RequestError, UnknownArchitectureError
 
 if TYPE_CHECKING:
     from lorasurgery.api import SaveOptions
@@ -64,9 +64,10 @@ def convert(
     factor: Annotated[Optional[int], typer.Option("--factor", help="For --as lokr: LyCORIS' factor, -1 for balanced; --rank and --energy are then w2's.", show_default=False)] = None,  # noqa: UP045
     lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the target cannot hold, and list it.")] = False,
     alpha: Annotated[Optional[str], typer.Option("--alpha", help="How the scale is written: keep (alpha tensors), fold (into the factors), header (configuration). Default: the layout's own.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: Annotated[Optional[float], typer.Option("--trained-alpha", help="The alpha it was trained at, for a file that does not say it (PEFT's weights without adapter_config.json).", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
     lokr_factor: Annotated[Optional[int], typer.Option("--lokr-factor", help="LoKr factor to record instead of the file's own.", show_default=False)] = None,  # noqa: UP045
-    diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other.")] = "diffusion_model",
+    diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other; - is none.")] = "diffusion_model",
     fix_split_alpha: Annotated[bool, typer.Option("--fix-split-alpha", help="Mend the alpha of fused modules that sd-scripts' split_qkv saved too weak.")] = False,
     drop: Annotated[Optional[list[str]], typer.Option("--drop", help="Leave out te, unet, or modules whose name matches a regular expression. Repeatable.", show_default=False)] = None,  # noqa: UP045
     strict: Annotated[bool, typer.Option("--strict", help="Fail when any key would be left out or a module would be off by more than 5 %, and check every value for NaN and infinity.")] = False,
@@ -81,23 +82,23 @@ def convert(
 
     if as_ not in (None, "lora", "lokr", "loha", "full"):
         raise typer.BadParameter("lora, lokr, loha or full", param_hint="--as")
+    prefix = "" if diffusers_prefix == "-" else diffusers_prefix.rstrip(".")
     how = Options(
         qkv=qkv, rank=rank, energy=energy, as_lora=as_ == "lora",
         family=None if as_ == "lora" else as_, factor=factor, lossy=lossy, drop=tuple(drop or ()), dtype=dtype,
-        prefix=diffusers_prefix, fix_split_alpha=fix_split_alpha,
+        prefix=prefix, fix_split_alpha=fix_split_alpha,
     )  # fmt: skip
     writing = SaveOptions(
-        alpha=alpha,
-        prefix=diffusers_prefix,
-        lokr_factor=lokr_factor,
-        strict=strict,
-        force=force,
-        dry_run=dry_run,
-        announce=announce,
-    )
+        alpha=alpha, prefix=prefix, lokr_factor=lokr_factor, strict=strict, force=force, dry_run=dry_run, announce=announce
+    )  # fmt: skip
     _check(layout(target), how, writing, arch)
     files = jobs_for(paths or [], given, out, out_dir, folder_output=target == "peft")
-    run_batch(files, lambda job: _one(job, target, how, writing, arch, base), as_json=json_, several=out_dir is not None)
+    run_batch(
+        files,
+        lambda job: _one(job, target, how, writing, Reading(arch, base, trained_alpha)),
+        as_json=json_,
+        several=out_dir is not None,
+    )
 
 
 def _check(target: Layout, how: Options, writing: SaveOptions, arch: str | None) -> None:
@@ -113,15 +114,29 @@ def _check(target: Layout, how: Options, writing: SaveOptions, arch: str | None)
         named(arch)
 
 
-def _one(job: Job, target: str, how: Options, writing: SaveOptions, arch: str | None, base: Path | None) -> Report:
+class Reading(NamedTuple):
+    """How inputs are read: :func:`lorasurgery.load`'s options."""
+
+    arch: str | None
+    base: Path | None
+    alpha: float | None
+
+
+def _one(job: Job, target: str, how: Options, writing: SaveOptions, reading: Reading) -> Report:
     from lorasurgery.api import save
     from lorasurgery.files.opened import load
     from lorasurgery.surgery.convert import convert as convert_adapter
 
     started = time.perf_counter()
+    base = reading.base
     if base is not None and job.target.exists() and base.exists() and job.target.samefile(base):
         raise OutputExistsError("the output is the base model; it is never overwritten", path=job.target, hint="another name")
-    adapter = load(job.source, arch=arch, base=base)
+    adapter = load(job.source, **reading._asdict())
+    if adapter.unknown:
+        raise UnknownArchitectureError(
+            adapter.unknown, path=adapter.path, hint="--base MODEL, the checkpoint it was trained on (only its header is read)",
+            candidates=adapter.candidates,
+        )  # fmt: skip
     result, report = convert_adapter(adapter, target, how)
     save(result, job.target, options=writing, report=report)
     report.seconds = time.perf_counter() - started

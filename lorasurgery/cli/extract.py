@@ -59,7 +59,7 @@ def extract(
     factors: Annotated[Optional[str], typer.Option("--factors", help="balanced, or kohya: all of the strength in up. Default: balanced; for sd-scripts' command lines kohya.", show_default=False)] = None,  # noqa: UP045
     uniform: Annotated[bool, typer.Option("--uniform", help="Pad with zeros to one rank, for readers that want that.")] = False,
     min_rank: Annotated[int, typer.Option("--min-rank", help="0: leave out modules of which the policy keeps nothing.")] = 1,
-    target: Annotated[str, typer.Option("--target", "-t", help="Layout to write, as for convert.")] = "sd-scripts",
+    target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: diffusers for two models of Diffusers', else sd-scripts.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep (the tuned model's; bf16 for fp8 and GGUF), fp32, fp16 or bf16.")] = "keep",
     include: Annotated[Optional[list[str]], typer.Option("--include", help="Only modules whose name matches a regular expression. Repeatable.", show_default=False)] = None,  # noqa: UP045
     exclude: Annotated[Optional[list[str]], typer.Option("--exclude", help="Leave these out. Repeatable.", show_default=False)] = None,  # noqa: UP045

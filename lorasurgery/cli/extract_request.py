@@ -125,7 +125,7 @@ def merged(cut: Mapping[str, Any], more: Mapping[str, Any], old: Old) -> Extract
     and (without ``--conv_dim``) no convolutions with a kernel. Raises RequestError where both spellings of one thing are
     given, or two models.
     """
-    from lorasurgery.surgery.extract.options import ExtractOptions
+    from lorasurgery.surgery.extract.options import DEFAULT, ExtractOptions
     from lorasurgery.surgery.resize import ResizeOptions
 
     if old.sdxl and old.v2:
@@ -144,6 +144,8 @@ def merged(cut: Mapping[str, Any], more: Mapping[str, Any], old: Old) -> Extract
     own["factors"] = own["factors"] or ("kohya" if old.used or more["clamp_quantile"] is not None else "balanced")
     if all(own[name] is None for name in ("rank", "policy", "size", "recipe")) and more["family"] not in ("full", "lokr"):
         own["rank"] = OLD_RANK if old.used else RANK
+    if old.used:
+        more = {**more, "target": more["target"] or DEFAULT}
     options = ExtractOptions(
         **{**more, "cut": ResizeOptions(**own), "small": more["small"] or ("none" if old.used else "vectors")}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -12,6 +13,7 @@ import typer
 from lorasurgery.cli.files import expanded, means_several
 from lorasurgery.cli.render import data, error_text, note, show_error
 from lorasurgery.errors import SurgeryError
+from lorasurgery.interrupts import held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -132,8 +134,14 @@ def _lines(paths: Sequence[Path], wanted: dict[str, bool], *, as_json: bool, str
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
+    if sys.platform != "win32":
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # starting it would let interrupts through again
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_collect_rarely) as pool:
-        yield from pool.map(_line, jobs, chunksize=25)
+        with held():
+            lines = pool.map(_line, jobs, chunksize=25)
+        yield from lines
 
 
 def _collect_rarely() -> None:

@@ -26,7 +26,8 @@ as they are, with [cyan]--lora-dir[/cyan], and lists of block weights of 12, 17,
 [cyan]FILE:1:lbw=1,0,0,...[/cyan], or by a name from [cyan]--presets[/cyan].
 
 The result's rank is the sum of the ranks; [cyan]--rank[/cyan], [cyan]--policy[/cyan] or [cyan]--size[/cyan] cut it to the
-best approximation of the sum, as [cyan]resize[/cyan] does, and the error is told.
+best approximation of the sum, as [cyan]resize[/cyan] does, full differences included, and the error is told. Sums of LoKr
+are full differences unless [cyan]--as lokr[/cyan] or a rank makes them small again; --dry-run shows what that costs.
 
 [bold]Methods[/bold]: sum, average, slerp, model-stock; orthogonal and remove (the first file without what the others do);
 ties, dare, dare-ties, della, breadcrumbs, magnitude-prune, sce (these need --rank, --policy, --size or --as full).
@@ -56,7 +57,8 @@ def merge(
     policy: Annotated[Optional[str], typer.Option("--policy", help="Choose ranks by a rule, as resize does: sv_fro, energy, error, ...", show_default=False)] = None,  # noqa: UP045
     param: Annotated[Optional[float], typer.Option("--param", help="The policy's number.", show_default=False)] = None,  # noqa: UP045
     size: Annotated[Optional[str], typer.Option("--size", help="The largest size of the file, e.g. 40MiB.", show_default=False)] = None,  # noqa: UP045
-    as_: Annotated[Optional[str], typer.Option("--as", help="lora: turn every family into LoRA; full: write full differences.", show_default=False)] = None,  # noqa: UP045
+    as_: Annotated[Optional[str], typer.Option("--as", help="lora: turn every family into LoRA; full: write full differences; lokr: the nearest LoKr (--factor).", show_default=False)] = None,  # noqa: UP045
+    lokr_factor: Annotated[Optional[int], typer.Option("--factor", help="For --as lokr: LyCORIS' factor, -1 for balanced. Default: the files' own.", show_default=False)] = None,  # noqa: UP045
     t: Annotated[float, typer.Option("--t", help="slerp: 0 is the first file, 1 the second.")] = 0.5,
     density: Annotated[float, typer.Option("--density", help="Pruning methods: the share of elements that stays.")] = 0.5,
     gamma: Annotated[float, typer.Option("--gamma", help="breadcrumbs: the share of the largest elements that goes.")] = 0.01,
@@ -81,13 +83,13 @@ def merge(
     """Merge adapters."""
     from lorasurgery.surgery.merge import MergeOptions
 
-    if as_ not in (None, "lora", "full"):
-        raise RequestError(f"--as is lora or full, not {as_}", hint="lorasurgery convert, afterwards")
+    if as_ not in (None, "lora", "full", "lokr"):
+        raise RequestError(f"--as is lora, full or lokr, not {as_}", hint="lorasurgery convert, afterwards")
     if out is None and not dry_run:
         raise RequestError("nothing says where the result goes", hint="-o OUT, or --dry-run")
     options = MergeOptions(
         method=method, compat=compat, t=t, density=density, gamma=gamma, epsilon=epsilon, majority=majority, factor=factor,
-        seed=seed, as_full=as_ == "full", metadata=metadata, dtype=dtype, drop_nonlinear=drop_nonlinear,
+        seed=seed, as_full=as_ == "full", as_lokr=as_ == "lokr", lokr_factor=lokr_factor, metadata=metadata, dtype=dtype, drop_nonlinear=drop_nonlinear,
         fix_split_alpha=fix_split_alpha,
         resize=_recompression(rank, conv_rank, policy, param, size, as_lora=as_ == "lora"),
     )  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.alerts import bytes_of
 from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
-from lorasurgery.cli.render import announce
+from lorasurgery.cli.render import announce, note
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, OutputExistsError, RequestError
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Adapter
     from lorasurgery.report import Report
+    from lorasurgery.surgery.convert import Options
     from lorasurgery.surgery.merge import MergeOptions, MergeReport, Source, Wanted
+    from lorasurgery.surgery.merge.choices import Choice
 
 SPLIT, FUSED = (
     "--target comfyui (which reads the split names), or ",
@@ -33,7 +35,8 @@ HINTS = {
     "as LoRA, or a fixed rank": "--as lora, or --rank alone",
     "average": "--method average",
     "text encoders, full differences, or other patterns": "no --rank, --policy or --size; lorasurgery resize cuts DoRA with "
-    "--base MODEL --dora recompute, and full differences with --full",
+    "--base MODEL --dora recompute",
+    "as LoKr alone; resizing it afterwards cuts w2": "--as lokr alone; lorasurgery resize --rank afterwards cuts w2",
     "--as lora (exact), with --lokr-rank N or --energy 0.9999 for a smaller file": "--as lora (exact); --rank N cuts it",
     "an earlier checkpoint of the training run, or --drop REGEX to leave the module out": "an earlier checkpoint of the "
     "training run, or a weight of 0 for the module (FILE:1:re=REGEX:0)",
@@ -70,14 +73,18 @@ class Outcome:
     out: Path
     report: MergeReport
     writing: Report
-    size: int | None
-    """Bytes, None when nothing was written."""
+    size: int
+    """Bytes of the file, or of what it would be."""
     ranks: dict[int, int]
     """Rank -> number of modules as they are written; of a sum that is cut, before it was."""
+    choices: tuple[Choice, ...] = ()
+    """Smaller forms, where the sum is much larger than the files."""
+    nearest: bool = False
+    """Whether the modules are the nearest LoKr, and their errors no rounding."""
 
     @property
     def rounding(self) -> float:
-        """Relative error of rounding to the dtype, of all modules that have one."""
+        """Relative error of rounding to the dtype (or of the nearest LoKr), of all modules that have one."""
         return self.report.losses.total()
 
     @property
@@ -95,8 +102,17 @@ class Outcome:
         found = self.report.to_json()
         found["ranks"] = {str(rank): count for rank, count in self.ranks.items()}
         found["dropped"] = [{"key": key, "reason": reason} for key, reason in self.dropped]
+        found["choices"] = [asdict(choice) for choice in self.choices]
+        if self.nearest:
+            found |= {"rounding": 0.0, "deviation": self.rounding}
         found["warnings"] = self.warnings
-        return {"output": str(self.out), "written": self.writing.written, "bytes": self.size, **found}
+        return {
+            "output": str(self.out),
+            "written": self.writing.written,
+            "bytes": self.size if self.writing.written else None,
+            "size": self.size,
+            **found,
+        }
 
 
 def merged(how: Request) -> Outcome:
@@ -122,13 +138,18 @@ def _merged(how: Request) -> Outcome:
 
 def _written(how: Request, sources: Sequence[Source]) -> Outcome:
     from lorasurgery.api import SaveOptions, save
-    from lorasurgery.surgery.convert import Options, convert
+    from lorasurgery.cli.merge_text import choices_text
+    from lorasurgery.surgery.convert import convert
     from lorasurgery.surgery.merge import merge
+    from lorasurgery.surgery.merge.choices import choices
+    from lorasurgery.surgery.resize.size import file_size
 
+    found: list[Choice] = []
     try:
         result, report = merge(sources, how.options, how.target)
-        family = "full" if how.options.as_full else None
-        result, writing = convert(result, how.target, Options(dtype=how.options.dtype, as_lora=how.as_lora, family=family))
+        if not how.as_lora:
+            found = choices(sources, (result, report), how.options, how.target)
+        result, writing = convert(result, how.target, _writing(how))
     except NotRepresentableError as error:
         error.path = error.path or _home(error.module, sources)
         raise
@@ -136,8 +157,10 @@ def _written(how: Request, sources: Sequence[Source]) -> Outcome:
     writing.losses = report.losses
     if report.dropped and how.strict:
         raise RequestError(f"--strict: {report.dropped[0][0]} would be left out ({report.dropped[0][1]})", hint="no --strict")
+    if found and not how.dry_run:
+        note(f"note: {choices_text(found, file_size(result, how.target))}")
     options = SaveOptions(
-        strict=how.strict, force=how.force, dry_run=how.dry_run, smaller=SMALLER, announce=announce,
+        strict=how.strict, force=how.force, dry_run=how.dry_run, smaller=SMALLER, announce=None if found else announce,
         inputs=tuple(Path(source.adapter.path) for source in sources if source.adapter.path is not None),
     )  # fmt: skip
     save(result, how.out, options=options, report=writing)
@@ -145,7 +168,17 @@ def _written(how: Request, sources: Sequence[Source]) -> Outcome:
         report.losses.gather(report.resize.losses)
     report.seconds += writing.seconds
     ranks = report.ranks() if report.resize is not None else _ranks(result)
-    return Outcome(how.out, report, writing, bytes_of(how.out) if writing.written else None, ranks)
+    size = bytes_of(how.out) if writing.written else file_size(result, how.target)
+    return Outcome(how.out, report, writing, size, ranks, tuple(found), nearest=how.options.as_lokr)
+
+
+def _writing(how: Request) -> Options:
+    """What the conversion to the layout does with families and dtypes."""
+    from lorasurgery.surgery.convert import Options
+
+    own = how.options
+    family = "full" if own.as_full else "lokr" if own.as_lokr else None
+    return Options(dtype=own.dtype, as_lora=how.as_lora, family=family, factor=own.lokr_factor)
 
 
 def _ranks(result: Adapter) -> dict[int, int]:

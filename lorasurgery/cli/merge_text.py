@@ -10,8 +10,11 @@ from lorasurgery.cli.render import warning_lines
 from lorasurgery.cli.resize_text import counts, dropped_lines
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lorasurgery.cli.merge_run import Outcome
     from lorasurgery.surgery.merge import MergedModule, SourceReport
+    from lorasurgery.surgery.merge.choices import Choice
 
 
 def merge_lines(found: Outcome, *, verbose: bool) -> list[str]:
@@ -24,14 +27,28 @@ def merge_lines(found: Outcome, *, verbose: bool) -> list[str]:
     rows += [("file" if i == 0 else "", _file(source)) for i, source in enumerate(report.sources)]
     rows += [("modules", f"{len(report.modules)}: {counts(report.actions())}"), ("families", counts(_families(found)))]
     rows += [("rank", _span(found.ranks)), *_exactness(found)]
-    if found.size is not None:
-        rows.append(("size", bytes_text(found.size)))
+    rows.append(("size", bytes_text(found.size)))
+    rows += [("or" if i == 0 else "", choice_text(choice)) for i, choice in enumerate(found.choices)]
     rows.append(("time", f"{report.seconds:.2f} s"))
     lines += [f"  {label:<13}{value}" for label, value in rows]
     if verbose:
         lines += _table(report.modules)
     lines += dropped_lines(found.dropped)
     return lines + warning_lines(found.warnings)
+
+
+def choice_text(choice: Choice) -> str:
+    """The options of a smaller form, what it takes and what it costs."""
+    way = "--as lokr" if choice.family == "lokr" else f"--as lora --rank {choice.rank}"
+    about = "" if choice.measured is None else "about "
+    source = "" if choice.measured is None else f", estimated from {choice.measured} modules"
+    return f"{way}: {bytes_text(choice.size)}, {about}{choice.error:.4f} away from the sum{source}"
+
+
+def choices_text(found: Sequence[Choice], size: int) -> str:
+    """All of them in a line."""
+    ways = "; ".join(map(choice_text, found))
+    return f"the sum is full differences, which no file has, and takes {bytes_text(size)}. Smaller, but not exact: {ways}"
 
 
 def _file(source: SourceReport) -> str:
@@ -51,11 +68,16 @@ def _exactness(found: Outcome) -> list[tuple[str, str]]:
             ("result", f"{report.deviation:.4f} away from the sum of what the files do"),
             *(("fault", text) for text in report.faults),
         ]
+    if found.nearest:
+        return [("nearest LoKr", f"{found.rounding:.4f} away from the sum of what the files do")]
     rows = [("sum" if report.method == "sum" else "result", rounding)]
     if report.resize is not None:
         worst = report.resize.worst()
         cut = f"rank {_span(report.resize.histogram())}; error {report.resize.relative_error:.4f} of the result; "
         rows.append(("cut to", f"{cut}energy kept {report.resize.energy:.2%}"))
+        kept = Counter(reason for _, reason in report.resize.kept)
+        if kept:
+            rows.append(("not cut", counts(kept)))
         if worst is not None:
             rows.append(("worst module", f"{worst.relative_error:.4f} {worst.name}"))
     return rows

@@ -224,7 +224,7 @@ def _edit(paths: list[Path], change: Change, where: Destination, *, as_json: boo
     from lorasurgery.surgery.meta import edited
 
     files, several = expanded(paths, where.out_dir)
-    where.check(files, several=several)
+    where.check(files)
 
     def one(file: Found) -> Shown:
         target = where.target(file)

@@ -15,6 +15,7 @@ import typer
 from lorasurgery.cli.files import Found, found_in, means_several
 from lorasurgery.cli.render import data, error_text, plain, show_error
 from lorasurgery.errors import OutputExistsError, RequestError, SurgeryError
+from lorasurgery.interrupts import held
 
 SCHEMA = 1
 """Version of the JSON forms of ``meta``; see docs/meta.md."""
@@ -41,13 +42,13 @@ class Destination:
     force: bool = False
     dry_run: bool = False
 
-    def check(self, inputs: list[Found], *, several: bool) -> None:
+    def check(self, inputs: list[Found]) -> None:
         """Raises RequestError unless exactly one place is named (none is enough for ``--dry-run``)."""
         given = sum((self.out is not None, self.out_dir is not None, self.in_place))
         if given > 1 or (not given and not self.dry_run):
             raise RequestError("one place for the result, please", hint="-o OUT for a new file, or --in-place")
-        if self.out is not None and several:
-            raise RequestError("several inputs have no room in one output", hint="--out-dir DIR or --in-place")
+        if self.out is not None and len(inputs) > 1:
+            raise RequestError(f"{len(inputs)} inputs have no room in one output", hint="--out-dir DIR or --in-place")
         if self.out_dir is not None and len({one.relative for one in inputs}) < len(inputs):
             raise RequestError("two inputs would get the same name in --out-dir", hint="one run for each")
 
@@ -90,7 +91,9 @@ def run_each(
         return
     failed = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if parallel else 1) as pool:
-        for found, result in zip(files, pool.map(lambda one: _attempt(one, act), files), strict=True):
+        with held():
+            results = pool.map(lambda one: _attempt(one, act), files)
+        for found, result in zip(files, results, strict=True):
             if isinstance(result, Shown):
                 _show(result, as_json=as_json, indent=None)
                 failed += result.failed

@@ -64,7 +64,7 @@ def resize(
     dry_run: ask.DryRun = False, plan: ask.Plan = None, verbose: ask.Verbose = False, json_: ask.Json = False,
     new_rank: ask.NewRank = None, new_conv_rank: ask.NewConvRank = None, dynamic_method: ask.DynamicMethod = None,
     dynamic_param: ask.DynamicParam = None, model: ask.Model = None, save_to: ask.SaveTo = None,
-    save_precision: ask.SavePrecision = None,
+    save_precision: ask.SavePrecision = None, svd_lowrank_niter: ask.Iterations = None,
 ) -> None:  # fmt: skip
     """Resize adapters."""
     from lorasurgery.surgery.resize import ResizeOptions
@@ -72,7 +72,7 @@ def resize(
     if as_ not in (None, "lora"):
         raise RequestError(f"--as is lora, not {as_}", hint="lorasurgery convert --as lokr, loha or full")
     ranks = parse_ranks(rank, conv_rank)
-    theirs = Theirs(new_rank, new_conv_rank, dynamic_method, dynamic_param, model, save_to, save_precision)
+    theirs = Theirs(new_rank, new_conv_rank, dynamic_method, dynamic_param, model, save_to, save_precision, svd_lowrank_niter)
     options = ResizeOptions(
         **ranks._asdict(), pointwise_rank=pointwise_rank, policy=policy, param=param, compat=compat,
         size=None if size is None else parse_size(size), layout=layout_id(target), recipe=recipe,

@@ -29,7 +29,7 @@ Policy = Annotated[Text, Option("--policy", help="sv_ratio, sv_cumulative, sv_fr
 Param = Annotated[Real, Option("--param", help="The policy's number.", show_default=False)]
 Size = Annotated[Text, Option("--size", help="The largest size of the file, e.g. 40MiB, 800KiB, 40MB: spent where it counts most.", show_default=False)]
 Recipe = Annotated[Text, Option("--recipe", help='As resize_lora: "fro_ckpt=1,thr=-3.5".', show_default=False)]
-Compat = Annotated[Text, Option("--compat", help="Count as another tool does: kohya (sd-scripts' policies keep one more than they need) or kj (KJNodes' knee).", show_default=False)]
+Compat = Annotated[Text, Option("--compat", help="Count as another tool does: kohya (sd-scripts' policies in float32; of large matrices twice the largest rank is looked at) or kj (KJNodes' knee).", show_default=False)]
 MinRank = Annotated[int, Option("--min-rank", help="0: leave out modules of which the policy keeps nothing.")]
 Grow = Annotated[bool, Option("--grow", help="Allow more than the old rank, padded with zeros.")]
 Uniform = Annotated[bool, Option("--uniform", help="Pad with zeros to one rank, for readers that want that.")]
@@ -67,4 +67,5 @@ DynamicParam = Annotated[Real, Option("--dynamic_param", help="sd-scripts' --par
 Model = Annotated[File, Option("--model", help="sd-scripts' input.", show_default=False)]
 SaveTo = Annotated[File, Option("--save_to", help="sd-scripts' output.", show_default=False)]
 SavePrecision = Annotated[Text, Option("--save_precision", help="sd-scripts' --dtype: float, fp16 or bf16; without it the dtype stays.", show_default=False)]
+Iterations = Annotated[Number, Option("--svd_lowrank_niter", min=0, help="sd-scripts' iterations on large matrices, which ours does not need; 0 lets --compat kohya look at every singular value, as it does there.", show_default=False)]
 # fmt: on

@@ -144,24 +144,28 @@ class Theirs(NamedTuple):
     source: Path | None
     output: Path | None
     precision: str | None
+    iterations: int | None
+    """Of ``torch.svd_lowrank``; 0: not used. Ours needs none, so that only what it looks at is of interest."""
 
     def added_to(self, own: ResizeOptions) -> ResizeOptions:
         """Our options with sd-scripts' in their place.
 
-        As in its tool text encoders are included, convolutions with any kernel have one rank, and nothing said means rank
-        4; its ``--device`` is not needed. Raises RequestError where both spellings of one thing are given.
+        A whole command line of it, which names its input by ``--model``, means what it means there: text encoders are
+        included, nothing said is rank 4, and its ``--device`` is not needed. One spelling alone changes nothing else.
+        Raises RequestError where both spellings of one thing are given.
         """
-        if all(value is None for value in self):
-            return own
         pairs = (
             ("rank", "--rank", "--new_rank", self.rank), ("conv_rank", "--conv-rank", "--new_conv_rank", self.conv_rank),
             ("policy", "--policy", "--dynamic_method", self.method), ("param", "--param", "--dynamic_param", self.param),
         )  # fmt: skip
-        merged = replace(own, text_encoders=True, device=None)
+        merged = replace(own, lowrank=self.iterations != 0)
         for name, ours, theirs, value in pairs:
             merged = replace(merged, **{name: _one_of(getattr(own, name), value, f"{ours} and {theirs}")})
         if self.conv_rank is not None and own.pointwise_rank is None:
             merged = replace(merged, pointwise_rank=self.conv_rank)
+        if self.source is None:
+            return merged
+        merged = replace(merged, text_encoders=True, device=None)
         limits = (merged.rank, merged.size, merged.recipe, own.policy if self.method is None else None)
         if all(value is None for value in limits) and not own.ranks:
             merged = replace(merged, rank=SD_SCRIPTS_RANK)

@@ -85,6 +85,7 @@ def _what(own: Description) -> list[tuple[str, str]]:
     if own.architecture != "unknown":
         key = f"{own.architecture}-{own.variant}" if own.variant else own.architecture
         rows.append(("model", f"{own.architecture_name} ({key}), {own.coverage:.0%} explained"))
+    rows += [("because", sentence) for sentence in own.evidence[1:]]
     others = [key for key, _ in own.candidates[1:]] if own.architecture != "unknown" else [
         f"{key} ({share:.0%})" for key, share in own.candidates
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,11 +15,12 @@ from lorasurgery.files.alike import one_architecture, one_naming
 from lorasurgery.files.read import BASE, adapter_of
 from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.layouts.detect import detect, score
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.scales import PeftConfig
+from lorasurgery.layouts.peft_read import read_peft
+from lorasurgery.layouts.scales import GIVEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,14 +36,20 @@ NOTED = "lorasurgery.architecture"
 """Where a result of ours says what model it is for."""
 
 
-def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None) -> Adapter:
+def load(path: str | Path, *, arch: str | None = None, base: str | Path | None = None, alpha: float | None = None) -> Adapter:
     """Read an adapter: safetensors, a PyTorch file (weights only), or a PEFT folder.
 
     ``arch`` overrides detection (``flux1`` or a variant such as ``flux1-schnell``); ``base`` is a checkpoint whose header
-    supplies names and shapes. Modules that no table knows are called as the file calls them. Tensors stay on disk. Raises
-    SurgeryError for anything that is no adapter.
+    supplies names and shapes; ``alpha`` is what the file was trained at, where nothing in it says so. Modules that no table
+    knows are called as the file calls them. Tensors stay on disk. Raises SurgeryError for anything that is no adapter.
     """
-    return open_together([Path(path)], arch=arch, base=base)[0]
+    path = Path(path)
+    if alpha is not None and not (isfinite(alpha) and alpha):
+        raise RequestError(f"{GIVEN} is a number other than 0, not {alpha:g}", path=path)
+    (adapter,) = together([replace(read_unparsed(path), alpha=alpha)], arch=arch, base=base)
+    if alpha is not None and not any(module.scale.source == GIVEN for _, module in adapter):
+        raise RequestError(f"{GIVEN}: the file says its scales itself", path=path, hint=f"no {GIVEN}")
+    return adapter
 
 
 def open_together(paths: Sequence[Path], *, arch: str | None = None, base: str | Path | None = None) -> list[Adapter]:
@@ -179,15 +187,14 @@ def _closest(why: UnknownArchitectureError) -> str:
 def _table(base: Path) -> Architecture:
     from lorasurgery.models import open_model
 
-    return open_model(base).architecture
+    return open_model(base).extended
 
 
 def read_unparsed(path: Path) -> Unparsed:
     """The tensors of a file or a PEFT folder; the weights in a PEFT folder stand for the folder."""
     path = whole_folder(path)
     if path.is_dir() and is_peft_folder(path):
-        raw, configs = read_peft_folder(path)
-        return Unparsed(raw, {name: PeftConfig.from_dict(fields, "adapter_config.json") for name, fields in configs.items()})
+        return Unparsed(*read_peft(path))
     return Unparsed(read_any(path))
 
 

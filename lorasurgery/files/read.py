@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import Adapter, Leftover
+from lorasurgery.adapter import WHOLE, Adapter, Leftover
 from lorasurgery.architectures.from_base import custom, resized
 from lorasurgery.architectures.table import DENOISERS, DIFFUSERS, ORIGINAL, Own
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
-from lorasurgery.layouts.detect import detect, fits, same_results
+from lorasurgery.layouts import peft_keys
+from lorasurgery.layouts.detect import detect, fits, score
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
+from lorasurgery.layouts.peft_keys import doubles, peft_key
+from lorasurgery.layouts.scales import unknown_scales
 from lorasurgery.layouts.spelled import spelling
 from lorasurgery.layouts.widened import as_wide
 from lorasurgery.layouts.words import BIAS, EXTRA
@@ -76,6 +80,18 @@ def parse(
     return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=among, path=raw.path))
 
 
+def parse_for(raw: RawFile, architecture: Architecture, *, configs: Mapping[str, PeftConfig] | None = None) -> Adapter:
+    """The same for the model that a file is going into, whatever other models it fits.
+
+    Raises UnknownArchitectureError where more than half of the modules are not this model's.
+    """
+    taken = taken_apart(Unparsed(raw, configs))
+    found = score(architecture, taken.shapes)
+    if 2 * found.named >= found.total:
+        return adapter_of(taken, found)
+    return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=(architecture,), path=raw.path))
+
+
 def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> Adapter:
     """The adapter of a file for the model that fits it best (None: one that no table knows).
 
@@ -101,10 +117,11 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
         layout=how.id,
         leftovers=leftovers(taken),
         candidates=tuple((m.architecture.key, m.share) for m in ((best, *ties) if best is not None else ())),
-        ambiguous=_ambiguous(arch, [m.architecture for m in ties], taken.groups),
+        evidence=() if best is None else best.evidence,
         warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed)),
         path=taken.raw.path,
         spelling=how,
+        configs={component: config.fields for component, config in taken.rules.configs.items()},
     )
 
 
@@ -200,9 +217,17 @@ def _shape(taken: Taken, stem: str) -> Shape:
     return UNKNOWN_SHAPE if bias is None else (bias.tensor.size,)
 
 
+PEFT_STATES = MappingProxyType(
+    {peft_keys.HARMLESS: "harmless", peft_keys.BASE: "harmless", peft_keys.BIAS: WHOLE, peft_keys.ROWS: WHOLE}
+)
+"""Roles of PEFT's own keys."""
+
+
 def leftovers(taken: Taken) -> tuple[Leftover, ...]:
     """The keys that are no part of a module, each with what is known about it."""
-    return tuple(Leftover(key, tensor, *said_of(key)) for key, tensor in taken.others.items())
+    twice = doubles(taken.others)
+    told = {key: ("it says what another key says", "harmless") if key in twice else said_of(key) for key in taken.others}
+    return tuple(Leftover(key, tensor, *told[key]) for key, tensor in taken.others.items())
 
 
 def said_of(key: str) -> tuple[str, str]:
@@ -211,14 +236,10 @@ def said_of(key: str) -> tuple[str, str]:
         for pattern, reason in table:
             if pattern.search(key):
                 return reason, state
+    pefts = peft_key(key)
+    if pefts is not None:
+        return pefts.reason, PEFT_STATES.get(pefts.role, "unknown")
     return "not part of any module: its last word is none that an adapter has", "unknown"
-
-
-def _ambiguous(arch: Architecture, others: Sequence[Architecture], stems: Iterable[str]) -> tuple[str, ...]:
-    """The architectures among ``others`` for which a conversion would come out differently."""
-    stems = list(stems)
-    kin = {other.id: other for other in others if other.id != arch.id}
-    return tuple(other.key for other in kin.values() if not same_results(arch, other, stems))
 
 
 def _join_or_refuse(modules: dict[Site, Module], module: Module, taken: Taken) -> None:
@@ -280,7 +301,8 @@ _BARE = (("bfl", "bfl"), ("xlabs", "xlabs"), ("processor", "diffusers"))
 
 def warnings_of(raw: RawFile, rules: ScaleRules, modules: Iterable[Module]) -> list[str]:
     """What is odd about a file although it can be read: its LoKr factor and the scales that hang on it."""
-    found = []
+    modules = list(modules)
+    found = unknown_scales(modules)
     buffer, text = raw.tensors.get(FACTOR), raw.metadata.get("ss_lokr_factor")
     if buffer is not None and text is not None and str(round(buffer.item())) != text:
         found.append(f"lokr_factor is {round(buffer.item())} but ss_lokr_factor says {text}; the buffer counts")

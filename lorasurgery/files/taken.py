@@ -34,6 +34,8 @@ class Unparsed:
 
     raw: RawFile
     configs: Mapping[str, PeftConfig] | None = None
+    alpha: float | None = None
+    """What it was trained at, for modules of which nothing in the file says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:
             problems[stem] = made
         else:
             deltas[stem] = made
-    return Taken(raw, file.configs, groups, others, deltas, problems, scale_rules(raw, configs), tuple(findings))
+    return Taken(raw, file.configs, groups, others, deltas, problems, scale_rules(raw, configs, file.alpha), tuple(findings))
 
 
 def _built(own: Group, path: Path) -> Delta | str | None:

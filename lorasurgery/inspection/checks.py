@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.architectures import architectures
 from lorasurgery.inspection.description import Finding
 from lorasurgery.io.dtypes import FLOATS
+from lorasurgery.layouts.evidence import means
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,16 +45,12 @@ def _base_model(raw: RawFile, found: Structure) -> Iterator[Finding]:
         return
     for key in ("ss_base_model_version", "modelspec.architecture", "lorasurgery.architecture"):
         text = raw.metadata.get(key, "")
-        said = {arch.id: arch for arch in architectures().values() if _names(arch, text.split("/")[0])}
+        said = {arch.id: arch for arch in architectures().values() if means(arch, text)}
         if said and found.architecture.id not in said:
             name = " or ".join(_family(arch) for arch in said.values())
             yield Finding(
                 "base-model", f"metadata says {name} ({key} {text}), keys say {_family(found.architecture)}; the keys count"
             )
-
-
-def _names(arch: Architecture, text: str) -> bool:
-    return text in arch.metadata_names or text == arch.key
 
 
 def _family(arch: Architecture) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorasurgery.errors import NotAnAdapterError
+from lorasurgery.errors import FileFormatError, NotAnAdapterError
 from lorasurgery.inspection.checks import findings
 from lorasurgery.inspection.description import NONE, Description, Finding, Key, Numbers
 from lorasurgery.inspection.gguf import describe_gguf, is_gguf
@@ -19,13 +19,14 @@ from lorasurgery.io.dtypes import INTEGERS
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
 from lorasurgery.io.sniff import TORCH_SUFFIXES, a_folder
-from lorasurgery.layouts.scales import PeftConfig
+from lorasurgery.layouts.peft_read import read_peft
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
+    from lorasurgery.layouts.scales import PeftConfig
 
 CONFIG = "adapter_config.json"
 KEPT = 64
@@ -43,6 +44,8 @@ class Opened(NamedTuple):
     configs: Mapping[str, PeftConfig] | None
     fields: Mapping[str, Mapping[str, Any]]
     """The configurations as JSON, for the metadata."""
+    problem: str = ""
+    """Why they are not used."""
 
 
 def describe(path: str | Path, *, keys: bool = False, tags: bool = False, spectrum: bool = False) -> Description:
@@ -83,9 +86,13 @@ def _open(path: Path) -> Opened:
 def _open_folder(path: Path) -> Opened:
     """A PEFT folder."""
     if is_peft_folder(path):
-        raw, fields = read_peft_folder(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        configs = {component: PeftConfig.from_dict(own, CONFIG) for component, own in fields.items()}
+        try:
+            raw, configs = read_peft(path)
+        except FileFormatError as error:  # a configuration that says what nothing here reads: the rest is shown
+            raw, said = read_peft_folder(path)
+            return Opened(with_scalars(raw), "peft-folder", size, {}, said, error.message)
+        fields = {component if len(configs) > 1 else "": own.fields for component, own in configs.items()}
         return Opened(with_scalars(raw), "peft-folder", size, configs, fields)
     raise a_folder(path)
 
@@ -151,6 +158,7 @@ def _adapter(opened: Opened, found: Structure, *, tags: bool) -> Description:
         architecture_name="" if arch is None else arch.name,
         candidates=found.candidates,
         undecided=found.undecided,
+        evidence=found.evidence,
         coverage=found.coverage,
         layout=found.layout,
         trainer=written_by,
@@ -167,7 +175,7 @@ def _adapter(opened: Opened, found: Structure, *, tags: bool) -> Description:
         lokr_factor=factor,
         embeddings=found.embeddings,
         unexplained=found.unexplained,
-        warnings=findings(raw, found, factor),
+        warnings=(*findings(raw, found, factor), *([Finding("bad-config", opened.problem)] if opened.problem else [])),
         modules=modules,
         **_common(opened, tags=tags),
     )

@@ -128,6 +128,8 @@ class Description(NamedTuple):
     """Other architectures that explain everything and would be converted otherwise."""
     coverage: float = 0.0
     """Share of the modules that the architecture explains."""
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture, as sentences without a full stop."""
     layout: str = "unknown"
     trainer: Trainer | None = None
     families: Mapping[str, int] = _EMPTY

@@ -14,8 +14,9 @@ from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.inspection.description import Finding, ModuleInfo
 from lorasurgery.inspection.modules import unknown_layout, unknown_module
 from lorasurgery.inspection.tolerant import parsed
-from lorasurgery.layouts.detect import detect, same_results
+from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.widened import as_wide
+from lorasurgery.surgery.settled import undecided
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +47,8 @@ class Structure(NamedTuple):
     findings: tuple[Finding, ...]
     signs: tuple[Signature, ...] = ()
     """Signatures of programs in the keys."""
+    evidence: tuple[str, ...] = ()
+    """Why it is for this architecture."""
     sources: tuple[Module, ...] = ()
     """The modules that could be read, with their tensors."""
 
@@ -94,18 +97,19 @@ def _explained(taken: Taken, matches: tuple[Match, list[Match]], rest: _Rest, *,
     ]
     infos = [row if isinstance(row := rows.get(stem), ModuleInfo) else _odd(taken, own, placed, broken.get(stem))
              for stem, own in groups.items()]  # fmt: skip
-    kin = {other.architecture.id: other.architecture for other in ties if other.architecture.id != known.id}
+    tied = [match.architecture for match in (best, *ties)]
     whole = {s: own for s, own in placed.found.items() if s in rows and s not in broken and s not in placed.own}
     return Structure(
         known,
         tuple((match.architecture.key, match.share) for match in (best, *ties)),
-        tuple(other.key for other in kin.values() if not same_results(known, other, groups)),
+        undecided(tied, groups),
         best.share,
         layout_of(taken, whole, known),
         tuple(infos),
         rest.embeddings,
         tuple(rest.unexplained),
         tuple(findings),
+        evidence=best.evidence,
         sources=tuple(modules) if keep else (),
     )
 

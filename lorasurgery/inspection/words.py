@@ -116,6 +116,7 @@ def details(own: Description) -> list[tuple[str, str]]:
     rows = [
         ("Components", _counts(own.components)),
         ("Fits as well", ", ".join(key for key, _ in own.candidates[1:]) if own.architecture != "unknown" else ""),
+        ("Evidence", "; ".join(own.evidence[1:])),
         ("Data types", ", ".join(f"{name}: {count:,} parameters" for name, count in own.dtype.items())),
         ("Scale comes from", ", ".join(f"{name} ({count}×)" for name, count in own.scale_sources.items())),
         ("Q, K and V", own.qkv or ""),

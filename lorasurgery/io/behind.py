@@ -6,6 +6,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
+from lorasurgery.interrupts import held
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,7 +34,8 @@ class Behind:
         self._done: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        with held():
+            self._thread.start()
 
     def add(self, item: Item) -> None:
         """The next bytes of the stream; raises what a step raised."""

@@ -19,7 +19,7 @@ from lorasurgery.io.sources import FileSource, Region
 from lorasurgery.io.tensors import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 MAX_HEADER = 100_000_000
 """The longest header the safetensors library reads, in bytes."""
@@ -150,9 +150,16 @@ def serialiser_order(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
     """Length prefix and padded JSON for ``tensors`` in serialiser order, as the safetensors library writes it."""
+    text = header_text(tensors, metadata, serialiser_order(tensors))
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def header_text(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, names: Iterable[str]) -> bytes:
+    """The JSON of the header alone, the tensors' data in the order of ``names``."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     at = 0
-    for name in serialiser_order(tensors):
+    for name in names:
         tensor = tensors[name]
         entries[name] = {
             "dtype": tensor.dtype,
@@ -160,6 +167,4 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             "data_offsets": [at, at + tensor.nbytes],
         }
         at += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import OutputExistsError
+from lorasurgery.interrupts import held
 from lorasurgery.io.behind import CHUNK, Behind
 from lorasurgery.io.blame import blamed_on
 from lorasurgery.io.finite import computed_bytes
@@ -216,8 +217,10 @@ def replacing(path: Path) -> Iterator[int]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with blamed_on(path):
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        fd, name = -1, ""
         try:
+            with held():
+                fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
             yield fd
             if path.exists():
                 os.fsync(fd)
@@ -225,9 +228,10 @@ def replacing(path: Path) -> Iterator[int]:
             Path(name).chmod(0o666 & ~umask())
             Path(name).replace(path)
         except BaseException:
-            with suppress(OSError):
-                os.close(fd)
-            Path(name).unlink(missing_ok=True)
+            if name:
+                with suppress(OSError):
+                    os.close(fd)
+                Path(name).unlink(missing_ok=True)
             raise
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import architectures, plugins
-from lorasurgery.architectures.table import NAMINGS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.errors import UnknownArchitectureError
+from lorasurgery.layouts.evidence import OWN_KEY, decide, names, said
 from lorasurgery.layouts.foreign import known_unmangled
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.near import near
+from lorasurgery.layouts.plausible import objection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from lorasurgery.adapter import Site
-    from lorasurgery.architectures.table import Architecture, Shape, Spans
+    from lorasurgery.architectures.table import Architecture, Shape
 
 ENOUGH = 0.5
-"""A table that explains less than this share of a file's modules is not taken to be its architecture."""
+"""A table that explains no more than this share of a file's modules is not taken to be its architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,21 @@ class Match:
 
     architecture: Architecture
     fitting: int
-    named: int
+    misfits: tuple[str, ...]
+    """Modules whose name is known and whose shape is another one: a widened first layer, or a damaged module."""
     total: int
+    evidence: tuple[str, ...] = ()
+    """Why it is this one, as sentences without a full stop."""
+
+    @property
+    def named(self) -> int:
+        """The modules whose name is known."""
+        return self.fitting + len(self.misfits)
+
+    @property
+    def unexplained(self) -> int:
+        """The modules whose name is not known."""
+        return self.total - self.named
 
     @property
     def share(self) -> float:
@@ -72,143 +85,129 @@ def detect(
     among: Iterable[Architecture] | None = None,
     path: Path | None = None,
 ) -> tuple[Match, list[Match]]:
-    """The best table and every other that fits equally many modules.
+    """The likeliest table, and the others that nothing but likelihood speaks against.
 
-    ``stems``: module name as spelled -> shape of its delta (None: unknown). Ties are decided by what the metadata says
-    (``ss_base_model_version``, ``modelspec.architecture``), then by the tables' own order.
-    Raises UnknownArchitectureError, with the nearest tables, when none explains enough.
+    ``stems``: module name as spelled -> shape of its delta (None: unknown). ``among``: what the caller was told it is.
+    Of the tables that fit most modules, those are left out that another model than theirs would look like
+    (:mod:`lorasurgery.layouts.plausible`), unless they were told or the metadata names them; ties are decided by evidence
+    (:mod:`lorasurgery.layouts.evidence`), never by the order of the tables.
+    Raises UnknownArchitectureError, with the nearest tables, when none is left.
     """
-    hinted = {arch.key for arch in architectures().values() if _said(metadata) & set(arch.metadata_names)}
-    matches = [score(arch, stems) for arch in (_hinted(hinted) if among is None else among)]
-    if among is None and not any(m.fitting == m.total for m in matches):  # the metadata is silent or wrong
-        matches = _scored(stems)
-        if not any(m.fitting == m.total for m in matches):
-            matches += [score(arch, stems) for arch in plugins()]
-    if not any(m.named for m in matches):
-        raise _unknown(stems, matches, path)
-    best = max(matches, key=lambda m: (m.fitting, m.named, m.architecture.key in hinted))
-    if best.share < ENOUGH:
-        raise _unknown(stems, matches, path)
-    if best.architecture.key in hinted:
-        return best, []
-    ties = [m for m in matches if (m.fitting, m.named) == (best.fitting, best.named)]
-    if len({m.architecture.id for m in ties}) > 1:
-        whole = [m for m in ties if _is_whole(m.architecture, stems)]
-        ids = {m.architecture.id for m in whole}
-        ties = whole if whole and len(ids) < len({m.architecture.id for m in ties}) else ties
-    return ties[0], ties[1:]
+    matches = _compared(stems, metadata) if among is None else [score(arch, stems) for arch in among]
+    most = max(((m.fitting, m.named) for m in matches), default=(0, 0))
+    best = [m for m in matches if (m.fitting, m.named) == most]
+    if not best or best[0].share <= ENOUGH:
+        raise _unknown(stems, matches, path, "")
+    if among is None:
+        best = _plausible(best, stems, metadata, path)
+    decision = decide([m.architecture for m in best], stems, metadata)
+    by_arch = {m.architecture: m for m in best}
+    first, *ties = (by_arch[arch] for arch in decision.left)
+    return replace(first, evidence=(_counts(first), *decision.evidence)), ties
 
 
-def _scored(stems: Mapping[str, Shape | None]) -> list[Match]:
+def _compared(stems: Mapping[str, Shape | None], metadata: Mapping[str, str]) -> list[Match]:
+    """The tables worth comparing: those the metadata names, when one explains all, else all that come near."""
+    called = said(metadata)
+    hinted = [score(arch, stems) for arch in architectures().values() if called and names(arch, called)]
+    if any(m.fitting == m.total for m in hinted):
+        return hinted
+    matches = _scored(stems, {m.architecture: m for m in hinted})
+    if any(m.fitting == m.total for m in matches):
+        return matches
+    return matches + [score(arch, stems) for arch in plugins()]
+
+
+def _scored(stems: Mapping[str, Shape | None], matches: dict[Architecture, Match]) -> list[Match]:
     """The tables that come near, compared in full, except those that cannot fit as many modules as another does."""
-    matches: dict[str, Match] = {}
     for arch, most in near(stems):
         best = max((m.fitting for m in matches.values()), default=0)
-        if most >= best or 2 * best < len(stems):
-            matches[arch.key] = score(arch, stems)
-    return [matches[key] for key in architectures() if key in matches]
+        if arch not in matches and (most >= best or 2 * best < len(stems)):
+            matches[arch] = score(arch, stems)
+    return list(matches.values())
 
 
-def _said(metadata: Mapping[str, str]) -> set[str]:
-    """What the metadata calls the base model."""
-    return {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").split("/")[0]} - {""}
-
-
-def _hinted(keys: set[str]) -> list[Architecture]:
-    return [arch for key, arch in architectures().items() if key in keys]
-
-
-def _is_whole(architecture: Architecture, stems: Mapping[str, Shape | None]) -> bool:
-    """Whether the file reaches every block of each stack of blocks it touches: evidence that the depth is this one."""
-    names = index(architecture)
-    touched = {span.weight for stem in stems if (place := names.find(stem)) is not None for span in place.site.spans}
-    blocks = _blocks(touched & architecture.shapes.keys())
-    every = _all_blocks(architecture)
-    return bool(blocks) and all(every[stack] == own for stack, own in blocks.items())
-
-
-@cache
-def _all_blocks(architecture: Architecture) -> Mapping[str, set[str]]:
-    return _blocks(architecture.shapes)
-
-
-def _blocks(weights: Iterable[str]) -> dict[str, set[str]]:
-    """``{"double_blocks": {"0", "1", ...}}`` for the weights in numbered blocks."""
-    found: dict[str, set[str]] = {}
-    for weight in weights:
-        parts = weight.split(".", 2)
-        if len(parts) > 2 and parts[1].isdigit():
-            found.setdefault(parts[0], set()).add(parts[1])
+def _plausible(
+    best: Sequence[Match], stems: Mapping[str, Shape | None], metadata: Mapping[str, str], path: Path | None
+) -> list[Match]:
+    """Those of equally good matches against which nothing speaks, or which the metadata names."""
+    called, own = said(metadata), metadata.get(OWN_KEY)
+    told = [m for m in best if names(m.architecture, called) or m.architecture.key == own]
+    if told:
+        return told
+    against = {m.architecture: objection(m.architecture, stems, m.misfits, m.unexplained) for m in best}
+    found = [m for m in best if not against[m.architecture]]
+    if not found:
+        nearest = max(best, key=lambda m: m.architecture.usage)
+        raise _unknown(stems, [nearest, *best], path, against[nearest.architecture])
     return found
-
-
-def same_results(first: Architecture, second: Architecture, stems: Iterable[str]) -> bool:
-    """Whether taking a file for one or the other makes no difference to any conversion of these modules."""
-    if _spelling(first) != _spelling(second):
-        return False
-    names, others = index(first), index(second)
-    weights: set[str] = set()
-    for stem in stems:
-        mine, its = names.find(stem), others.find(stem)
-        if mine is None or its is None or mine.site != its.site:
-            return False
-        weights.update(span.weight for span in mine.site.spans)
-    return all(_named_rows(first, naming, weights) == _named_rows(second, naming, weights) for naming in NAMINGS)
-
-
-def _spelling(arch: Architecture) -> tuple[object, ...]:
-    return (
-        arch.denoiser,
-        arch.onetrainer,
-        arch.comfyui_split,
-        arch.has_comfyui,
-        arch.has_diffusers,
-        arch.diffusers_roots,
-    )
-
-
-def _named_rows(arch: Architecture, naming: str, weights: set[str]) -> dict[str, Spans]:
-    return {name: spans for name, spans in arch.namings[naming].items() if spans[0].weight in weights}
 
 
 def score(architecture: Architecture, stems: Mapping[str, Shape | None]) -> Match:
     """Count the modules whose names, and whose names and shapes, the table knows."""
-    names = index(architecture)
-    fitting = named = 0
+    find = index(architecture).find
+    fitting, misfits = 0, []
     for stem, shape in stems.items():
-        found = names.find(stem)
-        if found is not None:
-            named += 1
-            fitting += shape is None or fits(shape, found.shape)
-    return Match(architecture, fitting, named, len(stems))
+        found = find(stem)
+        if found is None:
+            continue
+        if shape is None or fits(shape, found.shape):
+            fitting += 1
+        else:
+            misfits.append(stem)
+    return Match(architecture, fitting, tuple(misfits), len(stems))
 
 
-def _unknown(stems: Mapping[str, Shape | None], matches: list[Match], path: Path | None) -> UnknownArchitectureError:
-    ranked = sorted(matches, key=lambda m: (-m.fitting, -m.named))[:3]
-    candidates = [(m.architecture.key, m.share) for m in ranked if m.named]
+def _counts(match: Match) -> str:
+    """How much of the file fits, as a sentence."""
+    found = f"{match.fitting} of {match.total} modules have a name and shape of {match.architecture.name}"
+    if match.misfits:
+        found += f", {len(match.misfits)} another shape (first: {match.misfits[0]})"
+    return found + (f", {match.unexplained} another name" if match.unexplained else "")
+
+
+def _unknown(
+    stems: Mapping[str, Shape | None], matches: Sequence[Match], path: Path | None, against: str
+) -> UnknownArchitectureError:
+    """The error that names the nearest tables, and what speaks against the nearest."""
+    ranked = sorted({m.architecture: m for m in matches if m.named}.values(), key=_nearness)[:3]
     first = next(iter(stems), "")
-    if not candidates:
-        expected = known_unmangled(first)
-        mangled = f"; it looks mangled, expected {expected}" if expected else ""
+    meant = known_unmangled(first)
+    if meant and not any(m.fitting for m in ranked):
         return UnknownArchitectureError(
-            f"no known architecture has a module called {first}{mangled} ({len(stems)} modules in the file)",
+            f"no known architecture has a module called {first}; it looks mangled, expected {meant}"
+            f" ({len(stems)} modules in the file)",
+            path=path,
+            hint="the file as its trainer wrote it, or renaming the keys to that form",
+        )
+    if not ranked:
+        return UnknownArchitectureError(
+            f"no known architecture has a module called {first} ({len(stems)} modules in the file)",
             path=path,
             hint="--base MODEL, the checkpoint it was trained on (only its header is read)",
         )
     closest = ranked[0]
-    wrong = _first_misfit(closest.architecture, stems)
+    why = f"{against[0].upper()}{against[1:]}. " if against else ""
+    if not against or closest.misfits:
+        why += _first_misfit(closest.architecture, stems)
+    told = f"--arch {closest.architecture.key} if it is for that model all the same" if against else "--arch NAME"
     return UnknownArchitectureError(
-        f"no known architecture explains these keys; closest: {closest.architecture.name} ({closest.share:.0%}). {wrong}",
+        f"no known architecture explains these keys (nearest: {closest.architecture.name},"
+        f" {closest.fitting} of {closest.total} modules). {why.rstrip()}",
         path=path,
-        hint="--base MODEL, the checkpoint it was trained on (only its header is read), or --arch NAME",
-        candidates=candidates,
+        hint=f"--base MODEL, the checkpoint it was trained on (only its header is read), or {told}",
+        candidates=[(m.architecture.key, m.share) for m in ranked],
     )
 
 
+def _nearness(match: Match) -> tuple[int, int, float]:
+    return -match.fitting, -match.named, -match.architecture.usage
+
+
 def _first_misfit(architecture: Architecture, stems: Mapping[str, Shape | None]) -> str:
-    names = index(architecture)
+    find = index(architecture).find
     for stem, shape in stems.items():
-        found = names.find(stem)
+        found = find(stem)
         if found is None:
             return f"It has no {stem}."
         if shape is not None and not fits(shape, found.shape):

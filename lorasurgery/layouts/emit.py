@@ -20,6 +20,7 @@ from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeEr
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.module import LARGEST_SCALE, is_layer
+from lorasurgery.layouts.peft_keys import EMBEDDING_WORDS, is_embedding, transposed
 from lorasurgery.layouts.scales import HEADER_KEY, LARGEST_ALPHA
 from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Shape
     from lorasurgery.report import Report
 
+EMBEDDING = ".lora_embedding_"
+"""In the keys of PEFT's LoRA of an embedding, whose factors are turned over."""
 SMALLEST_SCALE = 1e-30
 """Below it alpha, in fp32, loses digits and becomes 0."""
 
@@ -148,7 +151,13 @@ def _change(
     """The factors and the alpha under their keys."""
     delta, alpha, scale = way
     words, tensors = SUFFIXES[target.words], dict[str, Tensor]()
+    turned = isinstance(delta, LowRank) and (
+        any(EMBEDDING in key for key in keys.values()) or (target.words == PEFT and not keys and is_embedding(stem, delta.up))
+    )
     for slot, tensor in delta.tensors.items():
+        if turned:
+            tensors[keys.get(slot, stem + EMBEDDING_WORDS[slot])] = transposed(tensor)
+            continue
         if isinstance(delta, LowRank) and not target.any_shape:
             tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape
         tensors[keys.get(slot) or keys.get(slot.lstrip(".")) or stem + _suffix(delta, slot, words, target)] = tensor

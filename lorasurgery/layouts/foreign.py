@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import NotAnAdapterError
+from lorasurgery.layouts.peft_keys import peft_key
+from lorasurgery.layouts.peft_types import refuse_other_keys
 from lorasurgery.layouts.words import split_key
 from lorasurgery.layouts.wrappers import is_known
 
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.group import Group
 
 _CHECKPOINT = r"^(model\.diffusion_model|cond_stage_model|conditioner|first_stage_model)\."
-_DIFFERENCE = "lorasurgery extract for an adapter of the difference"
 _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^lllite_", "a ControlNet-LLLite, not a LoRA", "the LLLite nodes of your program"),
     (r"^(control_model\.|controlnet_|input_hint_block|zero_convs)", "a ControlNet, not a LoRA", "the ControlNet folder"),
@@ -26,16 +27,6 @@ _MARKERS: tuple[tuple[str, str, str], ...] = (
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"\.processor\.ip_adapter_|_ip\.weight$", "an IP-Adapter, not a LoRA", "the IP-Adapter nodes of your program"),
     (r"^(encoder\.conv_in|decoder\.conv_in|quant_conv)", "a VAE, not a LoRA", "the VAE folder"),
-    (
-        r"\.(vera_lambda_[bd]|fourierft_spectrum|waveft_spectrum|randlora_lambda|vblora_logits_[AB]|shira_weight)",
-        "an adapter whose change depends on random numbers or a bank of vectors beside it (VeRA, FourierFT, ... of PEFT)",
-        f"merge_and_unload() of PEFT, and {_DIFFERENCE}",
-    ),
-    (
-        r"\.(hra_u|c3a_kernel|road_theta|delora_[AB]|gralora_[AB]|hira_[AB]|psoft_R|glora_[A-E]|ln_tuning_layers)\b",
-        "an adapter of one of PEFT's rarer types, which are not read here",
-        f"merge_and_unload() of PEFT, and {_DIFFERENCE}",
-    ),
     (r"\.qweight$|\.svdq|smooth_factor", "an SVDQuant model, not a LoRA", "the LoRA it was made from"),
 )  # fmt: skip
 
@@ -59,10 +50,13 @@ def refuse_other_models(raw: RawFile, groups: Mapping[str, Group]) -> None:
     _refuse_packed(raw)
     lllite = any(key.startswith("lllite_") for key in raw.tensors)
     known = sum(len(own.entries) for own in groups.values())
+    if known:  # PEFT saves whole modules and biases beside its factors, more of them than factors where it was told to
+        known += sum(peft_key(key) is not None for key in raw.tensors if split_key(key) is None)
     if 2 * known >= len(raw.tensors) and raw.tensors and not lllite:
         return
     if not raw.tensors:
         raise NotAnAdapterError("the file holds no tensors", path=raw.path, hint="the file it was meant to be")
+    refuse_other_keys(raw.tensors, raw.path)
     _refuse_mangled(raw, known)
     for pattern, what, hint in _MARKERS:
         if any(re.search(pattern, key) for key in raw.tensors):
@@ -129,7 +123,7 @@ def expected_key(key: str) -> str:
     match = _TOKENS.search(key)
     if match is None:
         return "MODULE.lora_down.weight"
-    stem = unmangled(key[: match.start()])
+    stem = unmangled(key[: match.start()].rstrip("_"))
     if match[1].startswith(("hada", "lokr")):
         return f"{stem}.{match[1]}"
     return f"{stem}.lora_{re.split('[._]', match[1])[-1]}.weight"

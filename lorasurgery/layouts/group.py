@@ -16,6 +16,8 @@ from lorasurgery.layouts.adopt import adopt
 from lorasurgery.layouts.entry import Entry, Group
 from lorasurgery.layouts.fit import FACTORED, broken, check_factors, check_fit
 from lorasurgery.layouts.numbered import named_keys
+from lorasurgery.layouts.peft_keys import FACTOR, REFUSED, doubles, peft_key, transposed
+from lorasurgery.layouts.peft_types import MERGED
 from lorasurgery.layouts.words import (
     BIAS,
     FULL,
@@ -68,11 +70,33 @@ def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
             )
         own.entries[slot] = entry
     adopt(groups, others, inside)
+    _adopt_pefts(groups, others, raw.path)
     return groups, others
 
 
 LIST = "oft_blocks.0"
 """The first of sd-scripts' rotations of a fused layer of FLUX."""
+
+
+def _adopt_pefts(groups: dict[str, Group], others: dict[str, Tensor], path: object) -> None:
+    """PEFT's saved weights and the LoRA of an embedding; what else it saves beside its factors stays in ``others``.
+
+    Without any factors they are no adapter but a model's weights.
+    """
+    if not groups and not any(".lora_embedding_" in key for key in others):
+        return
+    twice = doubles(others)
+    for key, found in [(key, peft_key(key)) for key in others if key not in twice]:
+        if found is not None and found.role == REFUSED:
+            raise BrokenModuleError(f"{key} is {found.reason}", key=key, path=str(path), hint=MERGED)
+        if found is None or found.word is None or len(others[key].shape) < 1:
+            continue
+        tensor, own = others[key], groups.setdefault(found.stem, Group(found.stem, found.stem))
+        if found.role == FACTOR and len(tensor.shape) == 2:
+            tensor = transposed(tensor)
+        own.entries.setdefault(found.word[:2], Entry(key, found.word, tensor, found.slot))
+        if own.entries[found.word[:2]].key == key:
+            del others[key]
 
 
 def build(own: Group, path: Mapping[str, str] | object) -> Delta | None:

@@ -12,8 +12,9 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.rounding import multiplied, rounded, wide
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.layouts.detect import fits
+from lorasurgery.layouts.peft_keys import Turned
 from lorasurgery.layouts.scales import ScaleRules
-from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE, OPAQUE_FAMILIES, SET
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE, OPAQUE_FAMILIES, SET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,11 +38,17 @@ FLAGS = ("use_rslora_flag", "use_dora_flag")
 _NO_SCALE = Scale(1.0, "none (1.0)")
 
 
-def scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig]) -> ScaleRules:
-    """What the file says about scales, beside the alpha tensors; ``configs`` by component."""
+def scale_rules(raw: RawFile, configs: Mapping[str, PeftConfig], alpha: float | None = None) -> ScaleRules:
+    """What the file says about scales, beside the alpha tensors; ``configs`` by component.
+
+    ``alpha``: what the user says it was trained at, for modules of which nothing in the file says it.
+    """
     rslora = raw.tensors.get(FLAGS[0])
     return ScaleRules(
-        configs, rslora_flag=rslora is not None and bool(rslora.item()), whole_lokr_by_shape=FACTOR in raw.tensors
+        configs,
+        rslora_flag=rslora is not None and bool(rslora.item()),
+        whole_lokr_by_shape=FACTOR in raw.tensors,
+        trained_alpha=alpha,
     )
 
 
@@ -150,13 +157,21 @@ def _bias(entry: Entry, scale: Scale) -> Tensor:
     return multiplied(exact, scale.value)
 
 
+def is_turned(own: Group) -> bool:
+    """Whether its factors are those that PEFT has for an embedding, which are the other way round."""
+    up = own.entries.get((LORA, "up"))
+    return up is not None and isinstance(up.tensor, Turned)
+
+
 def _magnitude(own: Group, delta: Delta | None, out: int, path: Path) -> Magnitude | None:
     """The DoRA magnitude with its axis, from its shape; PEFT's and ai-toolkit's are always per output row."""
     entry = own.modifier(MAGNITUDE)
     if entry is None:
         return None
     tensor = entry.tensor
-    if entry.word.dialect in ("peft", "ai-toolkit") or entry.key.endswith(".dora_layer.weight"):
+    if entry.key.endswith(".lora_magnitude_vector") and is_turned(own):
+        axis = "in"  # a number for each of an embedding's dimensions
+    elif entry.word.dialect in ("peft", "ai-toolkit") or entry.key.endswith(".dora_layer.weight"):
         axis = "out" if tensor.size == out else ""
     elif len(tensor.shape) > 1 and tensor.shape[0] == tensor.size == out:
         axis = "out"

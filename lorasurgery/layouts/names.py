@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Encoder, Shape, Spans
 
 ALIAS = "alias"
+PEFT_ENCODER = "base_model.model.text_encoder_"
+"""What the modules of a text encoder's own PEFT folder are called here, with its table; there they have no prefix."""
 
 
 class Prefix(NamedTuple):
@@ -220,7 +222,13 @@ def encoder_prefixes(encoder: Encoder) -> Iterator[tuple[str, bool, str]]:
     if encoder.diffusers:
         yield encoder.diffusers + ".", False, "diffusers"
         yield f"base_model.model.{encoder.diffusers}.", False, "peft"
+    yield f"{PEFT_ENCODER}{encoder.table}.", False, "peft"
     yield encoder.comfyui + ".", False, "comfyui"
+
+
+def encoder_names(table: str) -> Mapping[str, str]:
+    """Dotted name -> weight of a text encoder, as any release of transformers spells it."""
+    return _encoder_names(table)[False]
 
 
 @cache

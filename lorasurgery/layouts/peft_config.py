@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
@@ -16,9 +17,10 @@ from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
-from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.layouts.emit import common
+from lorasurgery.layouts.peft_fields import kept_fields
+from lorasurgery.layouts.peft_own import boft, ia3, miss, oft
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -27,8 +29,14 @@ if TYPE_CHECKING:
     from lorasurgery.layouts.emit import Written
 
 PREFIX, TEXT_MODEL = "base_model.model.", "text_model."
-_TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "miss": "MISS"}
-_NOT_OF_MISS = ("alpha", "rank_pattern", "alpha_pattern")
+_TYPES = {
+    "lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "miss": "MISS", "bat": "MISS", "oft": "OFT",
+    "boft": "BOFT", "ia3": "IA3",
+}  # fmt: skip
+_SCALED = ("LORA", "LOHA", "LOKR")
+WHOLE = "set"
+"""The family of saved modules, which PEFT has beside any type."""
+_UNTOLD = MappingProxyType({"task_type": None, "base_model_name_or_path": None, "inference_mode": True})
 
 
 def components(written: Sequence[Written], arch: Architecture) -> dict[str, list[Written]]:
@@ -61,40 +69,49 @@ def flattened(component: str, arch: Architecture) -> str:
     return TEXT_MODEL if encoder is not None and encoder.table in ("clip_l", "clip_h") else ""
 
 
-def adapter_config(written: Sequence[Written], names: Collection[str], prefix: str, root: str = "") -> dict[str, Any]:
+def adapter_config(
+    written: Sequence[Written], names: Collection[str], prefix: str, root: str = "", source: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The configuration of one component's modules.
 
-    ``prefix`` is what stands before a module's name in its stem, ``root`` what is left out of the name itself.
+    ``prefix`` is what stands before a module's name in its stem, ``root`` what is left out of the name itself. What
+    ``source``, the configuration that the modules came with, says beside them is kept where it is as true of the result.
 
     Raises NotRepresentableError for modules of several PEFT types, for a LoKr whose factors PEFT would shape otherwise,
-    and for MiSS blocks of several sizes.
+    for MiSS blocks of several sizes, and for what multiplies the base without a configuration that says how.
     """
-    kinds = {_TYPES[w.module.family] for w in written}
-    if len(kinds) > 1:
-        odd = next(w.module for w in written if _TYPES[w.module.family] != _TYPES[written[0].module.family])
-        raise NotRepresentableError(
-            f"{odd.name}: a PEFT adapter is of one type, this one would be {' and '.join(sorted(kinds))}",
-            module=odd.name,
-            hint="--as lora",
-        )
-    modules = {w.stem.removeprefix(prefix).removeprefix(root): w for w in written}
-    kind = kinds.pop()
-    rank = int(common([w.rank for w in written]))
-    alpha = common([w.alpha for w in written])
+    source = source or {}
+    factored = [w for w in written if w.module.family != WHOLE]
+    kind = _kind(factored or written)
+    modules = {w.stem.removeprefix(prefix).removeprefix(root): w for w in factored}
     config: dict[str, Any] = {
-        "peft_type": kind,
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
+        **_UNTOLD, **_TRAINING[kind], **kept_fields(source, kind),
+        "peft_type": kind, "target_modules": _targets(modules, names),
+    }  # fmt: skip
+    config |= _scales(modules, names, "lora_alpha" if kind == "LORA" else "alpha") if kind in _SCALED else {}
+    return config | _SPECIFIC[kind](modules, source)
+
+
+def _kind(written: Sequence[Written]) -> str:
+    """PEFT's one type of all these modules."""
+    kinds = {w.module.family: _TYPES.get(w.module.family, "") for w in written}
+    first = kinds[written[0].module.family]
+    odd = next((w.module for w in written if kinds[w.module.family] in {"", *kinds.values()} - {first} or not first), None)
+    if odd is None:
+        return first
+    what = f"this one would be {' and '.join(sorted(set(kinds.values())))}" if all(kinds.values()) else "and has none for this"
+    raise NotRepresentableError(f"{odd.name}: a PEFT adapter is of one type, {what}", module=odd.name, hint="--as lora")
+
+
+def _scales(modules: Mapping[str, Written], names: Collection[str], word: str) -> dict[str, Any]:
+    rank = int(common([w.rank for w in modules.values()]))
+    alpha = common([w.alpha for w in modules.values()])
+    return {
         "r": rank,
-        "lora_alpha" if kind == "LORA" else "alpha": _plain(alpha),
+        word: _plain(alpha),
         "rank_pattern": {_pattern(n, names): w.rank for n, w in modules.items() if w.rank != rank},
         "alpha_pattern": {_pattern(n, names): _plain(w.alpha) for n, w in modules.items() if w.alpha != alpha},
-        "target_modules": _targets(modules, names),
     }
-    if kind == "MISS":
-        config = {key: value for key, value in config.items() if key not in _NOT_OF_MISS}
-    return config | _SPECIFIC[kind](written)
 
 
 def _plain(value: float) -> float | int:
@@ -115,33 +132,30 @@ def _targets(modules: Mapping[str, Written], names: Collection[str]) -> list[str
     return "|".join(re.escape(name) for name in sorted(modules))
 
 
-def _lora(written: Sequence[Written]) -> dict[str, Any]:
+def _lora(modules: Mapping[str, Written], source: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001  the builders' signature
     return {
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "lora_bias": any(w.module.bias is not None for w in written),
+        "lora_bias": any(w.module.bias is not None for w in modules.values()),
         "use_rslora": False,
-        "use_dora": any(w.module.magnitude is not None for w in written),
-        "fan_in_fan_out": False,
+        "use_dora": any(w.module.magnitude is not None for w in modules.values()),
         "init_lora_weights": True,
-        "modules_to_save": None,
     }
 
 
-def _loha(written: Sequence[Written]) -> dict[str, Any]:
-    kernels = [(w.module, w.module.delta.t1) for w in written if isinstance(w.module.delta, Hadamard) and prod(w.shape[2:]) > 1]
+def _loha(modules: Mapping[str, Written], source: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001  the builders' signature
+    found = [(w.module, w.module.delta, w.shape) for w in modules.values()]
+    kernels = [(module, delta.t1) for module, delta, shape in found if isinstance(delta, Hadamard) and prod(shape[2:]) > 1]
     tucker = any(core is not None for _, core in kernels)
     flat = next((module for module, core in kernels if core is None), None)
     if tucker and flat is not None:
         raise NotRepresentableError(
             f"{flat.name}: PEFT gives every convolution of a LoHa a Tucker core or none", module=flat.name, hint="--as lora"
         )
-    return {"rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": tucker, "init_weights": True}
+    return {"use_effective_conv2d": tucker, "init_weights": True}
 
 
-def _lokr(written: Sequence[Written]) -> dict[str, Any]:
+def _lokr(modules: Mapping[str, Written], source: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG001  the builders' signature
     """PEFT derives the factors' shapes from the layer's, ``decompose_factor`` and r: find the factor that gives ours."""
-    deltas = [(w, w.module.delta) for w in written if isinstance(w.module.delta, Kronecker)]
+    deltas = [(w, w.module.delta) for w in modules.values() if isinstance(w.module.delta, Kronecker)]
     both = any(delta.w1 is None for _, delta in deltas)
     tucker = any(delta.t2 is not None for _, delta in deltas)
     factors = [-1, *sorted({n for _, delta in deltas for n in delta.outer})]
@@ -152,27 +166,25 @@ def _lokr(written: Sequence[Written]) -> dict[str, Any]:
             f"{odd.name}: PEFT would shape the factors of this LoKr otherwise", module=odd.name, hint="--as lora"
         )
     return {
-        "rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": tucker, "decompose_both": both,
-        "decompose_factor": best, "rank_dropout_scale": False, "init_weights": True,
+        "use_effective_conv2d": tucker, "decompose_both": both, "decompose_factor": best, "init_weights": True,
     }  # fmt: skip
 
 
-def _miss(written: Sequence[Written]) -> dict[str, Any]:
-    """PEFT has one r for all blocks, and one width for all where they are repeated over the outputs."""
-    blocks = [(w, w.module.delta.block.shape) for w in written if isinstance(w.module.delta, Miss)]
-    rank = blocks[0][1][0]
-    narrow = next((columns for w, (_, columns) in blocks if columns != w.shape[0]), None)
-    for own, (rows, columns) in blocks:
-        if rows != rank or columns != (own.shape[0] if narrow is None else narrow):
-            raise NotRepresentableError(
-                f"{own.module.name}: PEFT gives every MiSS block one size", module=own.module.name, hint="--as lora"
-            )
-    return {"miss_dropout": 0.0, "bias": "none"} | (
-        {"init_weights": True} if narrow is None else {"init_weights": "mini", "mini_r": narrow}
-    )
-
-
-_SPECIFIC = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "MISS": _miss}
+_SPECIFIC = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "MISS": miss, "OFT": oft, "BOFT": boft, "IA3": ia3}
+_BIASED = {"bias": "none", "modules_to_save": None}
+_DROPOUT = {"rank_dropout": 0.0, "module_dropout": 0.0, "modules_to_save": None}
+_TRAINING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "LORA": {"lora_dropout": 0.0, "fan_in_fan_out": False, **_BIASED},
+        "LOHA": _DROPOUT,
+        "LOKR": {**_DROPOUT, "rank_dropout_scale": False},
+        "MISS": {"miss_dropout": 0.0, **_BIASED},
+        "OFT": _BIASED,
+        "BOFT": _BIASED,
+        "IA3": {"modules_to_save": None},
+    }
+)
+"""What a configuration says that the modules do not, where no source says it otherwise."""
 
 
 def factorization(dimension: int, factor: int) -> tuple[int, int]:
@@ -216,12 +228,14 @@ def _same_shapes(written: Written, delta: Kronecker, factor: int, *, both: bool,
     return delta.inner == ((out_k, in_n, *kernel) if whole else (out_k, in_n * prod(kernel)))
 
 
-def header_metadata(written: Sequence[Written], arch: Architecture) -> str:
+def header_metadata(
+    written: Sequence[Written], arch: Architecture, sources: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """``lora_adapter_metadata`` for a Diffusers file: every component's configuration, its keys prefixed."""
     entries: dict[str, Any] = {}
     for component, own in components(written, arch).items():
         # Names are matched at their end, so without CLIP's "text_model." they fit every release of transformers.
         root = TEXT_MODEL if component.startswith("text_encoder") else ""
-        config = adapter_config(own, model_names(component, arch, root), f"{component}.", root)
+        config = adapter_config(own, model_names(component, arch, root), f"{component}.", root, (sources or {}).get(component))
         entries |= {f"{component}.{key}": value for key, value in config.items()}
     return json.dumps(entries, indent=2, sort_keys=True)

@@ -17,15 +17,26 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.adapter import Scale
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import FileFormatError
+from lorasurgery.layouts.peft_fields import check_fields
+from lorasurgery.layouts.peft_types import LORA, type_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
+    from lorasurgery.adapter import Module
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.tensors import Tensor
 
 HEADER_KEY = "lora_adapter_metadata"
 """Where Diffusers keeps the LoraConfig of each component in a file's header."""
+PEFT_PREFIX = "base_model.model."
+"""What PEFT's own keys begin with."""
+SCALED = ("lora", "loha", "lokr")
+"""Families that a configuration's alpha multiplies."""
+UNKNOWN = "unknown (no adapter_config.json)"
+"""PEFT keeps the scale beside its weights: without the configuration nothing says it, and 1 is a guess."""
+GUESS = 1.0
+GIVEN = "--trained-alpha"
 LARGEST_ALPHA = 1e8
 """Above this an alpha is ai-toolkit's stand-in for infinity (1e10), which half precision turns into inf."""
 
@@ -41,14 +52,18 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """All of it as JSON."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str) -> PeftConfig:
         """From the JSON object of ``adapter_config.json``; absent fields have PEFT's defaults.
 
-        Raises FileFormatError for fields of another kind than PEFT writes.
+        Raises FileFormatError for fields of another kind than PEFT writes and for those that change what the tensors mean,
+        NotAnAdapterError for a type that is not read.
         """
-        alpha = fields.get("lora_alpha", fields.get("alpha", 8))
+        check_fields(fields, source)
+        alpha = fields.get("lora_alpha" if type_of(fields) == LORA else "alpha", 8)
         try:
             ranks = {re.compile(key).pattern: int(rank) for key, rank in (fields.get("rank_pattern") or {}).items()}
             alphas = {re.compile(key).pattern: float(own) for key, own in (fields.get("alpha_pattern") or {}).items()}
@@ -60,7 +75,7 @@ class PeftConfig:
             ) from error
         if rank < 1 or any(own < 1 for own in ranks.values()):
             raise FileFormatError(f"{source} has a rank below 1", hint="the configuration PEFT wrote")
-        return cls(source, rank, value, ranks, alphas, bool(fields.get("use_rslora")))
+        return cls(source, rank, value, ranks, alphas, bool(fields.get("use_rslora")), fields)
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module by its name in the wrapped model."""
@@ -129,15 +144,21 @@ class ScaleRules:
     """The musubi-tuner fork's ``use_rslora_flag``."""
     whole_lokr_by_shape: bool = False
     """The same fork's rule for a LoKr with both factors whole: alpha / max(w2.shape)."""
+    trained_alpha: float | None = None
+    """The alpha that the user says a file without one was trained at."""
 
     def resolve(self, stem: str, delta: Delta, alpha: Tensor | None) -> Scale:
         """The scale of one module. ``stem`` is its name as the file spells it."""
         whole = isinstance(delta, Kronecker) and delta.rank is None
         if alpha is not None:
             return self._of_alpha(delta, alpha, whole=whole)
-        config, name = self._config(stem)
-        if config is None or delta.family not in ("lora", "loha", "lokr"):
+        if delta.family not in SCALED:
             return Scale(1.0, "none (1.0)")
+        config, name = self._config(stem)
+        if config is None and self.trained_alpha is not None and delta.rank is not None:
+            return Scale(self.trained_alpha / delta.rank, GIVEN)
+        if config is None:
+            return Scale(GUESS, UNKNOWN if PEFT_PREFIX in stem else "none (1.0)")
         rank = config.rank_of(name) if delta.family == "lokr" else delta.rank or 1
         divisor = sqrt(rank) if config.use_rslora and delta.family == "lora" else rank
         return Scale(config.alpha_of(name) / divisor, config.source)
@@ -157,10 +178,28 @@ class ScaleRules:
 
     def _config(self, stem: str) -> tuple[PeftConfig | None, str]:
         """The configuration that covers a module, and the module's name in the model it describes."""
-        for component, config in self.configs.items():
-            if component and stem.startswith(component + "."):
-                return config, stem[len(component) + 1 :]
-        if "" in self.configs:
-            name = stem.removeprefix("base_model.model.")
-            return self.configs[""], name
-        return None, stem
+        component, name = component_of(stem, self.configs)
+        return (None, stem) if component is None else (self.configs[component], name)
+
+
+def component_of(stem: str, components: Collection[str]) -> tuple[str | None, str]:
+    """The configured component that a module belongs to, and the module's name in the model of that component.
+
+    "" is the whole file; (None, stem) where no component covers the module.
+    """
+    own = next((one for one in components if one and stem.startswith(one + ".")), None)
+    if own is not None:
+        return own, stem[len(own) + 1 :]
+    return ("", stem.removeprefix(PEFT_PREFIX)) if "" in components else (None, stem)
+
+
+def unknown_scales(modules: Iterable[Module]) -> list[str]:
+    """The warning that no scale is known, for PEFT's weights without their configuration."""
+    unknown = [module.name for module in modules if module.scale.source == UNKNOWN]
+    if not unknown:
+        return []
+    where = "PEFT keeps it in adapter_config.json, which is not beside this file"
+    cure = f"read the folder that PEFT saved, or say {GIVEN} N"
+    return [
+        f"the scale of {len(unknown)} modules (first: {unknown[0]}) is not known: {where}, and {GUESS:g} is a guess; {cure}"
+    ]

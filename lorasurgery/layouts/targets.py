@@ -166,7 +166,7 @@ def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model")
         return (own, *(own._replace(naming=n) for n in (ORIGINAL, DIFFUSERS) if split and n != own.naming))
     if target.id == "onetrainer" and arch.onetrainer == "dotted":
         own = Naming("{denoiser}.", False, DIFFUSERS)
-    own = own._replace(prefix=own.prefix.format(denoiser=arch.denoiser, prefix=prefix))
+    own = own._replace(prefix=own.prefix.format(denoiser=arch.denoiser, prefix=prefix).removeprefix("."))
     if arch.only_prefix not in (None, own.prefix):
         raise RequestError(
             f"no table knows the model, so what {arch.only_prefix}{next(iter(arch.shapes), '')} is called in the layout "

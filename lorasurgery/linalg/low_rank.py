@@ -4,7 +4,8 @@ Two routes. *Gram*: ``G_u = up^T up``, ``G_d = down down^T``, two small eigenpro
 condition number: a singular value S has relative error about ``eps (b / S)^2 / 2`` with ``b = ||up||_2 ||down||_2``.
 *QR*: ``up = Q_u R_u``, ``down^T = Q_d R_d``, SVD of ``R_u R_d^T``; error ``eps b / S``, the same as a dense float64 SVD
 of the product. The Gram route is kept only while the smallest singular value asked for is at least ``GRAM_LIMIT * b``
-(relative error then below 1e-7); otherwise (nearly dependent or zero factors, rank above out or in) QR is used.
+(relative error then below 1e-7); otherwise (nearly dependent or zero factors) QR is used. Only where the rank is above
+out or in, and the product is smaller than its factors, is it formed and decomposed itself.
 """
 
 from __future__ import annotations
@@ -164,6 +165,10 @@ def _gram_core(up: Array, down: Array, needed: int) -> _Core | None:
 
 
 def _qr_core(up: Array, down: Array) -> _Core:
+    if up.shape[1] > min(up.shape[0], down.shape[1]):
+        left, values, right = np.linalg.svd(up @ down, full_matrices=False)
+        same = np.eye(len(values))
+        return _Core(left, same, values, same, right)
     up_basis, up_rest = np.linalg.qr(up)
     down_basis, down_rest = np.linalg.qr(down.T)
     left, values, right = np.linalg.svd(up_rest @ down_rest.T, full_matrices=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorasurgery.interrupts import held
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -27,7 +29,9 @@ def map_threads(fn: Callable[[Item], Result], items: Iterable[Item], workers: in
         from concurrent.futures import ThreadPoolExecutor  # 6 ms, which a rename need not pay
 
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(fn, items))
+            with held():
+                results = pool.map(fn, items)
+            return list(results)
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:

@@ -7,7 +7,8 @@ the program asks for rows of original weights and does not see the difference.
 from lorasurgery.models.files import ModelFile
 from lorasurgery.models.model import Model, open_model
 from lorasurgery.models.names import Place
+from lorasurgery.models.parameters import parameters
 from lorasurgery.models.reading import Reader
 from lorasurgery.models.weights import Weight
 
-__all__ = ["Model", "ModelFile", "Place", "Reader", "Weight", "open_model"]
+__all__ = ["Model", "ModelFile", "Place", "Reader", "Weight", "open_model", "parameters"]

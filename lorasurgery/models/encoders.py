@@ -48,13 +48,19 @@ def in_encoder(key: str, shape: Shape, encoder: Encoder) -> tuple[str, Spans, st
     if encoder.diffusers is not None:
         prefixes.append(f"{encoder.diffusers}.")
     for prefix in prefixes:
-        if not key.startswith(prefix):
-            continue
-        for module, role in _hugging_face(key[len(prefix) :], shape):
-            names = module.split("+")
-            if all(_known(encoder.table, name, role) for name in names):
-                rows = shape[0] // len(names)
-                return encoder.table, tuple(Span(name, 0, rows) for name in names), role
+        found = within(key[len(prefix) :], shape, encoder.table) if key.startswith(prefix) else None
+        if found is not None:
+            return encoder.table, *found
+    return None
+
+
+def within(name: str, shape: Shape, table: str) -> tuple[Spans, str] | None:
+    """(rows of Hugging Face's weights, role) of a key without the encoder's prefix; None when the encoder has no such key."""
+    for module, role in _hugging_face(name, shape):
+        names = module.split("+")
+        if all(_known(table, own, role) for own in names):
+            rows = shape[0] // len(names)
+            return tuple(Span(own, 0, rows) for own in names), role
     return None
 
 
@@ -86,7 +92,7 @@ def _open_clip(module: str, role: str) -> Iterator[tuple[str, str]]:
 
 
 def _known(table: str, name: str, role: str) -> bool:
-    """Whether an encoder has such a module; its norms are not in the tables, their layers are."""
+    """Whether an encoder has such a module; of norms that are not in the tables, the layers are."""
     return name in TEXT_ENCODERS[table].shapes or (role != "weight" and name.rpartition(".")[0] in _parents(table))
 
 

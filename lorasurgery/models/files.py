@@ -6,6 +6,7 @@ Source of the names: Diffusers ``utils/constants.py`` and ``models/model_loading
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,20 @@ class ModelFile:
     raw: RawFile
     prefix: str
     """What stands before its keys in the model: ``transformer.`` for a pipeline's subfolder, nothing otherwise."""
+
+    @property
+    def with_config(self) -> bool:
+        """Whether it lies as Diffusers and transformers save it: in a pipeline's subfolder, or beside a ``config.json``."""
+        return bool(self.prefix) or (self.path.parent / "config.json").is_file()
+
+    @property
+    def class_name(self) -> str:
+        """The class of Diffusers that ``config.json`` beside it names; empty where there is none, as in transformers'."""
+        try:
+            fields = json.loads((self.path.parent / "config.json").read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return ""
+        return str(fields.get("_class_name", "")) if isinstance(fields, dict) else ""
 
 
 def model_files(path: Path) -> tuple[ModelFile, ...]:

@@ -8,20 +8,24 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import DENOISER
+from lorasurgery.architectures.from_base import CUSTOM
+from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.errors import FileFormatError, RequestError
+from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.content import content_id
-from lorasurgery.models.detect import recognised
+from lorasurgery.models.detect import recognised, with_own_names
 from lorasurgery.models.files import model_files
-from lorasurgery.models.names import BIAS, OTHER, SCALE, located
+from lorasurgery.models.names import BIAS, OTHER, Located, in_lone_encoder, located
 from lorasurgery.models.quantised import refuse_quantised
 from lorasurgery.models.reading import Piece, assembled, parts_of
-from lorasurgery.models.scales import scale_of
+from lorasurgery.models.scales import is_number_of_another, scale_of
 from lorasurgery.models.weights import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from lorasurgery.architectures.table import Architecture, Spans
+    from lorasurgery.architectures.table import Architecture, Shape, Spans
     from lorasurgery.models.detect import Recognised
     from lorasurgery.models.files import ModelFile
     from lorasurgery.models.reading import Reader
@@ -41,6 +45,27 @@ class Model:
     files: tuple[ModelFile, ...]
     weights: Mapping[str, Weight]
     """By prefix + key, in file order."""
+    prefix: str = ""
+    """What stands before the names of the denoiser in :attr:`weights`, or of the encoder that the model is."""
+    component: str = DENOISER
+    """The denoiser; of a model that is one text encoder, the encoder's table."""
+
+    naming: str = ORIGINAL
+    """Whose names the denoiser's weights have, as in :attr:`Architecture.namings`."""
+
+    @cached_property
+    def extended(self) -> Architecture:
+        """The table with everything that this model has and the table has not, under the model's own names."""
+        return self.architecture if self.component != DENOISER else with_own_names(self.files, self.architecture, self.naming)
+
+    @property
+    def of_diffusers(self) -> bool:
+        """Whether it is as Diffusers saves a model or a pipeline: its names, and its folder or its configuration."""
+        if self.layout != "diffusers":
+            return False
+        if self.architecture.id == CUSTOM:  # transformers' folders look the same
+            return any(file.class_name for file in self.files)
+        return self.path.is_dir() or any(file.with_config for file in self.files)
 
     @cached_property
     def content(self) -> str:
@@ -56,7 +81,7 @@ class Model:
         if isinstance(found, str):
             raise RequestError(
                 f"the base model has no rows {found}", path=self.path,
-                hint="the model it was trained on; for text encoders an all-in-one file, or the pipeline's folder",
+                hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline",
             )  # fmt: skip
         return found
 
@@ -73,9 +98,9 @@ class Model:
         return None
 
     def sites(self) -> Iterator[tuple[str, Spans]]:
-        """(component, spans) of every weight and norm, as finely as the files divide them."""
+        """(component, spans) of every weight and norm that a table has, as finely as the files divide them."""
         for weight in self.weights.values():
-            if weight.place is not None and weight.role not in {BIAS, OTHER}:
+            if weight.place is not None and weight.listed and weight.role not in {BIAS, OTHER}:
                 yield weight.place.component, weight.place.spans
 
     @cached_property
@@ -111,7 +136,7 @@ def open_model(path: str | Path, *, arch: str | Architecture | None = None) -> M
         refuse_quantised(file.raw)
     known = recognised(files, path, arch)
     weights = MappingProxyType(_weights(files, known))
-    return Model(path, known.architecture, known.layout, files, weights)
+    return Model(path, known.architecture, known.layout, files, weights, known.prefix, known.component, known.naming)
 
 
 def _weights(files: Iterable[ModelFile], known: Recognised) -> dict[str, Weight]:
@@ -124,11 +149,18 @@ def _weights(files: Iterable[ModelFile], known: Recognised) -> dict[str, Weight]
                 raise FileFormatError(
                     f"{key} is in {weights[name].file.path.name} too", path=file.path, hint="the shards of one model only"
                 )
-            place, role = located(name, tensor.shape, known.architecture, known.naming)
-            if key.endswith(SCALE) and key.removesuffix(SCALE) + ".weight" in file.raw.tensors:
-                place, role = None, OTHER  # a number of the weight beside it, not a norm's weight
-            weights[name] = Weight(key, file, tensor, place, role, scale_of(key, file.raw.tensors, file.path))
+            place = _located(name, tensor.shape, known)
+            if is_number_of_another(key, file.raw.tensors) or not (place.listed or tensor.dtype in FLOATS):
+                place = Located(None, OTHER)  # not a parameter: a scale, or integers
+            scale = scale_of(key, file.raw.tensors, file.path)
+            weights[name] = Weight(key, file, tensor, place.place, place.role, scale, listed=place.listed)
     return weights
+
+
+def _located(name: str, shape: Shape, known: Recognised) -> Located:
+    if known.component != DENOISER:
+        return in_lone_encoder(name, shape, known.component, known.prefix)
+    return located(name, shape, known.architecture, known.naming, known.prefix)
 
 
 def _by_weight(weights: Iterable[Weight]) -> Pieces:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
-from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS
-from lorasurgery.models.encoders import in_encoder
+from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, Span
+from lorasurgery.models.encoders import in_encoder, within
 
 if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape, Spans
@@ -21,7 +21,9 @@ DENOISERS = (
     ("", DENOISER),
 )
 """(prefix, component): all-in-one files and ComfyUI, pipeline folders, Cosmos and Anima, bare names."""
-WEIGHT, BIAS, NORM, OTHER = "weight", "bias", "norm", "other"
+PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder")
+"""What stands beside the denoiser in an all-in-one file, or in a pipeline."""
+WEIGHT, BIAS, NORM, PARAMETER, OTHER = "weight", "bias", "norm", "parameter", "other"
 SCALE = ".scale"
 """The weight of FLUX's and Chroma's RMS norms. Source: black-forest-labs/flux ``modules/layers.py``."""
 SUFFIXES = ((".weight", WEIGHT), (".bias", BIAS), (SCALE, NORM))
@@ -39,25 +41,35 @@ class Located(NamedTuple):
 
     place: Place | None
     role: str
+    listed: bool = True
+    """Whether a table has the place; otherwise it is the key's own name in the denoiser."""
 
 
-def located(key: str, shape: Shape, architecture: Architecture, naming: str = ORIGINAL) -> Located:
+def located(key: str, shape: Shape, architecture: Architecture, naming: str = ORIGINAL, prefix: str = "") -> Located:
     """Where a base model's key of this shape belongs; no place for buffers and for what the tables do not have.
 
-    ``naming`` is the file's own, looked at first.
+    ``naming`` is the file's own, looked at first; ``prefix`` stands before the denoiser's keys.
     """
     if not shape:
         return Located(None, OTHER)
     stem, role = _parted(key, shape)
-    place = _in_denoiser(stem, architecture, naming) if role != OTHER else None
+    place = _in_denoiser(stem, architecture, naming)
     if place is None:
         found = (in_encoder(key, shape, own) for own in architecture.encoders)
         inside = next((f for f in found if f is not None), None)
         if inside is None:
-            return Located(None, OTHER)
+            return unlisted(key, shape, prefix)
         place, role = Place(*inside[:2]), inside[2]
     held = sum(span.stop - span.start for span in place.spans)
-    return Located(place, role) if held == shape[0] else Located(None, OTHER)
+    return Located(place, PARAMETER if role == OTHER else role) if held == shape[0] else Located(None, OTHER)
+
+
+def in_lone_encoder(key: str, shape: Shape, table: str, prefix: str) -> Located:
+    """The same for a model that is one text encoder; ``prefix`` stands before its keys."""
+    found = within(key.removeprefix(prefix), shape, table) if shape else None
+    if found is None or sum(span.stop - span.start for span in found[0]) != shape[0]:
+        return Located(None, OTHER)
+    return Located(Place(table, found[0]), found[1])
 
 
 def _parted(key: str, shape: Shape) -> tuple[str, str]:
@@ -66,6 +78,22 @@ def _parted(key: str, shape: Shape) -> tuple[str, str]:
         if key.endswith(suffix) and (role == WEIGHT or len(shape) == 1):
             return key.removesuffix(suffix), NORM if role == WEIGHT and len(shape) == 1 else role
     return key, OTHER
+
+
+def unlisted(key: str, shape: Shape, prefix: str) -> Located:
+    """The place of a denoiser's parameter that no table has: all its rows, under its own name without ``.weight``.
+
+    ``prefix`` stands before the denoiser's keys. A bias is its weight's; a parameter that is neither (a modulation table, a
+    learned token) has its whole name.
+    """
+    stem, role = _parted(key, shape)
+    component, start = DENOISER, prefix
+    if prefix == "transformer." and key.startswith("transformer_2."):
+        component, start = SECOND_DENOISER, "transformer_2."
+    if not shape or not key.startswith(start) or (not start and key.startswith(PARTS)):
+        return Located(None, OTHER)
+    place = Place(component, (Span(stem.removeprefix(start), 0, shape[0]),))
+    return Located(place, PARAMETER if role == OTHER else role, listed=False)
 
 
 def _in_denoiser(stem: str, architecture: Architecture, naming: str) -> Place | None:

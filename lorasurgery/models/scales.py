@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 SCALES = (".scale_weight", ".weight_scale")
 MARKER = "scaled_fp8"
 """A tensor without values that only says that a file has scales."""
+OTHERS = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")
+"""Ends of keys that say how the weight beside them is stored or used."""
+
+
+def is_number_of_another(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is no parameter, but about the weight beside it, or about the file; ``.scale`` alone is a norm's."""
+    if key.rpartition(".")[2] == MARKER:
+        return True
+    end = next((end for end in (*OTHERS, ".scale") if key.endswith(end)), None)
+    return end is not None and (end != ".scale" or key.removesuffix(end) + ".weight" in tensors)
 
 
 def scale_of(key: str, tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:

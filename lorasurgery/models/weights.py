@@ -29,9 +29,11 @@ class Weight:
     place: Place | None
     """The rows of original base weights that it holds; None when the tables do not know it."""
     role: str
-    """``weight``, ``bias``, ``norm`` (1-D), or ``other``: buffers, scales, and what has no place."""
+    """``weight``, ``bias``, ``norm`` (1-D), ``parameter`` (called none of these), or ``other``: scales, what has no place."""
     scale: Tensor | None = None
     """The factor of an fp8 weight: a scalar, one number per row, or one per block of columns, (out, blocks, 1)."""
+    listed: bool = True
+    """Whether a table has the place; otherwise it is the parameter's own name."""
 
     @property
     def shape(self) -> Shape:

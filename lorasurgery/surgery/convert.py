@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Leftover, Module, Site
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.errors import NotRepresentableError, RequestError, UnknownArchitectureError
+from lorasurgery.layouts.peft_keys import is_carried
 from lorasurgery.layouts.targets import namings, written_in
 from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.families import held, uniform
@@ -22,6 +23,7 @@ from lorasurgery.surgery.job import Job
 from lorasurgery.surgery.options import DTYPES, Options
 from lorasurgery.surgery.refamily import check_target, refamilied, refamilied_metadata
 from lorasurgery.surgery.regroup import regroup
+from lorasurgery.surgery.settled import settled
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
@@ -38,19 +40,15 @@ def convert(adapter: Adapter, target: str | None = None, options: Options | None
 
     Nothing is computed yet but truncated factors: tensors are read when the result is saved, and rounding errors reach
     the report then. Raises NotRepresentableError when the target cannot hold a module exactly and no option allows
-    otherwise, BrokenModuleError for modules that contradict each other, RequestError for options.
+    otherwise, BrokenModuleError for modules that contradict each other, RequestError for options,
+    UnknownArchitectureError when models that the keys fit equally well give different results.
     """
     started = time.perf_counter()
     options = options or Options()
     options.check()
-    if target is not None and adapter.ambiguous:
-        raise UnknownArchitectureError(
-            f"its keys fit {' and '.join((adapter.architecture.key, *adapter.ambiguous))} equally well, and the results differ",
-            path=adapter.path,
-            hint=f"--arch {adapter.architecture.id}, or whichever it was trained on",
-            candidates=adapter.candidates,
-        )
     writing = written_in(adapter, target)
+    if not writing.own:
+        settled(adapter, writing, options.prefix)
     _refuse_unknown(adapter, writing, options)
     job = Job(adapter, writing, options)
     check_target(job)
@@ -116,8 +114,9 @@ def _carried(job: Job) -> tuple[Leftover, ...]:
     """The keys that are no part of a module and that the target takes; others are refused, or left out under ``--lossy``."""
     if job.target.carries_unknown or job.target.own:
         return job.adapter.leftovers
+    kept = [left for left in job.adapter.leftovers if _is_taken(job, left)]
     for left in job.adapter.leftovers:
-        if left.state == "harmless":
+        if left in kept:
             continue
         if not job.options.lossy:
             raise NotRepresentableError(
@@ -125,7 +124,14 @@ def _carried(job: Job) -> tuple[Leftover, ...]:
                 hint="--lossy to leave it out",
             )  # fmt: skip
         job.report.dropped.append((left.key, left.reason))
-    return tuple(left for left in job.adapter.leftovers if left.state == "harmless")
+    return tuple(kept)
+
+
+def _is_taken(job: Job, left: Leftover) -> bool:
+    """Whether a key may go into a target that takes no unknown ones, or may be left out without a word."""
+    return left.state == "harmless" or (
+        job.target.folder and bool(job.adapter.configs) and is_carried(left.key, job.adapter.configs)
+    )
 
 
 def _placed(job: Job, component: str, modules: list[Module]) -> list[Module]:
@@ -149,6 +155,12 @@ def _warn_without_effect(job: Job, modules: list[Module]) -> None:
         first = f"{stay[0].name}, {stay[0].family}"
         job.report.warnings.append(
             f"{len(stay)} modules multiply the base weight, have no LoRA form and stay as they are (first: {first})"
+        )
+    dora = [module for module in modules if how.as_lora and module.magnitude is not None]
+    if dora:
+        job.report.warnings.append(
+            f"{len(dora)} modules stay DoRA (first: {dora[0].name}), whose magnitude only the base model can make part of a "
+            "LoRA: lorasurgery resize --rank N --dora fold --base MODEL"
         )
 
 

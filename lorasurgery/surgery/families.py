@@ -11,6 +11,8 @@ from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
 from lorasurgery.layouts.detect import has_bias
+from lorasurgery.layouts.peft_keys import is_embedding
+from lorasurgery.layouts.peft_types import SHARED_OFT, is_pefts, is_saved
 from lorasurgery.layouts.targets import KOHYA, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
@@ -41,7 +43,7 @@ def held(job: Job, module: Module) -> Module | None:
     module = _held_bias(job, module)
     if module.delta is None and module.bias is None:
         return None
-    if module.magnitude is not None and module.magnitude.axis == "in" and not job.target.in_axis_dora:
+    if module.magnitude is not None and module.magnitude.axis == "in" and not _reads_columns(job, module):
         return without_magnitude(job, module, f"{job.target.reader} only knows DoRA magnitudes per output row")
     if isinstance(module.delta, LowRank) and module.delta.mid is not None and job.target.words != KOHYA:
         flat = module.delta.to_low_rank().cast(job.options.dtype_for([module.delta.down]), job.recorder(module))
@@ -54,17 +56,23 @@ def _held_bias(job: Job, module: Module) -> Module:
     """The module without a bias that the target's readers have no place for."""
     if module.bias is None:
         return module
-    if job.target.words == PEFT:
-        what = (
-            "" if module.delta is None or isinstance(module.delta, LowRank) else f"a bias beside {_name(module.family)} factors"
-        )
-    else:
-        nowhere = has_bias(job.arch, module.site) is False
-        what = "a bias for a layer that has none (PEFT, which makes one, does)" if nowhere else ""
+    what = ""
+    if job.target.words == PEFT and module.delta is not None and not isinstance(module.delta, LowRank):
+        what = f"a bias beside {_name(module.family)} factors"
+    elif job.target.words != PEFT and has_bias(job.arch, module.site) is False:
+        what = "a bias for a layer that has none (PEFT, which makes one, does)"
     if not what:
         return module
     _leave_out(job, module, what, "bias")
     return replace(module, bias=None)
+
+
+def _reads_columns(job: Job, module: Module) -> bool:
+    """Whether the reader knows DoRA magnitudes per input column: PEFT does for an embedding alone."""
+    delta = module.delta
+    return job.target.in_axis_dora or (
+        job.target.id == "peft" and isinstance(delta, LowRank) and is_embedding(module.name, delta.up)
+    )
 
 
 def uniform(job: Job, modules: list[Module]) -> list[Module]:
@@ -84,17 +92,21 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 
 
 def _holds(job: Job, module: Module) -> bool:
+    if job.target.own:
+        return True
+    if is_pefts(module.delta, job.adapter.configs):
+        return job.target.id == "peft"
     if module.family == "set" and job.target.id == "diffusers":
         return module.site.spans[0].weight.endswith(job.adapter.architecture.replaced_norms)
     if module.family not in job.target.holds or _is_configured(job, module) or _is_list(job, module):
-        return False
+        return job.target.id == "peft" and is_saved(module.delta)
     return module.magnitude is None or module.family == "dora" or job.target.id != "peft"
 
 
 def _is_configured(job: Job, module: Module) -> bool:
     """Whether it is PEFT's OFT, of which only the configuration tells how the rotations are made, on its way elsewhere."""
     slots = module.delta.tensors if isinstance(module.delta, Opaque) else {}
-    return bool({".oft_R.weight", ".oft_r"} & set(slots)) and job.adapter.layout == "peft" and not job.target.own
+    return SHARED_OFT in slots and job.adapter.layout == "peft" and not job.target.own
 
 
 def _is_list(job: Job, module: Module) -> bool:
@@ -110,7 +122,11 @@ def _as_lora(job: Job, module: Module) -> Module | None:
     if isinstance(delta, Opaque) or delta.family == "norm":
         if job.options.as_lora and _holds(job, module):
             return module
-        what = " without its adapter_config.json" if _is_configured(job, module) else " modules"
+        what = " modules"
+        if is_pefts(delta, job.adapter.configs):
+            what = " of PEFT, which nothing else does"
+        elif _is_configured(job, module):
+            what = " without its adapter_config.json"
         _leave_out(job, module, delta.family.upper() + what)
         return None
     if not job.options.as_lora:

@@ -15,7 +15,8 @@ from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.in_place import header_of
 from lorasurgery.io.sniff import TORCH_SUFFIXES
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
-from lorasurgery.surgery.meta_hashes import SPEC_HASH, legacy_of
+from lorasurgery.surgery.functional import FUNCTIONAL
+from lorasurgery.surgery.meta_hashes import SPEC_HASH, legacy_era, legacy_of
 from lorasurgery.surgery.meta_values import SPEC, SPEC_VERSION, spec_notes
 from lorasurgery.surgery.privacy import private_keys, without_paths
 
@@ -32,12 +33,18 @@ HASHES = (MODEL_HASH, LEGACY_HASH, SPEC_HASH)
 
 LOADED = (
     "format", "lora_adapter_metadata", "lycoris_config", "ss_lokr_factor", "lorasurgery.lokr_factor_dtype",
-    "unet", "text_encoder", "unet:*", "text_encoder:*", "omi_data",
+    "unet", "text_encoder", "unet:*", "text_encoder:*", "omi_data", *FUNCTIONAL,
 )  # fmt: skip
 """Key patterns that programs read to load the tensors: rank, alpha and targets (Diffusers, SimpleTuner, OMI), the only
-copy of a LoKr factor, cloneofsimo's ranks. The presets of ``strip`` keep them."""
+copy of a LoKr factor, cloneofsimo's ranks, and what decides how they are used. The presets of ``strip`` keep them."""
 
-DESCRIBING = (*LOADED[1:], "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
+DESCRIBING = (
+    *(key for key in LOADED[1:] if key not in FUNCTIONAL),
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_module",
+    "ss_network_args",
+)
 """Key patterns that describe the tensors beside them: ``copy`` takes them along only between files with the same tensors."""
 
 
@@ -90,9 +97,9 @@ def edited(path: Path, change: Change) -> Edited:
     raw = read_metadata(path)
     metadata, notes = change(raw)
     before = raw.metadata.get(LEGACY_HASH)
-    if before is not None and metadata.get(LEGACY_HASH) == before and before == legacy_of(raw.tensors, raw.metadata).value:
+    if before is not None and metadata.get(LEGACY_HASH) == before and legacy_era(raw.tensors, raw.metadata, before):
         after = legacy_of(raw.tensors, metadata).value
-        if after is not None and after != before:
+        if after is not None and not legacy_era(raw.tensors, metadata, before):
             metadata[LEGACY_HASH] = after
             notes = [*notes, f"{LEGACY_HASH} hangs on the ss_ metadata and was computed again"]
     return Edited(header_of(raw), metadata, tuple(notes))

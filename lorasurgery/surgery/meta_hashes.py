@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorasurgery.interrupts import held
 from lorasurgery.io.behind import CHUNK
-from lorasurgery.io.hashes import LEGACY_LENGTH, LEGACY_START, legacy_hash, legacy_window
+from lorasurgery.io.hashes import LEGACY_LENGTH, LEGACY_START, NOW, OLDER, Era, legacy_hash, legacy_window
 from lorasurgery.io.header import serialiser_order
 from lorasurgery.io.in_place import data_region
 from lorasurgery.io.sources import Region
@@ -126,8 +127,9 @@ def verify(raw: RawFile) -> Verified:
     ordered = _merged(_regions(raw.tensors, serialiser_order(raw.tensors)))
     in_order = [(region.offset, region.length) for region in ordered] == [(data.offset, data.length)] * bool(data.length)
     with ThreadPoolExecutor(3) as pool:
-        file_hash, data_hash = pool.submit(sha256_of, [whole]), pool.submit(sha256_of, [data])
-        model_hash = data_hash if in_order else pool.submit(sha256_of, ordered)
+        with held():
+            file_hash, data_hash = pool.submit(sha256_of, [whole]), pool.submit(sha256_of, [data])
+            model_hash = data_hash if in_order else pool.submit(sha256_of, ordered)
         digests = file_hash.result(), data_hash.result(), model_hash.result()
     window = Region(whole.source, LEGACY_START, max(min(LEGACY_LENGTH, whole.length - LEGACY_START), 0))
     stored = (_model(raw, digests[2], digests[1]), _legacy(raw, digests[2]), _spec(raw, digests[1], digests[2]))
@@ -143,14 +145,19 @@ def sha256_of(regions: Iterable[Region]) -> str:
     return digest.hexdigest()
 
 
-def legacy_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Legacy:
+def legacy_era(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], value: str) -> Era | None:
+    """The library whose serialisation has this legacy hash, None where none has."""
+    return next((era for era in (NOW, *OLDER) if legacy_of(tensors, metadata, era).value == value.lower()), None)
+
+
+def legacy_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], era: Era = NOW) -> Legacy:
     """sd-scripts' legacy hash of these tensors with this metadata; reads 64 KiB at most."""
     ours = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     head = len('{"__metadata__":') + len(json.dumps(ours, separators=(",", ":"), ensure_ascii=False).encode())
     if len(ours) > 1 and 8 + head > LEGACY_START:
         return Legacy(None, empty=False)
-    part, start, stop = legacy_window(tensors, metadata)
-    regions = tuple(_regions(tensors, serialiser_order(tensors)))
+    part, start, stop = legacy_window(tensors, metadata, era)
+    regions = tuple(_regions(tensors, era.order(tensors)))
     data = Tensor("U8", (sum(region.length for region in regions),), regions).rows([(start, stop)]).tobytes()
     return Legacy(legacy_hash(part, data), empty=not part and not data)
 
@@ -192,7 +199,10 @@ def _legacy(raw: RawFile, ordered: str) -> Stored:
     if computed.value is None:
         wrong_model = raw.metadata.get(MODEL_HASH, ordered).lower() != ordered
         return Stored(LEGACY_HASH, value, UNKNOWN, None, note + ("; sshs_model_hash beside it is stale" if wrong_model else ""))
-    verdict = RIGHT if value.lower() == computed.value else STALE
+    era = legacy_era(raw.tensors, raw.metadata, value)
+    verdict = STALE if era is None else RIGHT
+    if era not in (None, NOW):
+        note = f"as sd-scripts computed it with safetensors {era.versions}, which padded headers otherwise"
     if verdict == STALE and value.lower() == NOTHING[:8]:
         note = "the hash of nothing (e3b0c442), which belongs to files smaller than 1 MiB"
     return Stored(LEGACY_HASH, value, verdict, computed.value, note)

@@ -113,7 +113,7 @@ def _module(own: Group, delta: LowRank, rules: ScaleRules, raw: RawFile) -> Nest
     elif component is not None:
         alpha = scale.value * (sqrt(delta.rank) if root else delta.rank)
     return NestedModule(
-        own.stem, delta, {slot: e.key for (family, slot), e in own.entries.items() if family == LORA}, scale.value, alpha,
+        own.spelled, delta, {slot: e.key for (family, slot), e in own.entries.items() if family == LORA}, scale.value, alpha,
         None if entry is None else entry.key, root, component, own.modifier(MAGNITUDE) is not None,
     )  # fmt: skip
 

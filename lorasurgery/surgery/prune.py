@@ -204,7 +204,7 @@ def _for(arch: Architecture, adapter: Adapter, report: Pruned) -> Adapter:
         metadata[BASE_VERSION] = arch.metadata_names[0]
     if metadata.get(SPEC, "").split("/")[0] not in ("", *arch.metadata_names):
         report.warnings.append(f"{SPEC} was {metadata.pop(SPEC)} and is left out")
-    return replace(adapter, architecture=arch, metadata=metadata, ambiguous=(), candidates=())
+    return replace(adapter, architecture=arch, metadata=metadata, candidates=())
 
 
 # scale --------------------------------------------------------------------------------------------------------------------

@@ -112,15 +112,20 @@ def _refuse_not_finite(deltas: Sequence[Delta]) -> None:
 
 
 def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
-    """Stack exact low-rank forms, then cut the product of the factors."""
+    """Stack exact low-rank forms, then cut the product of the factors, or the dense stack where that is sooner done."""
     import numpy as np
 
     from lorasurgery.linalg.factors import Factors
     from lorasurgery.linalg.low_rank import factored_svd, rank_for_energy, tail_error
+    from lorasurgery.linalg.randomized import dense_svd
+    from lorasurgery.surgery.route import dense_is_cheaper, making_dense
 
     low = [(None if d is None else d.to_low_rank().times(scale), rows) for d, scale, rows in members]
     whole = stack_low_rank(low) if len(low) > 1 else low[0][0]
     assert whole is not None  # noqa: S101  a stack has at least one member
+    sides, making = (whole.shape[0], prod(whole.shape[1:])), making_dense(d for d, *_ in members if d is not None)
+    if budget.rank is not None and dense_is_cheaper(sides, whole.rank, budget.rank, making):
+        return dense_svd(_stacked_dense(members, sides), rank=budget.rank, energy=budget.energy, dtype=np.float64)
     left, values, right = factored_svd(whole.up.f64().reshape(whole.up.shape[0], -1), whole.down.f64().reshape(whole.rank, -1))
     kept = max(int(np.sum(values > 1e-13 * values[0])) if values.size else 1, 1)
     kept = min(kept, budget.rank or kept)
@@ -128,6 +133,14 @@ def _cut_factors(members: Sequence[Member], budget: Budget) -> Factors:
         kept = min(kept, max(rank_for_energy(values, budget.energy), 1))
     root = np.sqrt(values[:kept])
     return Factors(left[:, :kept] * root, root[:, None] * right[:kept], values[:kept], tail_error(values, kept))
+
+
+def _stacked_dense(members: Sequence[Member], sides: tuple[int, int]) -> Array:
+    """(out, in*k*k) in float64, missing members zeros."""
+    import numpy as np
+
+    parts = [np.zeros((rows, sides[1])) if d is None else d.dense().reshape(-1, sides[1]) * scale for d, scale, rows in members]
+    return np.vstack(parts)
 
 
 def _norm(factors: Factors) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import scalar
+from lorasurgery.layouts.numbered import named_keys
 from lorasurgery.layouts.words import split_key
 from lorasurgery.surgery.nested import Origin, nested_modules, origin, verdict
 from lorasurgery.surgery.options import DTYPES
@@ -116,6 +117,8 @@ class Nested:
     others: list[str]
     """Modules of other families, carried as they are."""
     origin: Origin = field(default_factory=lambda: Origin(None, None, None, None))
+    numbered: bool = False
+    """Whether the file numbers its modules (cloneofsimo/lora)."""
 
     @property
     def rank(self) -> int:
@@ -162,7 +165,7 @@ class Nested:
 def open_nested(raw: RawFile) -> Nested:
     """Read the modules of ``raw``; raises SurgeryError for a file without LoRA modules."""
     modules, others = nested_modules(raw)
-    return Nested(raw, modules, others, origin(raw.metadata))
+    return Nested(raw, modules, others, origin(raw.metadata), bool(named_keys(raw.tensors)))
 
 
 def rerank(nested: Nested, rank: int, request: Request) -> Reranked:
@@ -178,6 +181,11 @@ def rerank(nested: Nested, rank: int, request: Request) -> Reranked:
     for module, cut in zip(nested.modules, cuts, strict=True):
         tensors |= {module.keys[slot]: tensor for slot, tensor in cut.delta.tensors.items()}
         alpha = new_alpha(module, cut.rank, request.policy, unit)
+        if nested.numbered and alpha is not None:
+            raise RequestError(
+                f"{module.keys['down']}: a file that numbers its modules has no alphas, so its strength stays",
+                path=nested.raw.path, hint="--alpha scale, or lorasurgery convert --target sd-scripts first",
+            )  # fmt: skip
         made.append((module, cut.rank, alpha))
         if alpha is not None and alpha != module.alpha and module.component is None:
             tensors[module.alpha_key or f"{module.stem}.alpha"] = scalar(alpha)

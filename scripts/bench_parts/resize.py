@@ -37,7 +37,8 @@ OURS = """
 import os, sys
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
-from lorasurgery.api import load, save
+from lorasurgery.api import save
+from lorasurgery.files.opened import load
 from lorasurgery.report import Report
 from lorasurgery.surgery.resize import ResizeOptions, resize
 adapter = load(sys.argv[1])

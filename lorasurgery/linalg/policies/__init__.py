@@ -5,7 +5,7 @@ spectrum of zeros. That a module keeps at least rank 1 is the caller's business.
 """
 
 from lorasurgery.linalg.policies.budget import fill, per_cost, within
-from lorasurgery.linalg.policies.compat import kj_knee, kohya
+from lorasurgery.linalg.policies.compat import kj_knee, kohya, kohya_length
 from lorasurgery.linalg.policies.local import (
     absolute_threshold,
     energy,
@@ -28,6 +28,7 @@ __all__ = [
     "kj_knee",
     "knee",
     "kohya",
+    "kohya_length",
     "parse_recipe",
     "per_cost",
     "relative_error",

@@ -1,9 +1,10 @@
 """What other programs count, mistakes included, so that their results can be had again.
 
-Sources: kohya-ss/sd-scripts ``networks/resize_lora.py`` at 48d368f (2026-02); kijai/ComfyUI-KJNodes ``nodes/lora_nodes.py``
-at 3f20054 (2026-08). Both look at all ``min(out, in)`` singular values of the dense, unscaled product; beyond the rank of
-the factors these are rounding there and zero here. They count one singular value more than asked for (``index`` already
-is a count and 1 is added to it), and never fewer than 2. sd-scripts' development branch has mended that (41de936, 2025-09).
+Sources: kohya-ss/sd-scripts ``networks/resize_lora.py`` at 063ef10 (2026, release 0.11.1); kijai/ComfyUI-KJNodes
+``nodes/lora_nodes.py`` at 3f20054 (2026-08). Both look at the singular values of the dense, unscaled product in float32, all
+``min(out, in)`` of them; beyond the rank of the factors these are rounding there and zero here. sd-scripts kept one more than
+asked for until 41de936 (2025-09; ``sv_ratio`` until 0.11); KJNodes still does (its ``index`` is a count already, and 1 is
+added to it), and never keeps fewer than 2.
 """
 
 from __future__ import annotations
@@ -13,17 +14,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lorasurgery.linalg.factors import AnyArray, Array
+    from numpy.typing import NDArray
+
+    from lorasurgery.linalg.factors import AnyArray
 
 MIN_SV = 1e-6
 """A largest singular value up to this (unscaled) is taken for a module of zeros, which gets rank 1."""
 
 
+LARGE = 2048
+"""sd-scripts decomposes a matrix with both sides above this by ``torch.svd_lowrank``, into twice the largest rank."""
+
+
+def kohya_length(sides: tuple[int, int], limit: int, *, lowrank: bool) -> int:
+    """How many singular values sd-scripts looks at; ``lowrank`` is false where its ``--svd_lowrank_niter`` is 0."""
+    return min(2 * limit, *sides) if lowrank and min(sides) > LARGE else min(sides)
+
+
 def kohya(values: AnyArray, method: str, parameter: float, *, length: int, limit: int) -> int:
     """sd-scripts' new rank for ``sv_ratio``, ``sv_cumulative`` or ``sv_fro`` and the cap ``limit`` (its ``--new_rank``).
 
-    ``values``: singular values without the scale; ``length``: ``min(out, in*k*k)``. Where sd-scripts would fail with an
-    index out of range (``length`` 1), the answer is 1. Raises ``ValueError`` for another method or a parameter of 0.
+    ``values``: singular values without the scale; ``length``: see :func:`kohya_length`. Raises ``ValueError`` for another
+    method or a parameter of 0.
     """
     if not parameter:
         raise ValueError("the parameter must not be 0")
@@ -33,42 +45,46 @@ def kohya(values: AnyArray, method: str, parameter: float, *, length: int, limit
     spectrum = _padded(values, length)
     if not spectrum[0] > MIN_SV:
         return 1
-    return _capped(counts[method](spectrum, parameter), length, limit)
+    index = max(0, min(counts[method](spectrum, parameter), len(spectrum) - 1))
+    return min(index + 1, limit)
 
 
 def kj_knee(values: AnyArray, sensitivity: float, *, length: int, limit: int) -> int:
-    """KJNodes' ``sv_knee``, as :func:`kohya`.
+    """KJNodes' ``sv_knee`` of singular values without the scale; ``length``: ``min(out, in*k*k)``; ``limit``: the cap.
 
-    It looks for the point furthest *above* the line, where a falling convex curve has none, so the answer is nearly always
-    2 or ``limit``. :func:`lorasurgery.linalg.policies.knee` looks below it.
+    It looks for the point furthest *above* the line, where a falling convex curve has none, so the answer is nearly always 2.
+    At a sensitivity of 1 both ends lie on the line, and only float32's rounding says which comes first.
+    :func:`lorasurgery.linalg.policies.knee` looks below the line.
     """
     spectrum = _padded(values, length)
     if not spectrum[0] > MIN_SV:
         return 1
-    if length <= 2:
-        return _capped(1, length, limit)
-    y = (spectrum - spectrum[-1]) / (spectrum[0] - spectrum[-1] + 1e-10)
-    return _capped(int(np.argmax(y - (1.0 - sensitivity * np.linspace(0.0, 1.0, length)))), length, limit)
+    index, last = 1, spectrum[-1]
+    if length > 2:
+        y = (spectrum - last) / (spectrum[0] - last + np.float32(1e-10))
+        index = int(np.argmax(y - (1.0 - sensitivity * np.linspace(0.0, 1.0, length))))
+    return min(max(1, min(index, length - 1)) + 1, limit, length)
 
 
-def _padded(values: AnyArray, length: int) -> Array:
-    spectrum = np.zeros(max(length, 1))
+def _padded(values: AnyArray, length: int) -> NDArray[np.float32]:
+    spectrum = np.zeros(max(length, 1), np.float32)
     spectrum[: min(len(values), length)] = values[:length]
     return spectrum
 
 
-def _capped(index: int, length: int, limit: int) -> int:
-    """``index`` into [1, length - 1], plus one, up to ``limit``."""
-    return min(max(1, min(index, length - 1)) + 1, limit, length)
+def _ratio(spectrum: NDArray[np.float32], ratio: float) -> int:
+    return int(np.sum(spectrum > spectrum[0] / np.float32(ratio))) - 1
 
 
-def _ratio(spectrum: Array, ratio: float) -> int:
-    return int(np.sum(spectrum > spectrum[0] / ratio))
+def _cumulative(spectrum: NDArray[np.float32], share: float) -> int:
+    return _first(spectrum, share)
 
 
-def _cumulative(spectrum: Array, share: float) -> int:
-    return int(np.searchsorted(np.cumsum(spectrum) / np.sum(spectrum), share)) + 1
+def _fro(spectrum: NDArray[np.float32], share: float) -> int:
+    return _first(spectrum**2, share**2)
 
 
-def _fro(spectrum: Array, share: float) -> int:
-    return int(np.searchsorted(np.cumsum(spectrum**2) / np.sum(spectrum**2), share**2)) + 1
+def _first(weights: NDArray[np.float32], share: float) -> int:
+    """The first position at which the sum has the share; torch adds float32 up in float64 and rounds each sum."""
+    sums = np.cumsum(weights, dtype=np.float64).astype(np.float32)
+    return int(np.searchsorted(sums / sums[-1], np.float32(share)))

@@ -121,7 +121,8 @@ def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, optio
         unmatched=list(plan.unmatched), untouched=len(model.weights) - len(plan.changes),
     )  # fmt: skip
     for source, used, left in zip(sources, plan.modules, plan.left_out, strict=True):
-        families = Counter(module.family for module in source.adapter.modules.values())
+        placed = (own for change in plan.changes.values() for own in change.placed if own.source is source)
+        families = Counter(module.family for module in {id(own.module): own.module for own in placed}.values())
         report.used.append(Used(source.path, source.text, source.adapter.layout, used, left, dict(families)))
         report.warnings += [f"{source.path}: {warning}" for warning in source.adapter.warnings]
         if not used and left:
@@ -130,7 +131,7 @@ def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, optio
             reason = next((r for path, _, r in plan.unmatched if path == source.path), "it has no modules")
             raise RequestError(
                 f"none of its modules belongs to {model.path}: {reason}", path=source.path,
-                hint="the model that it was trained on; for text encoders an all-in-one file, or the pipeline's folder",
+                hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline",
             )  # fmt: skip
     report.warnings += check_width(plan, undo=options.unapply)
     return report

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from lorasurgery.errors import RequestError
+from lorasurgery.interrupts import held, ignored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,8 +60,9 @@ class Forks(Generic[Result]):
         self._idle = SimpleQueue[Child]()
         self._children: list[Child] = []
         try:
-            for _ in range(count):
-                self._begin(function)
+            with held():
+                for _ in range(count):
+                    self._begin(function)
         except BaseException:  # too many processes, say
             self.__exit__()
             raise
@@ -109,7 +111,7 @@ class Forks(Generic[Result]):
 
 def _serve(function: Callable[[int, Callable[[int], None]], Any], pipe: Connection, others: list[Connection]) -> None:
     """A child's life: numbers come in; how many bytes are done goes out, and (result,) or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it, too, and ends its children
+    ignored()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:  # this one would never see the end of its own otherwise
         other.close()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureError
 from lorasurgery.files.opened import read_any
-from lorasurgery.files.read import parse
-from lorasurgery.io.peft_folder import is_peft_folder, read_peft_folder, whole_folder
+from lorasurgery.files.read import parse, parse_for
+from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.group import group
 from lorasurgery.layouts.module import FLAGS
-from lorasurgery.layouts.scales import PeftConfig
+from lorasurgery.layouts.peft_read import read_peft
 from lorasurgery.metadata import FACTOR
-from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules, refuse_other_types
+from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules
 from lorasurgery.surgery.apply.widen import widened
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter, Module
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.io.header import RawFile
+    from lorasurgery.layouts.scales import PeftConfig
     from lorasurgery.models import Model
 
 TOP_LEVEL = (FACTOR, *FLAGS)
@@ -61,9 +64,8 @@ class Source:
 
 def source_of(adapter: Adapter) -> Source:
     """An adapter that was read at weight 1; how its OFT and (IA)^3 modules are meant is read from where it came from."""
-    path, rules = adapter.path, {"": Rules(backwards=adapter.layout != "peft")}
-    if path is not None and path.is_dir() and is_peft_folder(path):
-        rules = {component: Rules.from_dict(fields) for component, fields in read_peft_folder(path)[1].items()}
+    rules = {component: Rules.from_dict(fields) for component, fields in adapter.configs.items()}
+    rules = rules or {"": Rules(backwards=adapter.layout != "peft")}
     return Source(adapter, lambda _: 1.0, "1", {}, rules)
 
 
@@ -89,21 +91,20 @@ def read_source(
 ) -> Source:
     """An adapter whose modules are the model's, at a strength, or one for each module.
 
+    For a text encoder alone (an ``architecture`` of no other weights) it may be of any model that has the encoder.
     ``path``: a file, or PEFT's folder; its weights alone stand for the folder.
-    Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model, and
-    RequestError for a type of PEFT's whose change is not in its files.
+    Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model.
     """
     scales, rules, path = None, {}, whole_folder(path)
     if path.is_dir() and is_peft_folder(path):
-        raw, configs = read_peft_folder(path)
-        refuse_other_types(configs, path)
-        scales = {component: PeftConfig.from_dict(fields, "adapter_config.json") for component, fields in configs.items()}
-        rules = {component: Rules.from_dict(fields) for component, fields in configs.items()}
+        raw, scales = read_peft(path)
+        _refuse_turned(scales, architecture, path)
+        rules = {component: Rules.from_dict(config.fields) for component, config in scales.items()}
     else:
         raw = read_any(path)
         rules = {"": Rules(backwards=not any(key.startswith(PEFT_PREFIX) for key in raw.tensors))}
     try:
-        adapter = parse(raw, among=(widened(raw, architecture),), configs=scales)
+        adapter = _parsed(raw, scales, architecture)
     except UnknownArchitectureError as error:
         raise UnknownArchitectureError(
             _whose(raw, scales, architecture, error), path=path, candidates=error.candidates,
@@ -117,6 +118,26 @@ def read_source(
         return Source(adapter, strength, text or "by block", keys, rules)
     value = strength
     return Source(adapter, lambda _: value, text or f"{value:g}", keys, rules)
+
+
+def _parsed(raw: RawFile, scales: Mapping[str, PeftConfig] | None, architecture: Architecture) -> Adapter:
+    """The adapter under the model's table; for a text encoder alone under that of its own model, if any is known."""
+    if not architecture.rows:
+        with suppress(UnknownArchitectureError):
+            return parse(raw, configs=scales)
+    return parse_for(raw, widened(raw, architecture), configs=scales)
+
+
+def _refuse_turned(configs: Mapping[str, PeftConfig], architecture: Architecture, path: Path) -> None:
+    """Raises RequestError for layers that store their weights as (in, out), as GPT-2's Conv1D does.
+
+    The models that have a table here have none, and PEFT does not heed the field there.
+    """
+    if architecture.id == CUSTOM and any(config.fields.get("fan_in_fan_out") is True for config in configs.values()):
+        raise RequestError(
+            "adapter_config.json has fan_in_fan_out: true: the model's layers hold their weights turned over, which a product"
+            " of this adapter is not", path=path, hint="merge_and_unload() of PEFT",
+        )  # fmt: skip
 
 
 def _whose(raw: RawFile, scales: Mapping[str, PeftConfig] | None, model: Architecture, error: UnknownArchitectureError) -> str:

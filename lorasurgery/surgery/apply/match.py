@@ -107,16 +107,22 @@ def runs_between(holder: Spans, module: Spans) -> tuple[Run, ...]:
 def match(model: Model, sources: Sequence[Source]) -> Plan:
     """Place every module of every source, in the order of the sources.
 
-    A module is used when the model has all of its rows. Raises RequestError for a weight that is stored as integers.
+    A module is used when the model has all of its rows; its weight may be a parameter that is no layer's. Raises
+    RequestError for a weight that is stored as integers.
     """
     plan = Plan(order=list(sources))
     holders = _holders(model)
+    components = {component for component, *_ in holders}
     for source in sources:
         used = left = 0
         for module in source.adapter.modules.values():
             strength = source.strength(module)
             if strength == 0.0:
                 left += 1
+                continue
+            if module.site.component not in components:
+                reason = f"not for this file, which has no {module.site.component}"
+                plan.unmatched += [(source.path, key, reason) for key in source.keys.get(module.name, [module.name])]
                 continue
             used += _place(plan, holders, source, module, strength)
         plan.modules.append(used)
@@ -127,18 +133,38 @@ def match(model: Model, sources: Sequence[Source]) -> Plan:
     return plan
 
 
-_Holders = dict[tuple[str, str, bool], list[tuple[str, "Weight"]]]
+class Holder(NamedTuple):
+    """A tensor of the model, and the rows of a site's weights that it holds."""
+
+    name: str
+    weight: Weight
+    spans: Spans
+
+
+_Holders = dict[tuple[str, str, bool], list[Holder]]
+WHOLE = (".bias", ".scale")
+"""Ends of parameters' names that a site may have, too: ``head.head.bias`` is a parameter of its own then."""
 
 
 def _holders(model: Model) -> _Holders:
-    """(component, original weight, whether biases) -> the tensors that hold rows of it."""
+    """(component, original weight or whole parameter, whether biases) -> the tensors that hold rows of it."""
     found: _Holders = defaultdict(list)
     for name, weight in model.weights.items():
         if weight.place is None or weight.role == OTHER:
             continue
-        for original in dict.fromkeys(span.weight for span in weight.place.spans):
-            found[weight.place.component, original, weight.role == BIAS].append((name, weight))
+        component, spans = weight.place
+        for own, bias in _called(weight.key, spans, bias=weight.role == BIAS):
+            for original in dict.fromkeys(span.weight for span in own):
+                found[component, original, bias].append(Holder(name, weight, own))
     return found
+
+
+def _called(key: str, spans: Spans, *, bias: bool) -> Iterator[tuple[Spans, bool]]:
+    """The rows of a tensor under every name that a site may have for them: their module's, and the parameter's own."""
+    yield spans, bias
+    for end in WHOLE:
+        if key.endswith(end) and not spans[0].weight.endswith(end):
+            yield tuple(span._replace(weight=span.weight + end) for span in spans), False
 
 
 def _place(plan: Plan, holders: _Holders, source: Source, module: Module, strength: float) -> bool:
@@ -178,8 +204,9 @@ def _of_part(keys: Iterable[str], *, bias: bool) -> Iterator[str]:
 def _place_part(plan: Plan, holders: _Holders, part: Placed) -> str:
     """Put a weight's or a bias' change where it belongs; the reason when it belongs nowhere."""
     component, spans = part.module.site
-    found = {name: weight for span in spans for name, weight in holders.get((component, span.weight, part.bias), ())}
-    placed = {name: runs_between(weight.place.spans, spans) for name, weight in found.items() if weight.place is not None}
+    holding = {own.name: own for span in spans for own in holders.get((component, span.weight, part.bias), ())}
+    found = {name: own.weight for name, own in holding.items()}
+    placed = {name: runs_between(own.spans, spans) for name, own in holding.items()}
     missing = _missing(part.module, [run for runs in placed.values() for run in runs])
     if missing is not None:
         return f"the model has no {'bias' if part.bias else 'weight'} for {missing}"

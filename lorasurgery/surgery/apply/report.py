@@ -31,6 +31,7 @@ class Used:
     left_out: int
     """Modules whose weight is 0."""
     families: dict[str, int]
+    """Of the modules that changed something."""
 
 
 @dataclass(slots=True)

@@ -6,25 +6,18 @@ Sources: PEFT 0.21 ``OFTConfig`` (``use_cayley_neumann``, ``num_cayley_neumann_t
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.deltas.orthogonal import NEUMANN_TERMS
-from lorasurgery.errors import FileFormatError, RequestError
+from lorasurgery.errors import FileFormatError
+from lorasurgery.layouts.peft_own import is_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PEFT_PREFIX = "base_model.model."
 """Keys of PEFT's own begin so, those of OneTrainer's OFT never."""
-RANDOM = {
-    "VERA": "shared random matrices", "PVERA": "shared random matrices", "RANDLORA": "random bases",
-    "FOURIERFT": "random frequencies", "WAVEFT": "random places of wavelet coefficients", "SHIRA": "random places",
-    "VBLORA": "a bank of vectors",
-}  # fmt: skip
-"""PEFT types whose change depends on numbers that its files need not hold, and what those are."""
-READ = frozenset({"LORA", "LOHA", "LOKR", "MISS", "BONE", "OFT", "BOFT", "IA3", ""})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +55,4 @@ class Rules:
 
     def is_feedforward(self, name: str) -> bool | None:
         """Whether a module, by its name in the wrapped model, is one of :attr:`feedforward`; None: not told."""
-        if self.feedforward is None:
-            return None
-        if isinstance(self.feedforward, str):
-            return re.fullmatch(self.feedforward, name) is not None
-        return name.endswith(self.feedforward)
-
-
-def refuse_other_types(configs: Mapping[str, Mapping[str, Any]], path: object) -> None:
-    """Raises RequestError for a PEFT type whose change is not in the file, or not known here."""
-    for fields in configs.values():
-        kind = str(fields.get("peft_type") or "").rpartition(".")[2].upper()
-        if kind in READ:
-            continue
-        reason = f"its change depends on {RANDOM[kind]}" if kind in RANDOM else "what it makes of a weight is not known here"
-        raise RequestError(
-            f"{kind} of PEFT is not applied: {reason}", path=str(path),
-            hint="merge_and_unload() of PEFT, and lorasurgery extract for an adapter of the difference",
-        )  # fmt: skip
+        return None if self.feedforward is None else is_named(self.feedforward, name)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from lorasurgery.interrupts import held
 from lorasurgery.io.sources import FileSource, Region
 from lorasurgery.io.writer import copy_region, replacing, write_all
 from lorasurgery.linalg.threads import one_blas_thread
@@ -81,7 +82,8 @@ class Writing:
                 work = self._work(list(changes.values()), output, fd, offsets, ends)
                 pool = ends.enter_context(ThreadPoolExecutor(self.workers))
                 try:
-                    futures = [pool.submit(work, number) for number in range(len(changes))]
+                    with held():
+                        futures = [pool.submit(work, number) for number in range(len(changes))]
                     with suppress(Stopped):
                         copy_rest(file.raw, output, offsets, _owned(changes.values()), self._count)
                     return _results(futures)

@@ -108,7 +108,7 @@ def compare_families(base: str | Path, tuned: str | Path, options: ExtractOption
     running = running or Running()
     models = opened(base, tuned, running.arch, running.only)
     check_devices(options)
-    options = options.on(models[0].architecture)
+    options = options.aimed(models).on(models[0].architecture)
     pairs = [p for p in pair_up(*models, options).pairs if not p.reason and not p.is_vector]
     chosen = [pairs[i * len(pairs) // SAMPLES] for i in range(SAMPLES)] if len(pairs) > SAMPLES else pairs
     found: list[_One] = []

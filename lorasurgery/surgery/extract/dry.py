@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Adapter, Leftover, Magnitude, Module, Scale
+from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
@@ -17,6 +17,7 @@ from lorasurgery.layouts.peft_config import factorization
 from lorasurgery.surgery.extract.inputs import opened
 from lorasurgery.surgery.extract.meta import metadata_of, operation
 from lorasurgery.surgery.extract.pairs import BIAS, NORM, PARAMETER, pair_up
+from lorasurgery.surgery.extract.parameters import with_parameters
 from lorasurgery.surgery.extract.result import dtype_of
 from lorasurgery.surgery.extract.work import wanted_of
 from lorasurgery.surgery.resize.size import file_size
@@ -76,7 +77,7 @@ def plan(
     """Match the models and read nothing else. Raises as :func:`lorasurgery.surgery.extract.extract` does."""
     options.check()
     models = opened(base, tuned, arch, only)
-    options = options.on(models[0].architecture)
+    options = options.aimed(models).on(models[0].architecture)
     pairs = pair_up(*models, options)
     taken = [p for p in pairs.pairs if not p.reason]
     if not taken:
@@ -86,10 +87,8 @@ def plan(
     size = None
     if options.cut.is_fixed and not options.cut.uniform:
         modules = _modules(taken, options)
-        others = tuple(
-            Leftover(f"{p.name}.diff", zeros(dtype_of(p, options), p.shape), "") for p in taken if p.kind == PARAMETER
-        )
-        size = file_size(Adapter(models[0].architecture, modules, metadata, options.layout.id, others))
+        table = with_parameters(models[0].architecture, [p for p in taken if p.kind == PARAMETER])
+        size = file_size(Adapter(table, modules, metadata, options.layout.id))
     return Planned(
         str(models[0].path), str(models[1].path), models[0].architecture.key,
         (models[0].layout, models[1].layout, options.layout.id), operation(options),
@@ -103,8 +102,6 @@ def _modules(pairs: Sequence[Pair], options: ExtractOptions) -> dict[Any, Module
     found: dict[Any, Module] = {}
     for pair in pairs:
         dtype = dtype_of(pair, options)
-        if pair.kind == PARAMETER:
-            continue
         if pair.kind == BIAS:
             old = found.get(pair.site)
             if old is not None or "bias" in options.layout.holds:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.alerts import Alert, bytes_of
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.errors import BrokenModuleError, RequestError
+from lorasurgery.interrupts import held
 from lorasurgery.report import Report
 from lorasurgery.surgery.extract.inputs import check_devices, check_files, opened
+from lorasurgery.surgery.extract.loaders import loader_notes
 from lorasurgery.surgery.extract.meta import file_hash, metadata_of, operation
 from lorasurgery.surgery.extract.options import ExtractOptions
 from lorasurgery.surgery.extract.pairs import Pairs, pair_up
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
+    from lorasurgery.architectures.table import Architecture
     from lorasurgery.models import Model
     from lorasurgery.surgery.extract.pairs import Pair
     from lorasurgery.surgery.extract.store import Entry
@@ -86,6 +89,7 @@ def extract(
     check_files(output, (Path(base), Path(tuned)), force=running.force)
     models = opened(base, tuned, running.arch, running.only)
     check_devices(options)
+    asked, options = options.target is not None, options.aimed(models)
     identity = _identity(models, options)
     options = options.on(models[0].architecture)
     pairs = pair_up(*models, options)
@@ -94,7 +98,8 @@ def extract(
         try:
             resumed = _work(pairs.pairs, store, options, running.progress)
             hashes = {which: _hash(store, which, future) for which, future in hashing.items()}
-            report = _written(models, pairs, store, options, output, hashes)
+            report, arch = _written(models, pairs, store, options, output, hashes)
+            report.warnings += loader_notes(output, models, arch, options.layout, asked=asked)
         except BrokenModuleError:  # a whole file, or other options, would be another extraction
             store.remove()
             raise
@@ -126,7 +131,9 @@ def _hashing(models: tuple[Model, Model], *, wanted: bool) -> Iterator[dict[str,
     pool, stop = ThreadPoolExecutor(1), Event()
     named = zip(("base", "tuned"), models, strict=True)
     try:
-        yield {which: pool.submit(file_hash, m.files[0].path, stop) for which, m in named if wanted and len(m.files) == 1}
+        with held():
+            hashes = {w: pool.submit(file_hash, m.files[0].path, stop) for w, m in named if wanted and len(m.files) == 1}
+        yield hashes
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -162,7 +169,8 @@ def _work(pairs: Sequence[Pair], store: Store, options: ExtractOptions, progress
 
 def _written(
     models: tuple[Model, Model], pairs: Pairs, store: Store, options: ExtractOptions, output: Path, hashes: Mapping[str, str]
-) -> ExtractReport:
+) -> tuple[ExtractReport, Architecture]:
+    """The report, and the table with what was written beyond it."""
     base, tuned = models
     conv = any(p.kind == "conv" and not p.reason for p in pairs.pairs)
     metadata = metadata_of(base, tuned, options, output.stem, hashes, conv=conv)
@@ -180,7 +188,7 @@ def _written(
     resizing = [text for text in made.resizing.warnings if not isinstance(text, Alert)]  # of all modules below
     report.warnings += [*pairs.notes(options.cut), *resizing, *writing.warnings]
     report.warn()
-    return report
+    return report, adapter.architecture
 
 
 def _reported(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import named
 from lorasurgery.errors import OutputExistsError, RequestError
 from lorasurgery.io.writer import check_output
@@ -28,12 +29,20 @@ def opened(base: str | Path, tuned: str | Path, arch: str | None, only: str | No
         _refuse_adapter(model)
     if one.architecture.id == two.architecture.id == "custom" and one.architecture.rows != two.architecture.rows:
         two = open_model(tuned, arch=one.architecture)
+    if arch is None:
+        one, two = _as_in(two, one), _as_in(one, two)
     if only is not None and one.architecture.id != only:
         wanted, found = named(only)[0], one.architecture
         raise RequestError(
             f"it is {found.name} ({found.key}), not {wanted.name}", path=one.path, hint=f"the same command for {found.id}"
         )
     return one, two
+
+
+def _as_in(whole: Model, model: Model) -> Model:
+    """A text encoder alone as the encoder of the other model's family, where that has it; anything else as it is."""
+    has = any(own.table == model.component for own in whole.architecture.encoders)
+    return open_model(model.path, arch=whole.architecture) if has and whole.component == DENOISER else model
 
 
 def _refuse_adapter(model: Model) -> None:

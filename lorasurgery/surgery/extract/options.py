@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import DENOISER
 from lorasurgery.errors import RequestError
 from lorasurgery.layouts.targets import layout
 from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.layouts.targets import Layout
+    from lorasurgery.models import Model
 
 FAMILIES = ("lora", "locon", "lokr", "loha", "full")
 FACTORED = ("lora", "locon")
 """Families made of singular vectors, which every way to choose a rank is for. They differ in the metadata only."""
 CAP = 128
 """The most singular vectors of a module where a size, a recipe or a share of the parameters decides and no rank is named."""
+DEFAULT, DIFFUSERS = "sd-scripts", "diffusers"
 NONE, VECTORS, ALL = "none", "vectors", "all"
 
 
@@ -29,8 +34,9 @@ class ExtractOptions:
     """Ranks, policies, sizes, alpha, dtype, include and exclude, as for a resize."""
     family: str = "lora"
     """``lora`` or ``locon`` (the same tensors), ``lokr``, ``loha``, or ``full``: the whole difference."""
-    target: str = "sd-scripts"
-    """The layout to write; its names decide which rows are one module."""
+    target: str | None = None
+    """The layout to write; its names decide which rows are one module. None: what loads beside the models, which is Diffusers'
+    where Diffusers saved both and can hold the family, else sd-scripts'."""
     factor: int = -1
     """LyCORIS' factor of a LoKr; -1 is balanced."""
     tucker: bool = False
@@ -65,8 +71,8 @@ class ExtractOptions:
 
     @property
     def layout(self) -> Layout:
-        """The layout to write."""
-        return layout(self.target)
+        """The layout to write; sd-scripts' as long as no models have decided it."""
+        return layout(self.target or DEFAULT)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -76,7 +82,19 @@ class ExtractOptions:
     @property
     def resizing(self) -> ResizeOptions:
         """The cut of the differences; a scale of 1 unless an alpha is asked for."""
-        return replace(self.cut, layout=self.target, full=True, text_encoders=True, include=(), exclude=())
+        return replace(self.cut, layout=self.layout.id, full=True, text_encoders=True, include=(), exclude=())
+
+    def aimed(self, models: Sequence[Model]) -> ExtractOptions:
+        """With the target that follows from two models where none is named."""
+        if self.target is not None:
+            return self
+        arch, component = models[0].architecture, models[0].component
+        places = {own.diffusers for own in arch.encoders if own.table == component}
+        loaded = arch.has_diffusers and (component == DENOISER or bool(places & set(arch.diffusers_encoders)))
+        family = "lora" if self.family in FACTORED else self.family
+        held = family in layout(DIFFUSERS).holds and not self.tucker
+        follows = loaded and held and all(model.of_diffusers for model in models)
+        return replace(self, target=DIFFUSERS if follows else DEFAULT)
 
     def on(self, arch: Architecture) -> ExtractOptions:
         """With blocks and components looked up in an architecture; raises RequestError for unknown ones."""

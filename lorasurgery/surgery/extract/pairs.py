@@ -82,7 +82,7 @@ class Pairs:
     only_base: list[str] = field(default_factory=list)
     only_tuned: list[str] = field(default_factory=list)
     alone: list[int] = field(default_factory=lambda: [0, 0])
-    """How many of these two are modules of the denoiser."""
+    """How many of these two are modules of the denoiser, or of the encoder that the models are."""
     unlike: list[str] = field(default_factory=list)
     """Modules of other shapes in the two, left out as asked."""
     modules: list[Module] = field(default_factory=list)
@@ -106,7 +106,7 @@ def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
     """
     _same_architecture(base, tuned)
     speller = Speller(options.layout, base.architecture)
-    held = held_rows(base), held_rows(tuned)
+    held, main = (held_rows(base), held_rows(tuned)), _main(base, tuned)
     found, left_out = Pairs(), _reasons(base.architecture, options)
     for site in _sites(base, tuned, speller):
         there = [covers(own, site) for own in held]
@@ -127,7 +127,7 @@ def pair_up(base: Model, tuned: Model, options: ExtractOptions) -> Pairs:
                 found.unlike.append(module.name)
         else:
             (found.only_base if there[0] else found.only_tuned).append(module.name)
-            if site.component == DENOISER:
+            if site.component == main:
                 found.alone[0 if there[0] else 1] += 1
     _check_coverage(found, base, tuned)
     if options.layout.words == PEFT:
@@ -168,7 +168,7 @@ def _sites(base: Model, tuned: Model, speller: Speller) -> Iterator[Site]:
     arch = base.architecture
     naming = speller.namings[0].naming
     names = arch.namings[naming]
-    if not names:
+    if not names and base.component == DENOISER:
         raise NotRepresentableError(
             f"{arch.name} has no {naming} names", module=arch.name, path=base.path, hint="--target comfyui or sd-scripts"
         )
@@ -241,9 +241,15 @@ def _other_shape(base: Model, tuned: Model, site: Site, pairs: Sequence[Pair]) -
     )
 
 
+def _main(base: Model, tuned: Model) -> str:
+    """The component that is compared before all: the denoiser, or the encoder where one of the models is nothing else."""
+    return base.component if base.component != DENOISER else tuned.component
+
+
 def _check_coverage(found: Pairs, base: Model, tuned: Model) -> None:
-    """An all-in-one file may stand beside a bare denoiser, so only the denoiser counts."""
-    both = sum(pair.kind != BIAS and pair.site.component == DENOISER for pair in found.pairs)
+    """An all-in-one file may stand beside a bare denoiser, so only the denoiser counts; of a text encoder, the encoder."""
+    main = _main(base, tuned)
+    both = sum(pair.kind != BIAS and pair.site.component == main for pair in found.pairs)
     if both == 0 or both < SHARED * (both + max(found.alone)):
         only = (*found.only_base[:1], *found.only_tuned[:1])
         raise RequestError(

@@ -6,19 +6,23 @@ takes along those that have their original names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import Module, Scale, Site
-from lorasurgery.architectures.table import Span
+from lorasurgery.adapter import DENOISER, Module, Scale, Site
+from lorasurgery.architectures.table import Span, row
 from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.reading import Part, Reader
 from lorasurgery.models.scales import MARKER
 from lorasurgery.surgery.resize.pick import named
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lorasurgery.architectures.table import Architecture
     from lorasurgery.models import Model, Weight
     from lorasurgery.surgery.extract.options import ExtractOptions
+    from lorasurgery.surgery.extract.pairs import Pair
 
 OTHER = "other"
 COMFYUI = "diffusion_model."
@@ -54,13 +58,20 @@ def parameters(base: Model, tuned: Model, options: ExtractOptions) -> Parameters
     for key, weight in one.items():
         twin = two.pop(key, None)
         if twin is not None and twin.shape == weight.shape:
-            site = Site(OTHER, (Span(key, 0, weight.shape[0]),))
             name = _comfyui_name(key, base)
+            component, own = (DENOISER, name.removeprefix(COMFYUI)) if name else (OTHER, key)
+            site = Site(component, (Span(own, 0, weight.shape[0]),))
             found.shared.append(Shared(site, name or key, _whole(weight), _whole(twin), _left_out(site, name, options)))
         elif twin is None:
             found.only_base.append(key)
     found.only_tuned += list(two)
     return found
+
+
+def with_parameters(arch: Architecture, pairs: Iterable[Pair]) -> Architecture:
+    """The architecture with these parameters as weights of their own."""
+    own = tuple(row(pair.site.spans[0].weight, pair.shape) for pair in pairs)
+    return replace(arch, rows=(*arch.rows, *own)) if own else arch
 
 
 def bare_module(site: Site, name: str) -> Module:
@@ -77,7 +88,7 @@ def excluded(site: Site, name: str, options: ExtractOptions) -> bool:
 def _placeless(model: Model) -> dict[str, Weight]:
     return {
         key: w for key, w in model.weights.items()
-        if w.place is None and w.shape and w.tensor.dtype in FLOATS and key.rpartition(".")[2] != MARKER
+        if (w.place is None or not w.listed) and w.shape and w.tensor.dtype in FLOATS and key.rpartition(".")[2] != MARKER
     }  # fmt: skip
 
 
@@ -86,11 +97,14 @@ def _whole(weight: Weight) -> Reader:
 
 
 def _comfyui_name(key: str, model: Model) -> str:
-    """What ComfyUI calls it; empty for what is not the denoiser's, or has no original name."""
+    """What ComfyUI calls it; empty for what is not the denoiser's, or has no original name.
+
+    A weight without ``.weight``, all else as it is. Source: ComfyUI ``comfy/lora.py`` ``model_lora_keys_unet`` (2026-05).
+    """
     inner = next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), None)
-    if inner is None and model.layout in ORIGINAL:
+    if inner is None and model.layout in ORIGINAL and model.component == DENOISER:
         inner = key
-    return COMFYUI + inner if inner else ""
+    return COMFYUI + inner.removesuffix(".weight") if inner else ""
 
 
 def _left_out(site: Site, name: str, options: ExtractOptions) -> str:

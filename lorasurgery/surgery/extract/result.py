@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorasurgery.adapter import Adapter, Leftover, Magnitude, Module, Scale
+from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
@@ -19,6 +19,7 @@ from lorasurgery.layouts.targets import PEFT
 from lorasurgery.surgery.extract.bases import base_of
 from lorasurgery.surgery.extract.change import change_of, stored
 from lorasurgery.surgery.extract.pairs import BIAS, NORM, PARAMETER
+from lorasurgery.surgery.extract.parameters import with_parameters
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.block_args import with_block_args
 from lorasurgery.surgery.resize.engine import resized_from
@@ -90,7 +91,8 @@ def assembled(
     Raises RequestError for a size that cannot be met.
     """
     made = _Making(pairs, store, options)
-    adapter = Adapter(architecture, made.modules, dict(metadata), options.layout.id, tuple(made.parameters))
+    own = [pair for pair in pairs if pair.kind == PARAMETER and pair.site in made.modules]
+    adapter = Adapter(with_parameters(architecture, own), made.modules, dict(metadata), options.layout.id)
     if not made.subjects:
         return Assembled(adapter, made.losses, made.chosen, made.left_out)
     survey = Survey(adapter, made.subjects, [])
@@ -114,7 +116,6 @@ class _Making:
         self._store, self._options = store, options
         self.modules: dict[Any, Module] = {}
         self.subjects: list[Subject] = []
-        self.parameters: list[Leftover] = []
         self.losses = ResizeReport()
         self.chosen: dict[str, tuple[int | None, float]] = {}
         self.left_out: dict[str, str] = {}
@@ -166,7 +167,7 @@ class _Making:
         dtype = dtype_of(pair, self._options)
         if pair.kind == PARAMETER:
             values = rounded(entry.arrays["diff"], dtype, self._recorder(pair))
-            self.parameters.append(Leftover(f"{pair.name}.diff", values, "a parameter that is no module's"))
+            self.modules[pair.site] = Module(pair.site, pair.name, Full(values), Scale(1.0, "none (1.0)"))
             self.chosen[pair.id] = (None, 0.0)
             return ""
         delta: Delta

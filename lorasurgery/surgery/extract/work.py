@@ -11,6 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import NoRoomError
+from lorasurgery.interrupts import held
 from lorasurgery.linalg.threads import one_blas_thread
 from lorasurgery.surgery.extract.change import WIDE, change_of, stored
 from lorasurgery.surgery.extract.decompose import Wanted, decomposed
@@ -143,8 +144,9 @@ def run(units: Sequence[Unit], options: ExtractOptions, jobs: int, keep: Callabl
             for unit in units:
                 while len(running) >= jobs + ahead:
                     _drain(running, keep, options)
-                loading = readers.submit(_load, unit, options)
-                running.append(_Running(unit, loading, workers.submit(_finish, unit, loading, options)))
+                with held():
+                    loading = readers.submit(_load, unit, options)
+                    running.append(_Running(unit, loading, workers.submit(_finish, unit, loading, options)))
             while running:
                 _drain(running, keep, options)
     finally:

@@ -4,7 +4,8 @@
 - Norms and full differences are added element by element, and so is everything beside a full difference.
 - All else is written side by side in its exact low-rank form: up = [u_1, u_2, ...], down = [d_1; d_2; ...].
 - Where that rank would exceed both sides of the weight, the sum is a full difference, or a LoRA of the smaller side's
-  rank for readers without those.
+  rank for readers without those, or the nearest LoKr of LoKr modules where that is asked for. A sum that is cut afterwards
+  is whichever of the two is cut sooner.
 
 One scale is common to all members when their ratios are powers of two: then no number changes but its exponent. Otherwise
 the scales are multiplied into ``up``, once, and alpha is the rank.
@@ -29,8 +30,10 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import computed, same_values
+from lorasurgery.surgery.merge.lokr import nearest_lokr
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
 from lorasurgery.surgery.reduce import Budget, to_lora
+from lorasurgery.surgery.route import dense_is_cheaper, making_dense
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +41,11 @@ if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta, Record
     from lorasurgery.io.tensors import Float64, Shape, Tensor
 
+ROWS = 64
+"""Of a dense change that are multiplied at a time."""
 NARROW = frozenset({"F16", "BF16"})
-ADDED, SHARED, SIDE_BY_SIDE, FULL, REDUCED, GONE = (
-    "added", "added in one factor", "side by side", "added in full", "side by side, reduced", "cancelled out",
+ADDED, SHARED, SIDE_BY_SIDE, FULL, NEAREST, REDUCED, GONE = (
+    "added", "added in one factor", "side by side", "added in full", "nearest LoKr", "side by side, reduced", "cancelled out",
 )  # fmt: skip
 
 
@@ -61,8 +66,20 @@ class Adding:
     record: Record
     full: bool
     """Whether the target holds full differences."""
-    any_rank: bool = False
-    """Whether the result is cut afterwards: the rank may exceed the sides, and members keep their dtypes on the way."""
+    lokr: bool = False
+    """Whether sums of LoKr are to be the nearest LoKr."""
+    factor: int | None = None
+    """LyCORIS' factor of these; None: the members' own."""
+    cut: Cutting | None = None
+    """That the result is cut afterwards: the rank may exceed the sides, and members keep their dtypes on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How a sum is cut afterwards."""
+
+    needed: int | None
+    """How many singular values decide; None: all."""
 
 
 def added(modules: Sequence[Module], how: Adding) -> Sum:
@@ -78,7 +95,7 @@ def added(modules: Sequence[Module], how: Adding) -> Sum:
         return Sum(replace(kept, bias=bias, name=head.name), ADDED)
     refuse_nonlinear(own)
     terms = [Term(m.delta, m.scale.value) for m in own if m.delta is not None]
-    found = _shared(terms, how) or _dense(terms, how) or _side_by_side(terms, how)
+    found = _shared(terms, how) or _lokr(terms, how) or _dense(terms, how) or _side_by_side(terms, how)
     if found.delta is None and bias is None:
         return Sum(None, GONE)
     scale = Scale(found.scale, "sum")
@@ -167,22 +184,38 @@ def _sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
     return computed("F64", terms[0][0].shape, values)
 
 
+def _lokr(terms: Sequence[Term], how: Adding) -> _Found | None:
+    """The nearest LoKr, where that is asked for and there is one of the members' shapes."""
+    delta = nearest_lokr(terms, how) if how.lokr else None
+    return None if delta is None else _Found(delta, 1.0, NEAREST)
+
+
 def _dense(terms: Sequence[Term], how: Adding) -> _Found | None:
-    """Element by element, where one of them is a full difference or the rank is beyond both sides; else None."""
+    """Element by element, where one of them is a full difference or that is the shorter way; else None."""
     full = any(isinstance(t.delta, Full) for t in terms)
-    rank = 0 if full else sum(t.delta.to_low_rank().rank for t in terms)
-    if not full and (how.any_rank or not how.full or rank <= min(how.shape[0], prod(how.shape[1:]))):
+    if not full and not _better_dense(terms, how):
         return None
 
     def values() -> Float64:
         total: Float64 = np.zeros(how.shape)
         for delta, factor in terms:
-            total += delta.dense().reshape(how.shape) * factor
+            own = delta.dense().reshape(how.shape)
+            for start in range(0, len(own), ROWS):  # a second matrix of that size would take longer than the sum
+                total[start : start + ROWS] += own[start : start + ROWS] * factor
         return total
 
     norm = all(t.delta.family == "norm" for t in terms)
-    diff = rounded(computed("F64", how.shape, values), how.dtype, how.record)
+    whole = computed("F64", how.shape, values)
+    diff = whole if how.cut is not None and not norm else rounded(whole, how.dtype, how.record)
     return _Found(Full(diff, "norm" if norm else "full"), 1.0, ADDED if full else FULL)
+
+
+def _better_dense(terms: Sequence[Term], how: Adding) -> bool:
+    """Whether the rank is beyond both sides; of what is cut afterwards, whether that is sooner done with the dense sum."""
+    sides, rank = (how.shape[0], prod(how.shape[1:])), sum(t.delta.to_low_rank().rank for t in terms)
+    if how.cut is None:
+        return how.full and rank > min(sides)
+    return dense_is_cheaper(sides, rank, how.cut.needed, making_dense(t.delta for t in terms))
 
 
 def _side_by_side(terms: Sequence[Term], how: Adding) -> _Found:
@@ -193,7 +226,7 @@ def _side_by_side(terms: Sequence[Term], how: Adding) -> _Found:
     else:  # in float64 on the way, and rounded once, both factors together
         wide = [Low(one.up.cast("F64"), one.down.cast("F64"), one.factor) for one in low]
         joined = side_by_side(wide, replace(how, dtype="F64")).cast(how.dtype, how.record)
-    if joined.rank <= min(how.shape[0], prod(how.shape[1:])) or how.any_rank:
+    if joined.rank <= min(how.shape[0], prod(how.shape[1:])) or how.cut is not None:
         return _Found(joined, common, SIDE_BY_SIDE)
     cut = to_lora([(joined, common, how.shape[0])], Budget(), how.dtype, how.record)
     how.record(cut.error, cut.norm)
@@ -222,7 +255,7 @@ def _low_rank(term: Term, factor: float, how: Adding) -> Low:
 def _is_written(low: Low, how: Adding) -> bool:
     """Whether a member's ``down`` may stay as it is beside others of the result's dtype."""
     own = widest([low.up.dtype, low.down.dtype])
-    return own == how.dtype or (how.any_rank and own in NARROW)
+    return own == how.dtype or (how.cut is not None and own in NARROW)
 
 
 def _biases(modules: Sequence[Module]) -> Tensor | None:

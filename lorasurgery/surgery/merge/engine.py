@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
@@ -14,6 +14,7 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
 from lorasurgery.files.alike import one_naming
 from lorasurgery.io.tensors import same_values
+from lorasurgery.layouts.peft_merge import merged_configs
 from lorasurgery.layouts.targets import names_in, namings, written_in
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
@@ -22,11 +23,12 @@ from lorasurgery.surgery.merge.align import aligned
 from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, spelled_as, spelling_of, weighted
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
-from lorasurgery.surgery.merge.options import DENSE, MergeOptions
+from lorasurgery.surgery.merge.options import MergeOptions
 from lorasurgery.surgery.merge.report import MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import parse_weight
 from lorasurgery.surgery.merge.sums import Sums
 from lorasurgery.surgery.options import DTYPES
+from lorasurgery.surgery.settled import settled
 from lorasurgery.surgery.split_alpha import check_split_alpha
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ def _source(adapter: Adapter, weight: float | str) -> Source:
 
 
 def _merged(run: Merging) -> Adapter:
+    _settle(run)
     run.sources = [_checked(run, source) for source in run.sources]
     files = [weighted(source, i, run.arch) for i, source in enumerate(run.sources)]
     _describe(run, files)
@@ -102,16 +105,18 @@ def _merged(run: Merging) -> Adapter:
     if not made:
         raise RequestError("nothing would be left: every weight is 0, the files cancel out, or nothing in them can be added")
     used = [bool(source.used) for source in run.report.sources]
+    metadata, warnings = merged_metadata(run.sources, used, run.options.method, run.options.metadata)
+    run.report.warnings += warnings
     first = leading([source.adapter for source in run.sources])
     spelling, homes = spelling_of([source.adapter for source in run.sources])
     adapter = Adapter(
         architecture=run.arch,
         modules={module.site: spelled_as(module, homes.get(module.site.component)) for module in made},
-        metadata=merged_metadata(run.sources, used, run.options.method, run.options.metadata),
+        metadata=metadata,
         layout=first.layout,
         spelling=spelling,
         leftovers=_leftovers(run),
-        ambiguous=_ambiguous(run),
+        configs=_configs(run),
         operation=f"merge {run.options.method}",
     )
     adapter = _without_factor(adapter)
@@ -154,6 +159,14 @@ def _leftovers(run: Merging) -> tuple[Leftover, ...]:
     return tuple(found.values())
 
 
+def _configs(run: Merging) -> dict[str, dict[str, Any]]:
+    """What PEFT's configurations of the files that are used say together."""
+    used = [source for source, own in zip(run.sources, run.report.sources, strict=True) if own.used]
+    found, told = merged_configs([(source.name, source.adapter.configs) for source in used])
+    run.report.warnings += told
+    return found
+
+
 def _without_factor(adapter: Adapter) -> Adapter:
     """Without the LoKr factor where no LoKr is left."""
     if any(isinstance(module.delta, Kronecker) for module in adapter.modules.values()):
@@ -162,16 +175,19 @@ def _without_factor(adapter: Adapter) -> Adapter:
     return replace(adapter, metadata=metadata, leftovers=tuple(left for left in adapter.leftovers if left.key != FACTOR))
 
 
-def _ambiguous(run: Merging) -> tuple[str, ...]:
-    """Models that every file could be for as well, where that would change names."""
+def _settle(run: Merging) -> None:
+    """Raise UnknownArchitectureError where every file could be for another model as well, with another result."""
+    own = [source.adapter for source in run.sources]
     if run.target.own:
-        return ()
-    others = [set(source.adapter.ambiguous) for source in run.sources]
-    return tuple(sorted(set.intersection(*others) - {run.arch.key}))
+        return
+    common = set.intersection(*({key for key, _ in adapter.candidates} for adapter in own))
+    for adapter in own:
+        left = tuple(candidate for candidate in adapter.candidates if candidate[0] in common)
+        settled(replace(adapter, candidates=left), run.target)
 
 
 def _resized(run: Merging, adapter: Adapter) -> Adapter:
-    """Cut as ``resize`` cuts; modules with a DoRA magnitude stay, as they cannot be cut without the base."""
+    """Cut as ``resize`` cuts, full differences too; modules with a DoRA magnitude stay: they cannot be cut without the base."""
     from lorasurgery.surgery.resize import resize
 
     options = run.options.resize
@@ -179,9 +195,10 @@ def _resized(run: Merging, adapter: Adapter) -> Adapter:
     dora = [re.escape(module.name) for module in adapter.modules.values() if module.magnitude is not None]
     exclude = (*options.exclude, *([f"^({'|'.join(dora)})$"] if dora else []))
     dtype = run.options.dtype if run.options.dtype != "keep" else {v: k for k, v in DTYPES.items()}.get(run.dtype, "fp32")
+    as_lora = options.as_lora or "full" not in run.target.holds  # what a dense sum may not stay
     options = replace(
         options, exclude=exclude, dtype=dtype, layout=None if run.target.own else run.target.id, text_encoders=True,
-        full=options.full or run.options.method in DENSE,
+        full=True, as_lora=as_lora,
     )  # fmt: skip
     result, run.report.resize = resize(adapter, options)
     return result

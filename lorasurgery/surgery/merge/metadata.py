@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.metadata import ARGS, BY_BLOCK
+from lorasurgery.surgery.functional import agreed
 from lorasurgery.surgery.merge.options import FIRST, STRIP
 
 if TYPE_CHECKING:
@@ -27,25 +28,30 @@ PHRASES = ("modelspec.trigger_phrase", "modelspec.tags", "trained_words", "trigg
 COUNTED = ("ss_tag_frequency", "ss_dataset_dirs")
 """JSON objects whose entries are those of all files."""
 UNTRUE = (*HASHES, LEGACY_HASH, HEADER_KEY, "ss_output_name", TITLE, "modelspec.date", "modelspec.thumbnail")
-NETWORK = ("ss_network_module", "ss_network_args", "ss_base_model_version", "ss_v2")
-"""Kept from the first file that has them: programs look at them to load the result, and they are made true afterwards."""
+NETWORK = ("ss_network_module", "ss_network_args")
+"""Kept from the first file that has them: they are made true afterwards."""
 SIZES = ("ss_network_dim", "ss_network_alpha")
 
 
-def merged_metadata(sources: Sequence[Source], used: Sequence[bool], method: str, policy: str) -> dict[str, str]:
-    """The result's metadata under ``merge``, ``first`` or ``strip``; what it says of ranks is put right at saving.
+def merged_metadata(
+    sources: Sequence[Source], used: Sequence[bool], method: str, policy: str
+) -> tuple[dict[str, str], list[str]]:
+    """The result's metadata under ``merge``, ``first`` or ``strip``, and warnings; ranks in it are put right at saving.
 
-    Files that are not ``used``, because their weight is 0, are named among the sources; nothing else is taken from them.
+    What programs load a file by is kept whoever says it. Files that are not ``used``, because their weight is 0, are named
+    among the sources; nothing else is taken from them.
     """
-    every = [s.adapter.metadata for s, own in zip(sources, used, strict=True) if own]
-    first = _plain_args(_first_of(every, (*NETWORK, *SIZES)))
+    files = [(s.name, s.adapter.metadata) for s, own in zip(sources, used, strict=True) if own]
+    every = [metadata for _, metadata in files]
+    needed, warnings = agreed(files)
+    first = _plain_args(_first_of(every, (*NETWORK, *SIZES))) | needed
     if policy == STRIP:
-        return first
+        return first, warnings
     if policy == FIRST:
         kept = {k: v for k, v in every[0].items() if k not in (*HASHES, LEGACY_HASH, HEADER_KEY)}
-        return {**kept, **first, **_provenance(sources, method)}
-    agreed = {k: v for k, v in every[0].items() if k not in UNTRUE and all(own.get(k) == v for own in every[1:])}
-    return {**agreed, **first, **_phrases(every), **_counts(every), **_provenance(sources, method)}
+        return {**kept, **first, **_provenance(sources, method)}, warnings
+    alike = {k: v for k, v in every[0].items() if k not in UNTRUE and all(own.get(k) == v for own in every[1:])}
+    return {**alike, **first, **_phrases(every), **_counts(every), **_provenance(sources, method)}, warnings
 
 
 def _plain_args(found: dict[str, str]) -> dict[str, str]:

@@ -52,6 +52,10 @@ class MergeOptions:
     seed: int = 0
     as_full: bool = False
     """Let dense methods give full differences; the command line writes those of all methods."""
+    as_lokr: bool = False
+    """Make of LoKr modules the nearest LoKr to their sum; the command line makes LoKr of the others, too."""
+    lokr_factor: int | None = None
+    """LyCORIS' factor of those; None: the files' own."""
     resize: ResizeOptions | None = None
     """Recompress the result."""
     metadata: str = MERGE
@@ -106,11 +110,23 @@ class MergeOptions:
             self._check_compat(self.compat)
         if self.as_full and self.resize is not None:
             raise RequestError("a full difference has no rank to cut", hint="one of the two")
+        self._check_lokr()
         if self.method in DENSE and not self.as_full and self.resize is None and self.compat is None:
             raise RequestError(
                 f"{self.method} changes single elements, and the result has full rank",
                 hint="a rank, a policy or a size to recompress it to, or --as full",
             )
+
+    def _check_lokr(self) -> None:
+        """One family, and its own numbers."""
+        if self.as_lokr and (self.resize is not None or self.as_full or self.compat is not None):
+            raise RequestError(
+                "the nearest LoKr has no rank, is no full difference and no other program's result",
+                hint="as LoKr alone; resizing it afterwards cuts w2",
+            )
+        factor = self.lokr_factor
+        if factor is not None and not (self.as_lokr and (factor > 0 or factor == -1)):
+            raise RequestError("a factor is a number from 1 up, or -1 for balanced factors, of a result as LoKr")
 
     def _check_compat(self, compat: str) -> None:
         """What the other program does not have cannot be reproduced."""

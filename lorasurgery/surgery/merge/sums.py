@@ -11,7 +11,7 @@ from lorasurgery.errors import NotRepresentableError
 from lorasurgery.io.dtypes import widest
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.surgery.cast import BIAS
-from lorasurgery.surgery.merge.add import Adding, Sum, added, nonlinear, refuse_nonlinear
+from lorasurgery.surgery.merge.add import Adding, Cutting, Sum, added, nonlinear, refuse_nonlinear
 from lorasurgery.surgery.merge.inputs import times
 from lorasurgery.surgery.merge.report import MergedModule
 from lorasurgery.surgery.options import DTYPES
@@ -67,11 +67,15 @@ class Sums:
 
     def adding(self, site: Site, members: Sequence[Weighted]) -> Adding:
         """How the sum of these is to be written."""
-        cut = self.run.options.resize is not None
-        dtype = "F32" if cut else self.dtype_of(members)
+        resizing = self.run.options.resize
+        cut = None if resizing is None else Cutting(resizing.rank if resizing.is_fixed else None)
+        dtype = self.dtype_of(members) if cut is None else "F32"
         name = members[0].original.name
-        full = "full" in self.run.target.holds and not cut
-        return Adding(expected_shape(self.run.arch, site), dtype, self.run.recorder(name), full, any_rank=cut)
+        lokr = self.run.options.as_lokr  # what is none of their shape becomes one when it is written
+        return Adding(
+            expected_shape(self.run.arch, site), dtype, self.run.recorder(name),
+            full=lokr or "full" in self.run.target.holds, lokr=lokr, factor=self.run.options.lokr_factor, cut=cut,
+        )  # fmt: skip
 
     def dtype_of(self, members: Sequence[Weighted]) -> str:
         """The dtype that was asked for, the members' own where they agree, or the first file's."""

@@ -14,6 +14,7 @@ import numpy as np
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.surgery.resize.core import batched_cores, exact_values, matrix
 from lorasurgery.surgery.resize.sources import FactoredSource, Slot
+from lorasurgery.surgery.route import is_dense_cheaper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,16 +82,19 @@ def batches(modules: Sequence[Module], needed: Callable[[Module], int | None], r
     found: list[list[Module]] = []
     for module in modules:
         own = groups[_alike(module, needed)]
-        if not own or not is_plain(module) or len(own[-1]) >= _most(module, room):
+        if not own or not is_plain(module, needed(module)) or len(own[-1]) >= _most(module, room):
             own.append([])
             found.append(own[-1])
         own[-1].append(module)
     return found
 
 
-def is_plain(module: Module) -> bool:
-    """Whether it is a LoRA without a Tucker core and without a magnitude."""
-    return isinstance(module.delta, LowRank) and module.delta.mid is None and module.magnitude is None
+def is_plain(module: Module, needed: int | None) -> bool:
+    """Whether it is a LoRA without a Tucker core and without a magnitude that is best measured by its factors."""
+    delta = module.delta
+    if not isinstance(delta, LowRank) or delta.mid is not None or module.magnitude is not None:
+        return False
+    return not is_dense_cheaper(delta, needed)
 
 
 def _alike(module: Module, needed: Callable[[Module], int | None]) -> object:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
-from lorasurgery.linalg.policies import References, fill, kj_knee, kohya, per_cost, within
+from lorasurgery.linalg.policies import References, fill, kj_knee, kohya, kohya_length, per_cost, within
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.families import dtype_of
 from lorasurgery.surgery.resize.options import KJ
@@ -95,7 +95,8 @@ def _count(subject: Subject, options: ResizeOptions) -> int:
         unscaled, param = subject.source.values, 1.0 if options.param is None else options.param
         if options.compat == KJ:
             return min(kj_knee(unscaled, param, length=subject.length, limit=limit), subject.limit)
-        return min(kohya(unscaled, options.policy or "", param, length=subject.length, limit=limit), subject.limit)
+        length = kohya_length(subject.sides, limit, lowrank=options.lowrank)
+        return min(kohya(unscaled, options.policy or "", param, length=length, limit=limit), subject.limit)
     return max(min(options.rule(subject.values), cap), options.min_rank)
 
 

@@ -17,6 +17,7 @@ from lorasurgery.io.tensors import computed
 from lorasurgery.surgery.resize.hadamard import loha_subject
 from lorasurgery.surgery.resize.sources import NARROW, FactoredSource, Slot, dense_source, kronecker_source
 from lorasurgery.surgery.resize.subject import Cut, Subject, low_rank_factors
+from lorasurgery.surgery.route import is_dense_cheaper
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
@@ -48,7 +49,7 @@ def subject_of(
     if isinstance(delta, Hadamard) and not as_lora:
         return loha_subject(module, delta, shape, needed)
     assert delta is not None  # noqa: S101  biases are sorted out before
-    return _as_lora(module, delta, shape, needed, measured, dtype)
+    return _as_lora(module, delta, shape, needed, measured, dtype, as_lora=as_lora)
 
 
 def dtype_of(delta: Delta, wanted: str) -> str:
@@ -57,26 +58,23 @@ def dtype_of(delta: Delta, wanted: str) -> str:
 
 
 def _as_lora(
-    module: Module, delta: Delta, shape: Shape, needed: int | None, measured: FactoredSource | None, dtype: str
+    module: Module, delta: Delta, shape: Shape, needed: int | None, measured: Source | None, dtype: str, *, as_lora: bool
 ) -> Subject:
     slot, (out, width) = Slot(), (shape[0], prod(shape[1:]))
-    most = min(out, width)
-    limit: int = most
-    source: Source
+    most, narrow = min(out, width), dtype_of(delta, dtype) in NARROW
+    wanted, source = _at_most(needed, most), measured
     if isinstance(delta, Kronecker):
         source = kronecker_source(delta.outer_array, lambda: _flat(delta.inner_array()), slot)
         limit = min(len(source.values), most)
-    elif isinstance(delta, Full) or (isinstance(delta, Hadamard) and delta.w1_b.shape[0] * delta.w2_b.shape[0] > most):
-        source = dense_source(
-            lambda: _flat(delta.dense()), _at_most(needed, most), slot, narrow=dtype_of(delta, dtype) in NARROW
-        )
+    elif isinstance(delta, Full):
+        source = dense_source(lambda: _flat(delta.dense()), wanted, slot, narrow=narrow)
+        limit = most if as_lora else max(min(most, (out * width - 1) // (out + width)), 1)  # beyond that a full one is smaller
     else:
         low = delta.to_low_rank()
-        narrow = dtype_of(delta, dtype) in NARROW
-        source = measured or FactoredSource.of(low.up, low.down, _at_most(needed, most), slot, narrow=narrow)
         limit = min(low.rank, most)
-    if isinstance(delta, Full):
-        limit = max(min(limit, (out * width - 1) // (out + width)), 1)  # beyond that the full difference is smaller
+        if source is None and is_dense_cheaper(delta, wanted):
+            source = dense_source(lambda: _flat(delta.dense()), wanted, slot, narrow=narrow)
+        source = source or FactoredSource.of(low.up, low.down, wanted, slot, narrow=narrow)
 
     def build(cut: Cut) -> Delta:
         ones = tuple(1 for _ in shape[2:])
@@ -84,7 +82,7 @@ def _as_lora(
         return LowRank(up, down)
 
     note = "Tucker core folded" if isinstance(delta, LowRank) and delta.mid is not None else ""
-    stays = isinstance(delta, (LowRank, Full))
+    stays = isinstance(delta, LowRank) or (isinstance(delta, Full) and not as_lora)
     return Subject(module, source, "lora", delta.rank, limit, (out, width), build, shape, note=note, may_stay=stays)
 
 

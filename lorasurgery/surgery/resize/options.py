@@ -58,6 +58,9 @@ class ResizeOptions:
     """The policy's parameter; the knee's sensitivity is 1 unless given."""
     compat: str | None = None
     """``kohya``: sd-scripts' counts; ``kj``: KJNodes' knee. See :mod:`lorasurgery.linalg.policies.compat`."""
+    lowrank: bool = True
+    """Under ``compat="kohya"``: of large matrices look at the first singular values only, as sd-scripts does unless its
+    ``--svd_lowrank_niter`` is 0."""
     size: int | None = None
     """Bytes of the file that :func:`lorasurgery.save` writes: at most so many."""
     layout: str | None = None

@@ -103,7 +103,7 @@ def _together(
     adapter: Adapter, batch: Sequence[Module], options: ResizeOptions, backend: Backend
 ) -> Iterable[FactoredSource | None]:
     """Plain LoRAs measured; None for what is measured as its family asks."""
-    if not is_plain(batch[0]):
+    if not is_plain(batch[0], _needed(adapter, batch[0], options)):
         return [None] * len(batch)
 
     def narrow(module: Module) -> bool:

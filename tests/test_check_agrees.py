@@ -32,7 +32,6 @@ NOT_YET: dict[str, tuple[str, ...]] = {
         "producers/lycoris_lokr_dora.safetensors",
         "producers/lycoris_lokr_tucker.safetensors",
         "producers/peft_dora",
-        "producers/peft_ia3",
         "producers/peft_lokr_tucker",
     ),
     "onetrainer": (
@@ -40,17 +39,14 @@ NOT_YET: dict[str, tuple[str, ...]] = {
         "producers/lycoris_ia3.safetensors",
         "producers/lycoris_locon_tucker.safetensors",
         "producers/lycoris_norms.safetensors",
-        "producers/peft_ia3",
         "producers/peft_lora_bias",
     ),
     "lycoris": (
         "producers/diffusers_flux.safetensors",
         "producers/diffusers_sdxl.safetensors",
-        "producers/lycoris_ia3.safetensors",
         "producers/lycoris_locon.safetensors",
         "producers/lycoris_loha.safetensors",
         "producers/lycoris_lokr.safetensors",
-        "producers/peft_ia3",
     ),
     "sd-scripts": (
         "producers/diffusers_sd15_dora.safetensors",
@@ -69,7 +65,6 @@ NOT_YET: dict[str, tuple[str, ...]] = {
         "producers/lycoris_lokr_whole.safetensors",
         "producers/lycoris_norms.safetensors",
         "producers/peft_dora",
-        "producers/peft_ia3",
         "producers/peft_loha",
         "producers/peft_loha_tucker",
         "producers/peft_lokr",

@@ -11,7 +11,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.checking.diffusers_flux import FLUX1, FLUX2
-from lorasurgery.checking.diffusers_plain import DORA, ENCODERS, NEEDS_LORA, PLAIN, WHOLE_LOKR, plain, popped, refuse
+from lorasurgery.checking.diffusers_plain import (
+    DORA,
+    ENCODERS,
+    NEEDS_LORA,
+    PLAIN,
+    WHOLE_LOKR,
+    WHOLE_OWN_LOKR,
+    plain,
+    popped,
+    refuse,
+)
 from lorasurgery.checking.diffusers_video import HUNYUAN, LTX, LTX2, WAN
 from lorasurgery.checking.rules import (
     AB,
@@ -136,7 +146,12 @@ Z_LOKR = Route(
     needs=WHOLE_LOKR,
 )  # fmt: skip
 Z_LOKR_PLAIN = Route(
-    (Spelling("transformer.", DIFFUSERS),), LOKR, (Has(r"\.lokr_"),), deletes=DORA, ignores_words="lora|lokr", needs=WHOLE_OWN_LOKR
+    (Spelling("transformer.", DIFFUSERS),),
+    LOKR,
+    (Has(r"\.lokr_"),),
+    deletes=DORA,
+    ignores_words="lora|lokr",
+    needs=WHOLE_OWN_LOKR,
 )
 
 

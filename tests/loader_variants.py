@@ -138,8 +138,8 @@ def everywhere(*words: str) -> Callable[[File, str], None]:
     """All modules have these tensors too."""
 
     def change(file: File, _: str) -> None:
-        for stem, (spans, _) in list(file.modules.items()):
-            file.add(stem, spans, words)
+        for other, own in list(file.modules.items()):
+            file.add(other, own.spans, words)
 
     return change
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import diffusers.loaders.lora_pipeline as pipelines
 import torch
@@ -126,7 +126,8 @@ def load(arch: Architecture, mixin: str, tensors: Mapping[str, torch.Tensor], bl
     class Pipeline(getattr(pipelines, mixin)):  # type: ignore[misc]
         transformer_name, text_conditioner_name, connectors_name = "transformer", "text_conditioner", "connectors"
         text_encoder = text_encoder_2 = text_encoder_3 = None
-        hf_device_map, components, lora_scale = None, {}, 1.0
+        hf_device_map, lora_scale = None, 1.0
+        components: ClassVar[dict[str, Any]] = {}
         load_lora_into_text_encoder = staticmethod(lambda *_, **__: None)
         _maybe_expand_transformer_param_shape_or_error_ = staticmethod(lambda *_: False)
         _maybe_expand_lora_state_dict = staticmethod(lambda transformer, lora_state_dict: lora_state_dict)

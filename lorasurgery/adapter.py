@@ -10,7 +10,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from lorasurgery.architectures.table import Architecture, Spans
@@ -149,6 +149,14 @@ class Leftover:
     ``unknown``."""
 
 
+def account(used: Mapping[str, str], others: Iterable[Leftover]) -> Ledger:
+    """The account of a file with these keys of modules (and whose each is) and these others."""
+    rows: dict[str, dict[str, str]] = {state: {} for state in ("harmless", "kept", WHOLE, "unknown")}
+    for left in others:
+        rows[left.state][left.key] = left.reason
+    return Ledger({**used, **rows["kept"], **rows[WHOLE]}, rows["harmless"], rows["unknown"])
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A parsed adapter file. Iterating yields ``(site, module)``."""
@@ -183,12 +191,7 @@ class Adapter:
     @property
     def ledger(self) -> Ledger:
         """What became of each key of the file: part of a module, harmless, or not understood."""
-        used = {key: module.name for module in self.modules.values() for key in module.keys.values()}
-        used |= {left.key: left.reason for left in self.leftovers if left.state in ("kept", WHOLE)}
-        harmless, lost = (
-            {left.key: left.reason for left in self.leftovers if left.state == state} for state in ("harmless", "unknown")
-        )
-        return Ledger(used, harmless, lost)
+        return account({key: module.name for module in self.modules.values() for key in module.keys.values()}, self.leftovers)
 
     @property
     def lokr_factor(self) -> int | None:

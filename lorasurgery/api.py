@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lorasurgery.report import Report
 
 KNOWN_TOP_LEVEL = (FACTOR, *FLAGS)
-ASKED = ("--drop", "--keep", "not in --keep", "--prune-for")
+ASKED = ("--drop", "--keep", "not in --keep", "--prune-for", "excluded", "unchanged", "changed by no more", "the policy keeps nothing")
 """How the reasons begin of what somebody asked to leave out."""
 
 
@@ -90,7 +90,7 @@ def save(
     _leftovers(adapter, target, emitted, report)
     report.settle()
     if options.strict:
-        refuse_lost(report)
+        refuse_lost(dict(report.dropped) if report.ledger is None else report.ledger.lost, report.input or None)
         _refuse_errors(report)
     _announce(emitted, options, report)
     try:
@@ -107,15 +107,14 @@ def save(
     return report
 
 
-def refuse_lost(report: Report) -> None:
+def refuse_lost(lost: Mapping[str, str], path: str | Path | None) -> None:
     """``--strict``: raises DroppedKeysError where an input's key is lost; what somebody asked to leave out may go."""
-    lost = dict(report.dropped) if report.ledger is None else report.ledger.lost
     gone = [(key, why) for key, why in lost.items() if not why.startswith(ASKED)]
     if gone:
         raise DroppedKeysError(
             f"--strict: {len(gone)} keys would be left out, first {gone[0][0]} ({gone[0][1]})",
             keys=[key for key, _ in gone],
-            path=report.input or None,
+            path=path,
             hint="without --strict, or --drop REGEX for what you mean to leave out",
         )
 

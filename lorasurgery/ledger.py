@@ -20,6 +20,10 @@ class Ledger:
     lost: Mapping[str, str] = field(default_factory=dict)
     """Key -> why its effect is not in the result."""
 
+    def concerns(self, name: str) -> bool:
+        """Whether this is a key of the file, or a module of it."""
+        return name in self.used or name in self.harmless or name in self.lost or name in set(self.used.values())
+
     def without(self, keys: Iterable[tuple[str, str]]) -> Ledger:
         """The account after these (key or module, reason) were left out; names that are neither count as keys."""
         gone: dict[str, str] = {}

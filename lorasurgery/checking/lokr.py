@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.deltas.kronecker import Kronecker
-from lorasurgery.layouts.peft_config import factorization
+from lorasurgery.layouts.peft_config import pefts_factorization
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -65,14 +65,7 @@ def _sizes(name: str, delta: Kronecker) -> Sizes:
 
 def _fits(own: Sizes, factor: int) -> bool:
     sides = (own.out, own.inputs)
-    return all(_split(left * right, factor) == (left, right) for left, right in sides)
-
-
-def _split(dimension: int, factor: int) -> tuple[int, int]:
-    """PEFT's; it does not put the smaller number first where the factor divides, as LyCORIS does."""
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    return factorization(dimension, factor)
+    return all(pefts_factorization(left * right, factor) == (left, right) for left, right in sides)
 
 
 def _as_made(own: Sizes, rank: int, *, both: bool) -> bool:

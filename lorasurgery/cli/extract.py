@@ -79,6 +79,7 @@ def extract(
     compare: Annotated[bool, typer.Option("--compare-families", help="Write nothing: bytes against error of every family on up to 16 of the changed matrices.")] = False,
     spectrum: Annotated[bool, typer.Option("--spectrum", help="Show the singular values of the change, as inspect does.")] = False,
     out: Annotated[Optional[Path], typer.Option("--out", "-o", "--output", help="The output.", show_default=False)] = None,  # noqa: UP045
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when something that changed would be left out without having been excluded.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output, and forget what an earlier run had finished.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only match the models: what would be extracted, and the size for a fixed rank.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every module, every block, and everything left out.")] = False,
@@ -121,7 +122,7 @@ def extract(
     needs_output = not (dry_run or compare)
     where = places(paths or [], model_org, model_tuned, out, save_to, needs_output=needs_output, folder=target == "peft")
     with Advice(HINTS):
-        request = Request(*where, merged(cut, more, old), resume, force, hashes, arch, old, verbose, spectrum, quiet, json_)
+        request = Request(*where, merged(cut, more, old), resume, force, strict, hashes, arch, old, verbose, spectrum, quiet, json_)
         if compare:
             _compare(request)
         elif dry_run:
@@ -155,7 +156,7 @@ def _extract(how: Request) -> None:
 def _running(how: Request, progress: ProgressLine) -> Running:
     from lorasurgery.surgery.extract import Running
 
-    return Running(how.resume, how.force, how.hashes, how.arch, how.old.only, progress)
+    return Running(how.resume, how.force, how.hashes, how.arch, how.old.only, progress, how.strict)
 
 
 def _dry(how: Request) -> None:

@@ -64,6 +64,7 @@ class Request:
     options: ExtractOptions
     resume: bool
     force: bool
+    strict: bool
     hashes: bool
     arch: str | None
     old: Old

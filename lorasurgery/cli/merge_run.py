@@ -155,8 +155,10 @@ def _written(how: Request, sources: Sequence[Source]) -> Outcome:
         raise
     report.losses.gather(writing.losses)
     writing.losses = report.losses
-    if report.dropped and how.strict:
-        raise RequestError(f"--strict: {report.dropped[0][0]} would be left out ({report.dropped[0][1]})", hint="no --strict")
+    report.ledgers = [own.without([d for d in writing.dropped if own.concerns(d[0])]) for own in report.ledgers]
+    gone = [*report.lost, *report.dropped]
+    if gone and how.strict:
+        raise RequestError(f"--strict: {gone[0][0]} would be left out ({gone[0][1]})", hint="no --strict")
     if found and not how.dry_run:
         note(f"note: {choices_text(found, file_size(result, how.target))}")
     options = SaveOptions(

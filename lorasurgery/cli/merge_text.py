@@ -63,6 +63,8 @@ def _families(found: Outcome) -> Counter[str]:
 def _exactness(found: Outcome) -> list[tuple[str, str]]:
     report = found.report
     rounding = f"exact but for rounding, {found.rounding:.1e}" if found.rounding else "exact"
+    if report.lost:
+        rounding = f"without {len(report.lost)} keys, first {report.lost[0][0]} ({report.lost[0][1]}); the others {rounding}"
     if report.deviation is not None:
         return [
             ("result", f"{report.deviation:.4f} away from the sum of what the files do"),

@@ -53,6 +53,7 @@ def rerank(
     given: Annotated[Optional[Path], typer.Option("--model", "--input", "-i", help="The input, as sd-scripts spells it.", show_default=False)] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option("--out", "-o", "--output", "--save_to", help="The output file; with --all, what its names begin with.", show_default=False)] = None,  # noqa: UP045
     out_dir: Annotated[Optional[Path], typer.Option("--out-dir", help="Folder for the outputs of several inputs; mirrors input folders.", show_default=False)] = None,  # noqa: UP045
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when the file has keys that are not understood, which are copied as they are.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write; no output has to be named.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
@@ -70,7 +71,7 @@ def rerank(
     targets = {job.source: job.target for job in jobs}
     run_each(
         [Found(job.source, Path(job.source.name)) for job in jobs],
-        lambda found: _one(found.path, targets[found.path], how, force=force, dry_run=dry_run),
+        lambda found: _one(found.path, targets[found.path], how, strict=strict, force=force, dry_run=dry_run),
         as_json=json_,
         several=several,
     )
@@ -86,7 +87,8 @@ def _jobs(
     return jobs_for(paths, given, out, out_dir, folder_output=False), out_dir is not None
 
 
-def _one(source: Path, target: Path, how: Request, *, force: bool, dry_run: bool) -> Shown:
+def _one(source: Path, target: Path, how: Request, *, strict: bool, force: bool, dry_run: bool) -> Shown:
+    from lorasurgery.api import refuse_lost
     from lorasurgery.files.opened import read_any
     from lorasurgery.io.finite import computed_bytes
     from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
@@ -95,6 +97,8 @@ def _one(source: Path, target: Path, how: Request, *, force: bool, dry_run: bool
     if source.is_dir():
         raise RequestError("a folder of PEFT", path=source, hint="lorasurgery convert to a file first, or a file inside it")
     nested = open_nested(read_any(source))
+    if strict:
+        refuse_lost(nested.ledger.lost, source)
     ranks = nested.ranks(how)
     outputs = [target.with_name(f"{target.stem}-{n:04d}{target.suffix}") if how.every else target for n in ranks]
     if not dry_run:
@@ -141,6 +145,7 @@ def _json(nested: Nested, how: Request, results: list[tuple[Reranked, Path]], *,
             }
             for result, path in results
         ],
+        "ledger": nested.ledger.to_json(),
         "warnings": _warnings(results),
     }
 

@@ -60,7 +60,7 @@ def resize(
     base: ask.Base = None, arch: ask.Arch = None, include: ask.Include = None, exclude: ask.Exclude = None,
     te: ask.TextEncoders = False, full: ask.Full = False, as_: ask.As = None, dora: ask.Dora = "refuse",
     alpha: ask.Alpha = "keep-ratio", factors: ask.Factors = "balanced", target: ask.Target = None,
-    dtype: ask.Dtype = "keep", force: ask.Force = False, workers: ask.Workers = None, device: ask.Device = None,
+    dtype: ask.Dtype = "keep", strict: ask.Strict = False, force: ask.Force = False, workers: ask.Workers = None, device: ask.Device = None,
     dry_run: ask.DryRun = False, plan: ask.Plan = None, verbose: ask.Verbose = False, json_: ask.Json = False,
     new_rank: ask.NewRank = None, new_conv_rank: ask.NewConvRank = None, dynamic_method: ask.DynamicMethod = None,
     dynamic_param: ask.DynamicParam = None, model: ask.Model = None, save_to: ask.SaveTo = None,
@@ -83,7 +83,7 @@ def resize(
     named = not dry_run or len(paths or []) > 1 or any(path is not None for path in (out, out_dir, save_to))
     how = request(
         theirs.added_to(options), Request(options, size_text=size, planned=planned_ranks(plan), base=base, arch=arch,
-        force=force, dry_run=dry_run, named=named, verbose=verbose),
+        strict=strict, force=force, dry_run=dry_run, named=named, verbose=verbose),
     )  # fmt: skip
     jobs, several = _jobs(paths or [], theirs.source_or(given), theirs.output_or(out), out_dir, how)
     targets = {job.source: job.target for job in jobs}

@@ -49,6 +49,7 @@ Alpha = Annotated[str, Option("--alpha", help="keep-ratio (alpha / rank stays), 
 Factors = Annotated[str, Option("--factors", help="balanced, or kohya: all of the strength in up, as sd-scripts writes it.")]
 Target = Annotated[Text, Option("--target", "-t", help="Layout to write, as for convert. Default: the input's own.", show_default=False)]
 Dtype = Annotated[str, Option("--dtype", help="keep, fp32, fp16 or bf16.")]
+Strict = Annotated[bool, Option("--strict", help="Fail when any key of the input would be left out.")]
 Force = Annotated[bool, Option("--force", help="Replace existing outputs.")]
 
 # how it runs

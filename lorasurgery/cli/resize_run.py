@@ -86,7 +86,12 @@ def _resized(source: Path, target: Path, adapter: Adapter, how: Request, model: 
     result, writing = _converted(result, adapter, how)
     writing.input = str(source)
     report.size = file_size(result)
-    save(result, target, options=SaveOptions(force=how.force, dry_run=how.dry_run, announce=announce), report=writing)
+    save(
+        result,
+        target,
+        options=SaveOptions(strict=how.strict, force=how.force, dry_run=how.dry_run, announce=announce),
+        report=writing,
+    )
     if writing.written:
         report.size = bytes_of(target)
     return _shown(source, target, adapter, how, planned, (report, writing))
@@ -125,6 +130,7 @@ def _shown(
         "resize": None if report is None else report.to_json(),
         "plan": None if planned is None else planned.to_json(),
         "dropped": [] if writing is None else [{"key": key, "reason": reason} for key, reason in writing.dropped],
+        "ledger": (adapter.ledger if writing is None or writing.ledger is None else writing.ledger).to_json(),
         "warnings": warnings + [text for text in (report.warnings if report else ()) if isinstance(text, Alert)],
     }
     lines = [f"{source.name} -> {target if written else f'{target} (not written)'}"]

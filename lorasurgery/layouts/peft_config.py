@@ -188,7 +188,7 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """LyCORIS' and PEFT's split of a dimension into m * n with m <= n.
+    """LyCORIS' split of a dimension into m * n with m <= n.
 
     >>> factorization(3840, -1), factorization(3072, 16), factorization(127, -1)
     ((60, 64), (16, 192), (1, 127))
@@ -210,13 +210,26 @@ def factorization(dimension: int, factor: int) -> tuple[int, int]:
     return (n, m) if m > n else (m, n)
 
 
+def pefts_factorization(dimension: int, factor: int) -> tuple[int, int]:
+    """PEFT's split, which is LyCORIS' but for a factor that divides: that one comes first, whichever is larger.
+
+    Source: PEFT 0.21.2 ``tuners/lokr/layer.py``, ``factorization``.
+
+    >>> pefts_factorization(64, 16), factorization(64, 16)
+    ((16, 4), (4, 16))
+    """
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    return factorization(dimension, factor)
+
+
 def _same_shapes(written: Written, delta: Kronecker, factor: int, *, both: bool, tucker: bool) -> bool:
     """Whether PEFT's LoKr layer with this factor and rank has our factors' shapes.
 
     Source: PEFT ``tuners/lokr/layer.py`` (``update_layer``, ``create_adapter_parameters``).
     """
     out, inputs, *kernel = written.shape
-    (out_l, out_k), (in_m, in_n) = factorization(out, factor), factorization(inputs, factor)
+    (out_l, out_k), (in_m, in_n) = pefts_factorization(out, factor), pefts_factorization(inputs, factor)
     rank = written.rank
     if delta.outer != (out_l, in_m) or (delta.w1 is not None) == (both and rank < max(out_l, in_m) / 2):
         return False

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.adapter import account
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, NotAnAdapterError
+from lorasurgery.files.read import leftovers
 from lorasurgery.files.taken import Unparsed, taken_apart
+from lorasurgery.layouts.module import keys_of
 from lorasurgery.layouts.words import ALPHA, LORA, MAGNITUDE
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.scales import ScaleRules
+    from lorasurgery.ledger import Ledger
     from lorasurgery.linalg.prefix import PrefixCurve
 
 SD_SCRIPTS, LYCORIS = "sd-scripts", "LyCORIS"
@@ -75,8 +79,8 @@ class Origin:
     """sd-scripts' comment when the file is itself a part of a DyLoRA."""
 
 
-def nested_modules(raw: RawFile) -> tuple[list[NestedModule], list[str]]:
-    """The LoRA modules of a file, and the names of modules of other families.
+def nested_modules(raw: RawFile) -> tuple[list[NestedModule], list[str], Ledger]:
+    """The LoRA modules of a file, the names of modules of other families, and an account of its keys.
 
     Raises BrokenModuleError for factors that do not fit, NotAnAdapterError for other files and for one without LoRA.
     """
@@ -93,7 +97,8 @@ def nested_modules(raw: RawFile) -> tuple[list[NestedModule], list[str]]:
             f"none of its {len(taken.groups)} modules is a LoRA, and only a LoRA's first components are one again",
             path=raw.path, hint="lorasurgery convert --as lora --rank N",
         )  # fmt: skip
-    return found, others
+    used = {key: own.spelled for own in taken.groups.values() for key in keys_of(own).values()}
+    return found, others, account(used, leftovers(taken))
 
 
 def _module(own: Group, delta: LowRank, rules: ScaleRules, raw: RawFile) -> NestedModule:

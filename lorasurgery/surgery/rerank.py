@@ -33,6 +33,7 @@ from lorasurgery.surgery.rerank_cut import curve_of, cut_module
 if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
+    from lorasurgery.ledger import Ledger
     from lorasurgery.linalg.prefix import PrefixCurve
     from lorasurgery.surgery.nested import NestedModule
 
@@ -115,7 +116,9 @@ class Nested:
     raw: RawFile
     modules: list[NestedModule]
     others: list[str]
-    """Modules of other families, carried as they are."""
+    """Modules of other families, which stay as they are."""
+    ledger: Ledger
+    """Every key of the file; what is not understood is copied, and cannot be cut."""
     origin: Origin = field(default_factory=lambda: Origin(None, None, None, None))
     numbered: bool = False
     """Whether the file numbers its modules (cloneofsimo/lora)."""
@@ -164,8 +167,8 @@ class Nested:
 
 def open_nested(raw: RawFile) -> Nested:
     """Read the modules of ``raw``; raises SurgeryError for a file without LoRA modules."""
-    modules, others = nested_modules(raw)
-    return Nested(raw, modules, others, origin(raw.metadata), bool(named_keys(raw.tensors)))
+    modules, others, ledger = nested_modules(raw)
+    return Nested(raw, modules, others, ledger, origin(raw.metadata), bool(named_keys(raw.tensors)))
 
 
 def rerank(nested: Nested, rank: int, request: Request) -> Reranked:

@@ -12,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.alerts import Alert, bytes_of
-from lorasurgery.api import SaveOptions, save
+from lorasurgery.api import SaveOptions, refuse_lost, save
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.interrupts import held
 from lorasurgery.report import Report
@@ -67,6 +67,8 @@ class Running:
     only: str | None = None
     """Refuse models of any other architecture."""
     progress: Progress | None = None
+    strict: bool = False
+    """Raise DroppedKeysError where a tensor that changed is left out without having been excluded."""
 
 
 def extract(
@@ -98,7 +100,7 @@ def extract(
         try:
             resumed = _work(pairs.pairs, store, options, running.progress)
             hashes = {which: _hash(store, which, future) for which, future in hashing.items()}
-            report, arch = _written(models, pairs, store, options, output, hashes)
+            report, arch = _written(models, pairs, store, options, output, hashes, strict=running.strict)
             report.warnings += loader_notes(output, models, arch, options.layout, asked=asked)
         except BrokenModuleError:  # a whole file, or other options, would be another extraction
             store.remove()
@@ -168,7 +170,8 @@ def _work(pairs: Sequence[Pair], store: Store, options: ExtractOptions, progress
 
 
 def _written(
-    models: tuple[Model, Model], pairs: Pairs, store: Store, options: ExtractOptions, output: Path, hashes: Mapping[str, str]
+    models: tuple[Model, Model], pairs: Pairs, store: Store, options: ExtractOptions, output: Path, hashes: Mapping[str, str],
+    *, strict: bool,
 ) -> tuple[ExtractReport, Architecture]:
     """The report, and the table with what was written beyond it."""
     base, tuned = models
@@ -176,6 +179,10 @@ def _written(
     metadata = metadata_of(base, tuned, options, output.stem, hashes, conv=conv)
     made = assembled(base.architecture, pairs.pairs, store, options, metadata)
     adapter = replace(made.adapter, operation=operation(options))
+    if strict:
+        changed = {key for key in made.left_out if store.entries[key].numbers["squared"]}
+        gone = {key: why for key, why in made.left_out.items() if key in changed}
+        refuse_lost({**gone, **dict.fromkeys(pairs.only_tuned, "the base model has no such tensor")}, tuned.path)
     if not len(adapter):
         reasons = "; ".join(sorted(set(made.left_out.values()))) or "they have no weights in common"
         raise RequestError(f"nothing to extract: {reasons}", path=tuned.path, hint="another tuned model, or other patterns")

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Adapter, Leftover
+from lorasurgery.adapter import WHOLE, Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.deltas.base import Record
     from lorasurgery.layouts.targets import Layout
+    from lorasurgery.ledger import Ledger
 
 
 @dataclass(slots=True)
@@ -119,6 +120,7 @@ def _merged(run: Merging) -> Adapter:
         configs=_configs(run),
         operation=f"merge {run.options.method}",
     )
+    run.report.ledgers = [_ledger(source, own, run) for source, own in zip(run.sources, files, strict=True)]
     adapter = _without_factor(adapter)
     if run.target.own:  # modules of other files under the first one's names
         adapter, told = convert(adapter)
@@ -154,9 +156,19 @@ def _leftovers(run: Merging) -> tuple[Leftover, ...]:
     for source, own in zip(run.sources, run.report.sources, strict=True):
         for left in source.adapter.leftovers if own.used else ():
             first = found.setdefault(left.key, left)
-            if first is not left and not same_values(first.tensor, left.tensor):
+            if first is not left and left.state != "harmless" and not same_values(first.tensor, left.tensor):
                 run.report.dropped.append((f"{source.name}: {left.key}", "another file's was kept"))
     return tuple(found.values())
+
+
+def _ledger(source: Source, own: Sequence[Weighted], run: Merging) -> Ledger:
+    """Where every key of a file ended; what replaces a part of the model cannot be multiplied by a weight."""
+    start = f"{source.name}: "
+    gone = [(name.removeprefix(start), why) for name, why in run.report.dropped if name.startswith(start)]
+    if any(member.weight != 1.0 for member in own):
+        wholes = (left.key for left in source.adapter.leftovers if left.state == WHOLE)
+        gone += [(key, "it replaces a part of the model, and cannot be multiplied by the weight") for key in wholes]
+    return source.adapter.ledger.without(gone)
 
 
 def _configs(run: Merging) -> dict[str, dict[str, Any]]:

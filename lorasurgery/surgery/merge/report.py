@@ -11,6 +11,7 @@ from lorasurgery.alerts import Alert, large_errors
 from lorasurgery.report import Losses
 
 if TYPE_CHECKING:
+    from lorasurgery.ledger import Ledger
     from lorasurgery.surgery.resize import ResizeReport
 
 SCHEMA = 1
@@ -64,6 +65,8 @@ class MergeReport:
     modules: list[MergedModule] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(module or key, reason)."""
+    ledgers: list[Ledger] = field(default_factory=list)
+    """Where every key of each file ended."""
     losses: Losses = field(default_factory=Losses)
     faults: list[str] = field(default_factory=list)
     """What is wrong with the other program's way, where its result was asked for."""
@@ -88,6 +91,12 @@ class MergeReport:
         norm = sum(n for _, n in known)
         return sqrt(sum(e * e * n for e, n in known) / norm) if norm else 0.0
 
+    @property
+    def lost(self) -> list[tuple[str, str]]:
+        """(file and key, why) of what every file is without in the result."""
+        pairs = zip(self.sources, self.ledgers, strict=True)
+        return [(f"{source.name}: {key}", why) for source, own in pairs for key, why in own.lost.items()]
+
     def alerts(self) -> list[Alert]:
         """What must be seen of a cut, and of another program's way."""
         errors = {module.name: module.error for module in self.modules if module.error is not None}
@@ -109,6 +118,7 @@ class MergeReport:
             "deviation": self.deviation,
             "faults": list(self.faults),
             "dropped": [{"key": key, "reason": reason} for key, reason in self.dropped],
+            "ledgers": [{"name": of.name, **own.to_json()} for of, own in zip(self.sources, self.ledgers, strict=True)],
             "resize": None if self.resize is None else self.resize.to_json(),
             "modules": [asdict(module) for module in self.modules],
             "warnings": list(self.warnings),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import WHOLE
 from lorasurgery.alerts import much_larger
+from lorasurgery.checking.loading import loading_notes
 from lorasurgery.errors import BrokenModuleError, DroppedKeysError, NotRepresentableError
 from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.peft_folder import write_peft_folder
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from lorasurgery.report import Report
 
 KNOWN_TOP_LEVEL = (FACTOR, *FLAGS)
-ASKED = ("--drop", "--keep", "not in --keep", "--prune-for", "excluded", "unchanged", "changed by no more", "the policy keeps nothing")
+ASKED = (
+    "--drop", "--keep", "not in --keep", "--prune-for",
+    "excluded", "unchanged", "changed by no more", "the policy keeps nothing",
+)  # fmt: skip
 """How the reasons begin of what somebody asked to leave out."""
 
 
@@ -92,6 +96,7 @@ def save(
     if options.strict:
         refuse_lost(dict(report.dropped) if report.ledger is None else report.ledger.lost, report.input or None)
         _refuse_errors(report)
+    report.warnings += loading_notes(emitted, adapter.architecture, target)
     _announce(emitted, options, report)
     try:
         _check_values(emitted, options)

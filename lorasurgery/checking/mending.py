@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.checking.advice import saved_split
+from lorasurgery.checking.emitted import hollow, in_memory
 from lorasurgery.checking.result import CHANGED, LOADS
 from lorasurgery.errors import SurgeryError
-from lorasurgery.io.header import RawFile
-from lorasurgery.io.tensors import Tensor
 from lorasurgery.layouts.targets import layout, written_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lorasurgery.adapter import Adapter
     from lorasurgery.checking.result import Result
     from lorasurgery.checking.rules import Consumer, Route
     from lorasurgery.checking.subject import Subject
-    from lorasurgery.layouts.scales import PeftConfig
+    from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.targets import Layout
-    from lorasurgery.report import Report
 
 FAILURES = (SurgeryError, ArithmeticError, LookupError, OSError, TypeError, ValueError)
 """A file that cannot be converted is no reason to give no verdict."""
-READ = 16
-"""Tensors of at most so many elements are read: alphas, flags, shapes. The others are taken for ones."""
 
 
 class Mend(NamedTuple):
@@ -54,7 +49,7 @@ def mend(subject: Subject, consumer: Consumer, route: Route | None, result: Resu
     has_loader = bool(consumer.models.get(subject.architecture.id, consumer.default))
     if chosen is None or result.complete or not subject.items or subject.raw is None or not has_loader:
         return Mend(None)
-    raw, best, most, why = _hollow(subject.raw), Mend(None), _worth(result), ""
+    raw, best, most, why = hollow(subject.raw), Mend(None), _worth(result), ""
     for way in _ways(chosen, subject):
         try:
             after, left = _tried(way, layout(chosen), subject, raw, check)
@@ -107,6 +102,7 @@ def _tried(
     """The verdict on a conversion's result, and what it left out."""
     from lorasurgery.checking.subject import subject_of
     from lorasurgery.files.read import parse
+    from lorasurgery.layouts.emit import emit
     from lorasurgery.surgery.convert import Options, convert
     from lorasurgery.surgery.prune import PruneOptions, prune
 
@@ -118,45 +114,7 @@ def _tried(
         options = Options(as_lora=way.as_lora, lossy=way.lossy, fix_split_alpha=saved_split(subject))
         made, report = convert(parse(raw, among=(subject.architecture,), configs=subject.configs), target.id, options)
         left = []
-    after, configs = _written(made, report)
+    target = written_in(made)
+    after, configs = in_memory(emit(made, target, report), made.architecture, target)
     left += [name for name, _ in report.dropped]
     return check(subject_of(after, among=(subject.architecture,), configs=configs)), left
-
-
-def _written(adapter: Adapter, report: Report) -> tuple[RawFile, dict[str, PeftConfig] | None]:
-    """What would be written, in memory: keys and shapes, and a PEFT folder's configurations."""
-    from pathlib import Path
-
-    from lorasurgery.layouts.emit import emit
-    from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, flattened, model_names
-    from lorasurgery.layouts.scales import PeftConfig
-
-    target = written_in(adapter)
-    emitted = emit(adapter, target, report)
-    raw = RawFile(Path("mended.safetensors"), emitted.tensors, {})
-    if not target.folder:
-        return raw, None
-    configs = {}
-    for component, own in components(emitted.written, adapter.architecture).items():
-        prefix = PREFIX if own[0].stem.startswith(PREFIX) else component + "."
-        root = flattened(component, adapter.architecture)
-        config = adapter_config(own, model_names(component, adapter.architecture, root), prefix, root)
-        configs[component] = PeftConfig.from_dict(config, "adapter_config.json")
-    return raw, configs
-
-
-def _hollow(raw: RawFile) -> RawFile:
-    """The file with ones for its large tensors, so that nothing is read."""
-    return replace(raw, tensors={key: _ones(tensor) for key, tensor in raw.tensors.items()})
-
-
-def _ones(tensor: Tensor) -> Tensor:
-    if tensor.size <= READ:
-        return tensor
-
-    def ones() -> object:
-        import numpy as np
-
-        return np.broadcast_to(np.float32(1.0), tensor.shape)
-
-    return Tensor(tensor.dtype, tensor.shape, compute=ones)  # type: ignore[arg-type]  # an array

@@ -122,7 +122,9 @@ def extract(
     needs_output = not (dry_run or compare)
     where = places(paths or [], model_org, model_tuned, out, save_to, needs_output=needs_output, folder=target == "peft")
     with Advice(HINTS):
-        request = Request(*where, merged(cut, more, old), resume, force, strict, hashes, arch, old, verbose, spectrum, quiet, json_)
+        request = Request(
+            *where, merged(cut, more, old), resume, force, strict, hashes, arch, old, verbose, spectrum, quiet, json_
+        )
         if compare:
             _compare(request)
         elif dry_run:

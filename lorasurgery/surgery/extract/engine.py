@@ -101,7 +101,8 @@ def extract(
             resumed = _work(pairs.pairs, store, options, running.progress)
             hashes = {which: _hash(store, which, future) for which, future in hashing.items()}
             report, arch = _written(models, pairs, store, options, output, hashes, strict=running.strict)
-            report.warnings += loader_notes(output, models, arch, options.layout, asked=asked)
+            if not asked:
+                report.warnings += loader_notes(output, models, arch, options.layout)
         except BrokenModuleError:  # a whole file, or other options, would be another extraction
             store.remove()
             raise
@@ -170,8 +171,14 @@ def _work(pairs: Sequence[Pair], store: Store, options: ExtractOptions, progress
 
 
 def _written(
-    models: tuple[Model, Model], pairs: Pairs, store: Store, options: ExtractOptions, output: Path, hashes: Mapping[str, str],
-    *, strict: bool,
+    models: tuple[Model, Model],
+    pairs: Pairs,
+    store: Store,
+    options: ExtractOptions,
+    output: Path,
+    hashes: Mapping[str, str],
+    *,
+    strict: bool,
 ) -> tuple[ExtractReport, Architecture]:
     """The report, and the table with what was written beyond it."""
     base, tuned = models

@@ -340,7 +340,8 @@ def test_a_kill_in_the_middle_leaves_no_output_and_no_process(tmp_path: Path, nu
     out = tmp_path / "o" / "o.safetensors"
     out.parent.mkdir()
     program = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background inherit that it is ignored
         "import numpy as np\n"
         "from lorasurgery.surgery.apply import forks, produce, writing\n"
         "def slow(self, change, put, put_scale):\n"

@@ -15,7 +15,7 @@ from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
 from lorasurgery.io.peft_folder import write_peft_folder
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
-from lorasurgery.layouts.module import FLAGS
+from lorasurgery.layouts.module import TOP_LEVEL
 from lorasurgery.layouts.peft_keys import is_carried
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.layouts.targets import Layout, written_in
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.report import Report
 
-KNOWN_TOP_LEVEL = (FACTOR, *FLAGS)
 ASKED = (
     "--drop", "--keep", "not in --keep", "--prune-for",
     "excluded", "unchanged", "changed by no more", "the policy keeps nothing",
@@ -158,7 +157,7 @@ def _check_values(emitted: Emitted, options: SaveOptions) -> None:
 def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Report) -> None:
     """Keys no module holds: copied where the file keeps its spelling or its reader passes over them, and named."""
     for left in adapter.leftovers:
-        top = left.key in KNOWN_TOP_LEVEL
+        top = left.key in TOP_LEVEL
         pefts = target.folder and bool(adapter.configs) and is_carried(left.key, adapter.configs)
         if (target.own or pefts or (target.carries_unknown and not top)) and left.key not in emitted.tensors:
             emitted.tensors[left.key] = left.tensor

@@ -15,7 +15,7 @@ from lorasurgery.layouts.words import LOHA, LOKR, LORA, MISS
 if TYPE_CHECKING:
     from lorasurgery.deltas.base import Delta
     from lorasurgery.io.tensors import Tensor
-    from lorasurgery.layouts.group import Group
+    from lorasurgery.layouts.entry import Group
 
 FACTORED = (LORA, LOHA, LOKR, MISS)
 _CORES = ("mid", "t1", "t2")

@@ -35,6 +35,8 @@ LARGEST_SCALE = 1e30
 FACTOR = "lokr_factor"
 FLAGS = ("use_rslora_flag", "use_dora_flag")
 """Top-level booleans of the musubi-tuner fork; they are read, and written only in sd-scripts layout."""
+TOP_LEVEL = (FACTOR, *FLAGS)
+"""Keys that say how a file was trained and stand for no weight."""
 _NO_SCALE = Scale(1.0, "none (1.0)")
 
 

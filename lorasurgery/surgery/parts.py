@@ -78,6 +78,6 @@ def file_name(part: str) -> str:
 
 
 def _top_level() -> Iterable[str]:
-    from lorasurgery.api import KNOWN_TOP_LEVEL
+    from lorasurgery.layouts.module import TOP_LEVEL
 
-    return KNOWN_TOP_LEVEL
+    return TOP_LEVEL

@@ -12,9 +12,8 @@ from lorasurgery.files.opened import read_any
 from lorasurgery.files.read import parse, parse_for
 from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.group import group
-from lorasurgery.layouts.module import FLAGS
+from lorasurgery.layouts.module import TOP_LEVEL
 from lorasurgery.layouts.peft_read import read_peft
-from lorasurgery.metadata import FACTOR
 from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules
 from lorasurgery.surgery.apply.widen import widened
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.scales import PeftConfig
     from lorasurgery.models import Model
-
-TOP_LEVEL = (FACTOR, *FLAGS)
-"""Keys that say how a file was trained and stand for no weight."""
 
 
 @dataclass(frozen=True, slots=True)

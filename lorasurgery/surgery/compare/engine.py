@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lorasurgery.api import KNOWN_TOP_LEVEL
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import same_values
+from lorasurgery.layouts.module import TOP_LEVEL
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.compare.forms import measure_sides, norm_of
 from lorasurgery.surgery.compare.pairs import Pair, only_second, pairs_of
@@ -142,7 +142,7 @@ def _leftovers(a: Adapter, b: Adapter) -> list[str]:
     return [
         left.key
         for left in a.leftovers
-        if left.key not in KNOWN_TOP_LEVEL and not (left.key in others and same_values(left.tensor, others[left.key]))
+        if left.key not in TOP_LEVEL and not (left.key in others and same_values(left.tensor, others[left.key]))
     ]
 
 

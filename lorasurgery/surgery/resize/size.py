@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasurgery.api import KNOWN_TOP_LEVEL, takes_factor
+from lorasurgery.api import takes_factor
 from lorasurgery.io.header import header_bytes
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
 from lorasurgery.layouts.emit import emit
+from lorasurgery.layouts.module import TOP_LEVEL
 from lorasurgery.layouts.peft_config import header_metadata
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.layouts.targets import written_in
@@ -29,7 +30,7 @@ def file_size(adapter: Adapter, layout_name: str | None = None) -> int:
         adapter = convert(adapter, layout_name)[0]
     target, report = written_in(adapter), Report()
     emitted = emit(adapter, target, report)
-    kept = (left for left in adapter.leftovers if target.own or left.key not in KNOWN_TOP_LEVEL)
+    kept = (left for left in adapter.leftovers if target.own or left.key not in TOP_LEVEL)
     if target.carries_unknown:
         emitted.tensors.update({left.key: left.tensor for left in kept})
     metadata = converted(adapter, adapter.metadata, emitted.written, source_layout=adapter.layout, target=target.id)

@@ -458,3 +458,14 @@ def test_lokr_of_another_model(tmp_path: Path) -> None:
     source = save_arrays(tmp_path / "zimage.safetensors", lokr())
     assert run("resize", source, tmp_path / "out.safetensors", "--rank", 1).code == 0
     assert read(tmp_path / "out.safetensors")[0]["lora_unet_layers_0_attention_to_q.lokr_w2_a"].shape[1] == 1
+
+
+def test_strict_refuses_what_is_not_understood(tmp_path: Path) -> None:
+    tensors, _ = read(save_arrays(tmp_path / "zimage.safetensors", lokr()))
+    source, out = tmp_path / "more.safetensors", tmp_path / "out.safetensors"
+    write(source, {**tensors, "notes": raw(np.ones(3), "F32")})
+    done = run("resize", source, out, "--rank", 1, "--strict")
+    assert done.code == 1
+    assert "notes" in done.err
+    assert not out.exists()
+    assert run("resize", source, out, "--rank", 1).code == 0

@@ -17,7 +17,7 @@ TABLES = (
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
         aliases=(QKV,),
         replaced_norms=WHOLE_NORMS,
-        metadata_names=("chroma", "Chroma1"),  # sd-scripts, OneTrainer
+        metadata_names=("chroma", "chroma", "Chroma1"),  # sd-scripts' two keys, and OneTrainer
         rows=(
             row("img_in", (D, 64), "x_embedder"),
             row("txt_in", (D, 4096), "context_embedder"),

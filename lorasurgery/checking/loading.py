@@ -28,7 +28,7 @@ def loading_notes(emitted: Emitted, arch: Architecture, target: Layout) -> list[
     """
     arch = family(arch)
     own = [consumer for consumer in CONSUMERS.values() if consumer.name in target.reader and knows(consumer, arch)]
-    if target.own or not own:
+    if target.own or target.folder or not own:  # a folder is refused where PEFT would not read it
         return []
     raw, configs = in_memory(emitted, arch, target)
     return sentences(subject_of(hollow(raw), among=(arch,), configs=configs), own)

@@ -60,7 +60,11 @@ def test_whole_files(name: str, tmp_path: Path) -> None:
     key = f"{own.architecture}-{own.variant}" if own.variant else own.architecture
     assert (key, own.layout, own.families) == (model, layout, families)
     assert not components or own.components == components
-    assert (own.coverage, own.warnings, own.unexplained) == (1.0, (), ())
+    guessed = any(
+        key.startswith("base_model.model.") for key in fixture("wild", name)["keys"]
+    )  # PEFT's, without its configuration
+    warnings = [one for one in own.warnings if not (guessed and "is not known" in one.message)]
+    assert (own.coverage, warnings, own.unexplained) == (1.0, [], ())
 
 
 @pytest.mark.parametrize("name", sorted(set(WILD) - WHOLE.keys()))

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def loading_notes(emitted: Emitted, arch: Architecture, target: Layout) -> list[str]:
     """A sentence for each program that ``target`` is written for where none of them loads all of what was emitted.
 
-    Empty for a file in its own spelling, which is for nobody in particular, and for models that none of them has.
+    Empty for a file in its own spelling, which is for nobody in particular, for PEFT's folders, and for models that none of
+    them has.
     """
     arch = family(arch)
     own = [consumer for consumer in CONSUMERS.values() if consumer.name in target.reader and knows(consumer, arch)]

@@ -11,7 +11,8 @@ from lorasurgery.adapter import WHOLE
 from lorasurgery.alerts import much_larger
 from lorasurgery.checking.loading import loading_notes
 from lorasurgery.errors import BrokenModuleError, DroppedKeysError, NotRepresentableError
-from lorasurgery.io.finite import blamed, computed_bytes, first_bad, not_finite
+from lorasurgery.files.blame import blamed
+from lorasurgery.io.finite import computed_bytes, first_bad, not_finite
 from lorasurgery.io.peft_folder import write_peft_folder
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
@@ -104,7 +105,7 @@ def save(
         if not options.dry_run:
             write(path, adapter, emitted, metadata)
     except BrokenModuleError as error:
-        raise (blamed(error, Path(report.input)) if report.input else error) from error
+        raise blamed(error, [Path(report.input)] if report.input else []) from error
     report.warnings += report.losses.alerts()
     report.written = not options.dry_run
     report.seconds += time.perf_counter() - started

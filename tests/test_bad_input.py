@@ -16,8 +16,7 @@ import pytest
 
 import lorasurgery
 from lorasurgery.errors import BrokenModuleError, SurgeryError
-from lorasurgery.io.dtypes import numpy_dtype
-from lorasurgery.io.finite import BLOCK, all_finite
+from lorasurgery.io.dtypes import BLOCK, all_finite, numpy_dtype
 from lorasurgery.io.header import read_safetensors
 from tests.edges import DIM, TO_Q, dotted, loha, lokr, lora, refused, run, save, to_bytes, with_header
 

@@ -228,7 +228,7 @@ def test_the_file_with_nan_is_named(files: tuple[Path, Path, Meaning, Meaning], 
     (tmp_path / "bad").mkdir()
     bad, out = own.made.save(tmp_path / "bad"), tmp_path / "out.safetensors"
     for how in ([], ["--rank", "2"], ["--method", "ties", "--rank", "2"], ["--method", "slerp"]):
-        refused(tmp_path, ["merge", a, bad, "-o", out, *how], f"{bad}: {stem} (up) holds NaN", "FILE:1:re=REGEX:0")
+        refused(tmp_path, ["merge", a, bad, "-o", out, *how], f"{bad}: {stem}.lora_up.weight holds NaN", "FILE:1:re=REGEX:0")
 
 
 def test_a_folder_that_is_read_is_not_written_into(files: tuple[Path, Path, Meaning, Meaning], tmp_path: Path) -> None:

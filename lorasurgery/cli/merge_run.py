@@ -122,6 +122,7 @@ def merged(how: Request) -> Outcome:
 
 
 def _merged(how: Request) -> Outcome:
+    from lorasurgery.files.blame import blamed
     from lorasurgery.layouts.targets import written_in
     from lorasurgery.surgery.merge.inputs import leading
 
@@ -133,12 +134,12 @@ def _merged(how: Request) -> Outcome:
     try:
         return _written(how, sources)
     except BrokenModuleError as error:
-        raise _blamed(error, sources) from error
+        raise blamed(error, [Path(s.adapter.path) for s in sources if s.adapter.path]) from error
 
 
 def _written(how: Request, sources: Sequence[Source]) -> Outcome:
     from lorasurgery.api import SaveOptions, save
-    from lorasurgery.cli.merge_text import choices_text
+    from lorasurgery.cli.merge_choices import choices_text
     from lorasurgery.surgery.convert import convert
     from lorasurgery.surgery.merge import merge
     from lorasurgery.surgery.merge.choices import choices
@@ -187,18 +188,6 @@ def _ranks(result: Adapter) -> dict[int, int]:
     """Rank -> number of modules, of what is written."""
     found = (module.delta.rank for module in result.modules.values() if module.delta is not None)
     return dict(sorted(Counter(rank for rank in found if rank is not None).items()))
-
-
-def _blamed(error: BrokenModuleError, sources: Sequence[Source]) -> BrokenModuleError:
-    """The same error about the file whose numbers are not finite, where there is one."""
-    from lorasurgery.io.finite import first_bad, not_finite
-
-    for source in sources:
-        for module in source.adapter.modules.values():
-            bad = None if module.delta is None else first_bad(module.delta.tensors)
-            if bad is not None and error.path is None:
-                return not_finite(f"{module.name} ({bad})", source.adapter.path)
-    return error
 
 
 def _home(module: str, sources: Sequence[Source]) -> str | None:

@@ -6,15 +6,13 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lorasurgery.alerts import bytes_text
+from lorasurgery.cli.merge_choices import choice_text
 from lorasurgery.cli.render import warning_lines
 from lorasurgery.cli.resize_text import counts, dropped_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lorasurgery.cli.merge_run import Outcome
     from lorasurgery.surgery.merge import MergedModule, SourceReport
-    from lorasurgery.surgery.merge.choices import Choice
 
 
 def merge_lines(found: Outcome, *, verbose: bool) -> list[str]:
@@ -35,20 +33,6 @@ def merge_lines(found: Outcome, *, verbose: bool) -> list[str]:
         lines += _table(report.modules)
     lines += dropped_lines(found.dropped)
     return lines + warning_lines(found.warnings)
-
-
-def choice_text(choice: Choice) -> str:
-    """The options of a smaller form, what it takes and what it costs."""
-    way = "--as lokr" if choice.family == "lokr" else f"--as lora --rank {choice.rank}"
-    about = "" if choice.measured is None else "about "
-    source = "" if choice.measured is None else f", estimated from {choice.measured} modules"
-    return f"{way}: {bytes_text(choice.size)}, {about}{choice.error:.4f} away from the sum{source}"
-
-
-def choices_text(found: Sequence[Choice], size: int) -> str:
-    """All of them in a line."""
-    ways = "; ".join(map(choice_text, found))
-    return f"the sum is full differences, which no file has, and takes {bytes_text(size)}. Smaller, but not exact: {ways}"
 
 
 def _file(source: SourceReport) -> str:

@@ -53,6 +53,21 @@ _ML_NAMES = MappingProxyType(
     {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 )
 
+BLOCK = 1 << 20
+"""Bytes looked at together: they stay in the processor's cache."""
+
+EXPONENTS = MappingProxyType(
+    {
+        "F64": ("<u8", 0x7FF0_0000_0000_0000),
+        "F32": ("<u4", 0x7F80_0000),
+        "BF16": ("<u2", 0x7F80),
+        "F16": ("<u2", 0x7C00),
+        "F8_E5M2": ("u1", 0x7C),
+        "F8_E4M3": ("u1", 0x7F),  # no infinity, and one NaN: all bits set
+    }
+)
+"""dtype -> the unsigned integer of its size, and the bits that are all set in a NaN or an infinity only."""
+
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """numpy's dtype of a safetensors dtype name; raises SurgeryError for those of :data:`CARRIED`."""
@@ -75,8 +90,6 @@ def cast_array(array: Array, dtype: str) -> Array:
     """The values in ``dtype``, rounded to nearest even; raises ValueRangeError when a finite one becomes infinite or NaN."""
     import numpy as np
 
-    from lorasurgery.io.finite import all_finite
-
     wanted = numpy_dtype(dtype)
     if array.dtype == wanted:
         return array
@@ -94,6 +107,19 @@ def cast_array(array: Array, dtype: str) -> Array:
                 f"a value of {largest:.3g} is beyond the range of {dtype}", hint="--dtype fp32 or --dtype bf16"
             )
     return cast
+
+
+def all_finite(dtype: str, data: bytes | memoryview) -> bool:
+    """Whether little-endian values of ``dtype`` hold neither NaN nor infinity (integers never do)."""
+    import numpy as np
+
+    if dtype not in EXPONENTS:
+        return True
+    code, mask = EXPONENTS[dtype]
+    values = np.frombuffer(data, code)
+    step = BLOCK // values.itemsize
+    bits = values.dtype.type(mask)
+    return all(not ((values[at : at + step] & bits) == bits).any() for at in range(0, values.size, step))
 
 
 def scalar_value(dtype: str, data: bytes) -> float:

@@ -7,45 +7,16 @@ told apart from one that was so in the input.
 
 from __future__ import annotations
 
-from contextlib import suppress
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.errors import BrokenModuleError, SurgeryError, ValueRangeError
+from lorasurgery.errors import BrokenModuleError, ValueRangeError
+from lorasurgery.io.dtypes import BLOCK, EXPONENTS, all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from lorasurgery.io.tensors import Tensor
-
-BLOCK = 1 << 20
-"""Bytes looked at together: they stay in the processor's cache."""
-
-_EXPONENTS = MappingProxyType(
-    {
-        "F64": ("<u8", 0x7FF0_0000_0000_0000),
-        "F32": ("<u4", 0x7F80_0000),
-        "BF16": ("<u2", 0x7F80),
-        "F16": ("<u2", 0x7C00),
-        "F8_E5M2": ("u1", 0x7C),
-        "F8_E4M3": ("u1", 0x7F),  # no infinity, and one NaN: all bits set
-    }
-)
-"""dtype -> the unsigned integer of its size, and the bits that are all set in a NaN or an infinity only."""
-
-
-def all_finite(dtype: str, data: bytes | memoryview) -> bool:
-    """Whether little-endian values of ``dtype`` hold neither NaN nor infinity (integers never do)."""
-    import numpy as np
-
-    if dtype not in _EXPONENTS:
-        return True
-    code, mask = _EXPONENTS[dtype]
-    values = np.frombuffer(data, code)
-    step = BLOCK // values.itemsize
-    bits = values.dtype.type(mask)
-    return all(not ((values[at : at + step] & bits) == bits).any() for at in range(0, values.size, step))
 
 
 def blocks(tensor: Tensor) -> Iterator[bytes]:
@@ -59,7 +30,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     if tensor.compute is not None:
         return all_finite(tensor.dtype, tensor.buffer())
-    return tensor.dtype not in _EXPONENTS or all(all_finite(tensor.dtype, block) for block in blocks(tensor))
+    return tensor.dtype not in EXPONENTS or all(all_finite(tensor.dtype, block) for block in blocks(tensor))
 
 
 def first_bad(tensors: Mapping[str, Tensor]) -> str | None:
@@ -81,17 +52,6 @@ def computed_bytes(name: str, tensor: Tensor) -> bytes | memoryview:
     return data
 
 
-def blamed(error: BrokenModuleError, path: Path) -> SurgeryError:
-    """The same error about the input: its first key with NaN or infinity, or the narrow dtype when it has none."""
-    with suppress(SurgeryError, OSError):
-        key = first_bad(_tensors(path))
-        if key is not None:
-            return not_finite(key, path)
-    hint = error.hint or "--dtype fp32 or --dtype bf16, or --alpha keep where the target takes it"
-    tail = "" if error.hint else ", though every value of the input is finite: the dtype is too narrow for the result"
-    return BrokenModuleError(error.message + tail, key=error.key, path=path, hint=hint)
-
-
 def not_finite(key: str, path: Path | None) -> BrokenModuleError:
     """The error for a stored tensor with NaN or infinity."""
     return BrokenModuleError(
@@ -100,14 +60,3 @@ def not_finite(key: str, path: Path | None) -> BrokenModuleError:
         path=path,
         hint="an earlier checkpoint of the training run, or --drop REGEX to leave the module out",
     )
-
-
-def _tensors(path: Path) -> Mapping[str, Tensor]:
-    from lorasurgery.io.header import read_safetensors
-    from lorasurgery.io.peft_folder import read_peft_folder
-    from lorasurgery.io.sniff import TORCH_SUFFIXES
-    from lorasurgery.io.torchfile import read_torch
-
-    if path.is_dir():
-        return read_peft_folder(path)[0].tensors
-    return (read_torch if path.suffix.lower() in TORCH_SUFFIXES else read_safetensors)(path).tensors

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorasurgery.errors import BrokenModuleError
-from lorasurgery.io.dtypes import numpy_dtype
-from lorasurgery.io.finite import all_finite
+from lorasurgery.io.dtypes import all_finite, numpy_dtype
 from lorasurgery.surgery.apply.fresh import Fresh
 from lorasurgery.surgery.apply.numbers import FORMATS, spacing, surely_finite
 from lorasurgery.surgery.apply.steps import is_added, is_local

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.deltas.rounding import rounded
-from lorasurgery.io.dtypes import BITS, cast_array
-from lorasurgery.io.finite import all_finite
+from lorasurgery.io.dtypes import BITS, all_finite, cast_array
 from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:

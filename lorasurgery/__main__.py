@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from lorasurgery.cli.stopping import quiet
-from lorasurgery.interrupts import held
 
 
 def main() -> None:
     """Run the command line, interrupts in good hands from here on."""
     quiet()
-    with held():
-        from lorasurgery.cli.app import main as run
+    from lorasurgery.cli.app import main as run
+
     run()
 
 

@@ -25,7 +25,6 @@ from lorasurgery.cli.render import show_error
 from lorasurgery.cli.spellings import SPELLINGS, Spelled
 from lorasurgery.cli.stopping import STOPPED, quiet
 from lorasurgery.errors import RequestError, SurgeryError
-from lorasurgery.interrupts import held
 from lorasurgery.version import __version__
 
 COMMANDS = (
@@ -130,11 +129,7 @@ def main() -> None:
         _keep_memory()
     try:
         quiet()
-        with held():  # what is half imported fails in other words
-            run = application(first if first in COMMANDS else None)
-            if first in COMPUTING:
-                import_module("numpy")
-        run()
+        application(first if first in COMMANDS else None)()
     except KeyboardInterrupt as error:
         show_error(error)
         sys.exit(STOPPED)

@@ -68,6 +68,7 @@ class Component(torch.nn.Module, PeftAdapterMixin):  # type: ignore[misc]
         super().__init__()
         self.config = SimpleNamespace(image_dim=None, layers_per_block=2, in_channels=64)
         self.spans: dict[str, tuple[Spans, ...]] = {}
+        self.unused: set[str] = set()
 
     def add(self, name: str, parts: tuple[Spans, ...], *, norm: bool = False) -> None:
         """A module of the given name, with the rows that ``parts`` stand for."""
@@ -89,6 +90,7 @@ class Component(torch.nn.Module, PeftAdapterMixin):  # type: ignore[misc]
             block, _, leaf = name.rpartition(".")
             for fused, parts in FUSED.items():
                 if leaf == parts[0] and all(f"{block}.{p}" in self.spans for p in parts):
+                    self.unused.update(f"{block}.{p}" for p in parts)
                     self.add(f"{block}.{fused}", tuple(self.spans[f"{block}.{p}"][0] for p in parts))
 
 
@@ -151,7 +153,8 @@ def read(parts: Mapping[str, Component]) -> Loaded:
             hollow = [n for n, p in module.named_parameters() if p.is_meta]
             if hollow:
                 return Loaded(f"forward: {name}.{hollow[0]} has no numbers", {})
-            put(effects, part.spans[name], *changes(module))
+            if name not in part.unused:
+                put(effects, part.spans[name], *changes(module))
     return Loaded("", effects)
 
 

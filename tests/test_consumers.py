@@ -32,9 +32,13 @@ HERE = Path(__file__).parent / "fixtures"
 PRODUCERS = HERE / "producers"
 SAMPLE = HERE / "samples" / "z_image_lokr.safetensors"
 CONFIGS: dict[str, Mapping[str, Any]] = {"sd15": SD15, "sdxl": SDXL, "clip_l": CLIP_L, "clip_g": CLIP_G}
+KLEIN_4B: dict[str, Any] = {
+    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False,
+}  # fmt: skip
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "flux": lambda: on_meta("FluxTransformer2DModel", guidance_embeds=True),
     "z_image": lambda: on_meta("ZImageTransformer2DModel"),
+    "flux2": lambda: on_meta("Flux2Transformer2DModel", **KLEIN_4B),
     "qwen": lambda: on_meta("QwenImageTransformer2DModel"),
     "wan": lambda: on_meta("WanTransformer3DModel", **WAN_1_3B),
     "sd15": lambda: on_meta("UNet2DConditionModel", **SD15),
@@ -45,6 +49,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 PIPELINES = {
     "flux": ("FluxPipeline", {"transformer": "flux", "text_encoder": "clip_l"}),
     "z_image": ("ZImagePipeline", {"transformer": "z_image"}),
+    "flux2": ("Flux2KleinPipeline", {"transformer": "flux2"}),
     "qwen": ("QwenImagePipeline", {"transformer": "qwen"}),
     "wan": ("WanPipeline", {"transformer": "wan"}),
     "sd15": ("StableDiffusionPipeline", {"unet": "sd15", "text_encoder": "clip_l"}),
@@ -277,6 +282,52 @@ def test_diffusers_takes_other_families_as_lora(name, tmp_path, complaints):
 def test_diffusers_takes_the_sample_as_lora(tmp_path, complaints):
     path = saved(SAMPLE, tmp_path / "out.safetensors", "diffusers", as_lora=True)
     assert_close(all_deltas(loaded("z_image", path)), truth("z_image_lokr"), 2e-2)
+    assert not complaints
+
+
+@pytest.mark.parametrize("alpha", ["fold", "header"])
+def test_diffusers_takes_the_sample_as_it_is(alpha, tmp_path, complaints):
+    path = saved(SAMPLE, tmp_path / "out.safetensors", "diffusers", alpha)
+    assert not any(key.endswith(".alpha") or key == "lokr_factor" for key in load_file(path))
+    model = through_pipeline("z_image", path, {flat(key.partition(".lokr_")[0]) for key in load_file(path)})["transformer"]
+    assert len(list(layers(model))) == 21
+    assert_close(loaded_deltas(model, "layers_0_"), first_layer(), 2e-2)
+    assert not complaints
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("blocks", [8, 12])
+def test_diffusers_takes_lokr_of_flux2(blocks, dtype, tmp_path, complaints):
+    """Diffusers fuses its own weights for those of fused ones, whether q, k and v end between their blocks (12) or not (8)."""
+    torch.manual_seed(blocks)
+    d = 3072
+    modules = {
+        "double_blocks.1.img_attn.qkv": (3 * d, d), "double_blocks.1.txt_attn.qkv": (3 * d, d),
+        "double_blocks.0.img_mlp.0": (6 * d, d), "single_blocks.3.linear2": (d, 4 * d),
+    }  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {}
+    dense: dict[str, np.ndarray] = {}
+    for i, (name, (out, columns)) in enumerate(modules.items()):
+        w1, up, down = (
+            (0.1 * torch.randn(shape)).to(dtype) for shape in ((blocks, blocks), (out // blocks, 4), (4, columns // blocks))
+        )
+        alpha = 2.0 + i
+        stem = f"diffusion_model.{name}"
+        tensors |= {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2_a": up, f"{stem}.lokr_w2_b": down}
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        dense[name] = np.kron(w1.double().numpy(), up.double().numpy() @ down.double().numpy()) * alpha / 4
+    save_file(tensors | {"lokr_factor": torch.tensor(blocks)}, tmp_path / "in.safetensors")
+    path = saved(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "diffusers")
+    stems = {flat(key.partition(".lokr_")[0]) for key in load_file(path)}
+    to_fuse = {f"transformer_blocks_1_attn_{name}" for p in "qkv" for name in (f"to_{p}", f"add_{p}_proj")}
+    model = through_pipeline("flux2", path, stems | to_fuse)["transformer"]
+    expected = {
+        "transformer_blocks_1_attn_to_qkv": dense["double_blocks.1.img_attn.qkv"],
+        "transformer_blocks_1_attn_to_added_qkv": dense["double_blocks.1.txt_attn.qkv"],
+        "transformer_blocks_0_ff_linear_in": dense["double_blocks.0.img_mlp.0"],
+        "single_transformer_blocks_3_attn_to_out": dense["single_blocks.3.linear2"],
+    }
+    assert_close(loaded_deltas(model), {name: bilinear(value) for name, value in expected.items()}, ROUNDED[dtype])
     assert not complaints
 
 

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+import lorasurgery
+from lorasurgery import load, save
+from lorasurgery.architectures import named
+from lorasurgery.checking.consumers import consumer
+from lorasurgery.checking.engine import check
+from lorasurgery.checking.subject import read_subject
 from lorasurgery.errors import NotRepresentableError
 from tests.builders import Builder, Made, convert, factors, granularity, modules_of
 from tests.oracle import Raw, Reader, assert_same, dense_deltas, model, modules, raw, relative_errors
@@ -244,3 +252,62 @@ def test_peft_scales_by_its_configuration(whole2: bool, tmp_path: Path) -> None:
     config |= {"peft_type": "LOKR", "alpha": config.pop("lora_alpha")}
     output = convert(builder.made, "comfyui", tmp_path)
     assert_same(builder.made.meaning(), output.meaning(), 1e-7)
+
+
+def lokr_file(path: Path, key: str, modules: dict[str, tuple[int, int]], extra: dict[str, np.ndarray] | None = None) -> Path:
+    """A file of Diffusers' names under ``diffusion_model.``: name -> (blocks, rank)."""
+    (arch,) = named(key)
+    names = {**arch.namings["diffusers"], **arch.alias_names}
+    shapes = {name: arch.module_shape(spans) for name, spans in names.items()}
+    rng, tensors = np.random.default_rng(3), dict(extra or {})
+    for name, (blocks, rank) in modules.items():
+        out, columns = shapes[name][:2]
+        sizes = {"w1": (blocks, blocks), "w2_a": (out // blocks, rank), "w2_b": (rank, columns // blocks)}
+        for slot, size in sizes.items():
+            tensors[f"diffusion_model.{name}.lokr_{slot}"] = rng.standard_normal(size).astype(np.float32)
+        tensors[f"diffusion_model.{name}.alpha"] = np.array(3.0, np.float32)
+    save_file(tensors, path)
+    return path
+
+
+Z, FLUX2 = "layers.{}.attention.to_q", "transformer_blocks.{}.attn."
+
+
+@pytest.mark.parametrize(
+    ("key", "modules", "reason"),
+    [
+        ("z-image", {Z.format(0): (8, 4), Z.format(1): (8, 2), Z.format(2): (8, 4)}, ""),
+        ("z-image", {Z.format(0): (8, 4), Z.format(1): (6, 4)}, "no one decompose_factor"),
+        ("flux2-klein-4b", {FLUX2.format(0) + "to_qkv": (8, 4), FLUX2.format(1) + "to_added_qkv": (8, 4)}, ""),
+        ("flux2-klein-4b", {FLUX2.format(0) + "to_qkv": (8, 4), FLUX2.format(1) + "to_k": (8, 4)}, "fuses q, k and v"),
+        ("flux1-dev", {FLUX2.format(0) + "to_k": (8, 4)}, "does not load LoKr"),
+    ],
+)  # fmt: skip
+def test_lokr_for_diffusers_under_its_conditions(
+    key: str, modules: dict[str, tuple[int, int]], reason: str, tmp_path: Path
+) -> None:
+    """What conversion writes loads completely by our check, and what it refuses the check refuses too; LoRA is the way out."""
+    source = lokr_file(tmp_path / "in.safetensors", key, modules)
+    adapter, out = load(source), tmp_path / "out.safetensors"
+    if reason:
+        with pytest.raises(NotRepresentableError, match=reason) as failure:
+            save(adapter, out, layout="diffusers")
+        assert "--as lora" in str(failure.value)
+        assert not out.exists()
+        converted, report = lorasurgery.convert(adapter, "diffusers", lorasurgery.Options(as_lora=True))
+        save(converted, out, report=report)
+    else:
+        save(adapter, out, layout="diffusers")
+    with safe_open(out, "np") as written:
+        keys = list(written.keys())
+    assert all((".lora_" if reason else ".lokr_") in each for each in keys)
+    result = check(read_subject(out), consumer("diffusers"))
+    assert result.complete, result
+
+
+def test_lokr_beside_lora_is_none_for_diffusers(tmp_path: Path) -> None:
+    lora = {f"diffusion_model.{Z.format(3)}.lora_{side}.weight": np.ones(size, np.float32)
+            for side, size in (("A", (4, 3840)), ("B", (3840, 4)))}  # fmt: skip
+    source = lokr_file(tmp_path / "in.safetensors", "z-image", {Z.format(0): (8, 4)}, lora)
+    with pytest.raises(NotRepresentableError, match="LoKr alone"):
+        save(load(source), tmp_path / "out.safetensors", layout="diffusers")

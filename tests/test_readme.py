@@ -124,7 +124,7 @@ def test_family_table_says_what_happens(row: list[str], tmp_path: Path) -> None:
         for target, cell in zip(targets, row[1:], strict=True):
             args = ("convert", source, tmp_path / "out", "-t", target, "--arch", "z-image", "--dry-run")
             plain = run(*args)
-            if cell == "yes":
+            if cell.startswith("yes"):
                 assert plain.code == 0, (target, plain.err)
                 assert "left out" not in plain.out
                 continue

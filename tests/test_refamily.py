@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorasurgery
+from lorasurgery.deltas.factorization import factorization
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
-from lorasurgery.layouts.peft_config import factorization
 from lorasurgery.linalg.nearest_kronecker import kronecker_error, nearest_kronecker, rearranged_dense, rearranged_product
 from tests.builders import Builder, convert
 from tests.edges import run

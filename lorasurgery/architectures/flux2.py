@@ -60,7 +60,13 @@ TABLES = tuple(
         onetrainer="dotted",
         usage=usage,
         metadata_names=(*known_as, "flux2", "Flux.2"),
-        aliases=(("single_blocks.{i}.linear1_qkv", ("single_blocks.{i}.linear1", (0, 3 * d))),),  # ComfyUI
+        diffusers_families=frozenset({"lokr"}),
+        diffusers_fused=r"\.to_(added_)?qkv$",
+        aliases=(
+            ("single_blocks.{i}.linear1_qkv", ("single_blocks.{i}.linear1", (0, 3 * d))),  # ComfyUI
+            ("transformer_blocks.{i}.attn.to_qkv", "double_blocks.{i}.img_attn.qkv"),  # Diffusers' fuse_qkv_projections
+            ("transformer_blocks.{i}.attn.to_added_qkv", "double_blocks.{i}.txt_attn.qkv"),
+        ),
         rows=rows,
     )
     for variant, usage, d, known_as, rows in (

@@ -111,6 +111,10 @@ class Architecture:
     aliases: tuple[Alias, ...] = ()
     """Further names in files; ``{i}`` runs over :attr:`alias_range`."""
     alias_range: int = 64
+    diffusers_families: frozenset[str] = frozenset()
+    """The families that the Diffusers pipeline loads beside LoRA and DoRA."""
+    diffusers_fused: str | None = None
+    """A pattern of those :attr:`aliases` for which that pipeline fuses its own weights (``to_qkv``)."""
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
     bare: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ TABLES = (
         source="ComfyUI comfy/ldm/lumina/model.py (2026-05), Diffusers ZImageTransformer2DModel 0.40",
         no_bias=r"norm\d?$|\.(attention|feed_forward)\.|^cap_embedder\.0$",
         sd_scripts="diffusers",
+        diffusers_families=frozenset({"lokr"}),
         comfyui_split="diffusion_model.",
         onetrainer="dotted",
         usage=18_000,

@@ -161,6 +161,20 @@ LYCORIS = Route(
     ignores_names=NOTHING,
     ignores_words=NOTHING,
 )
+SPLIT = r"^transformer_blocks\..*\.(to_[qkv]|add_[qkv]_proj)$"
+
+
+def _fusing(plain: Route) -> tuple[Route, Route]:
+    """A route for LoKr under Diffusers' names: one fused module makes the loader fuse q, k and v in the whole model."""
+    fused = tuple(
+        made
+        for own in plain.names
+        for made in (own._replace(without=SPLIT), Spelling(own.prefix, "alias", only=r"\.to_(added_)?qkv$"))
+    )
+    note = Note(SPLIT, "a fused module in the file makes the loader fuse the model's q, k and v")
+    return replace(plain, names=fused, when=(*plain.when, Has(r"\.to_(added_)?qkv\.lokr_")), because=(note,)), plain
+
+
 FLUX2 = (
     FLUX2_KOHYA,
     LYCORIS,
@@ -174,22 +188,26 @@ FLUX2 = (
         ignores_words=NOTHING,
         wrong=(SWAP,),
     ),
-    Route(
-        (Spelling("", DIFFUSERS),),
-        LOKR | ALPHA,
-        (Has(r"\.lokr_"), Has(r"^transformer\.", "none")),
-        deletes=DORA,
-        needs=WHOLE_LOKR,
-        ignores_words=NOTHING,
+    *_fusing(
+        Route(
+            (Spelling("", DIFFUSERS),),
+            LOKR | ALPHA,
+            (Has(r"\.lokr_"), Has(r"^transformer\.", "none")),
+            deletes=DORA,
+            needs=WHOLE_LOKR,
+            ignores_words=NOTHING,
+        )
     ),
-    Route(
-        (Spelling("transformer.", DIFFUSERS),),
-        LOKR,
-        (Has(r"\.lokr_"),),
-        deletes=DORA,
-        needs=WHOLE_OWN_LOKR,
-        ignores_names="lora|lokr",
-        ignores_words="lora|lokr",
+    *_fusing(
+        Route(
+            (Spelling("transformer.", DIFFUSERS),),
+            LOKR,
+            (Has(r"\.lokr_"),),
+            deletes=DORA,
+            needs=WHOLE_OWN_LOKR,
+            ignores_names="lora|lokr",
+            ignores_words="lora|lokr",
+        )
     ),
     Route(
         (*BFL, *EXPANDED),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasurgery.checking.lokr import unfit
-from lorasurgery.checking.rules import DIFFUSERS, LOKR
+from lorasurgery.checking.rules import LOKR
+from lorasurgery.layouts.diffusers_lokr import unfit
+from lorasurgery.layouts.targets import LAYOUTS, names_in, namings
 from lorasurgery.layouts.words import BIAS, MAGNITUDE
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ def without_numbers(job: Job, subject: Subject) -> list[str]:
     """Why every forward pass fails after loading; empty when it does not. A file without any up factor is refused."""
     if job.route.reads >= LOKR:
         known = [item for item in subject.items if item.stem in job.known.sites]
-        names = {spans: name for name, spans in job.architecture.namings[DIFFUSERS].items()}
-        refusal, odd = unfit(known, {i.stem: names.get(job.known.sites[i.stem].spans, i.stem) for i in known})
+        own = namings(LAYOUTS["diffusers"], job.architecture)
+        names = {spans: name for naming in own for name, spans in names_in(naming, job.architecture).items()}
+        refusal, odd = unfit({names.get(job.known.sites[i.stem].spans, i.stem): i.delta for i in known})
         if refusal:
             job.refuse(refusal)
         return [f"{odd[0]} has other factors than PEFT makes for its rank" + _more(len(odd))] if odd else []

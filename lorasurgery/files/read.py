@@ -22,7 +22,7 @@ from lorasurgery.layouts.peft_keys import doubles, peft_key
 from lorasurgery.layouts.scales import unknown_scales
 from lorasurgery.layouts.spelled import spelling
 from lorasurgery.layouts.widened import as_wide
-from lorasurgery.layouts.words import BIAS, EXTRA
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
+    from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.names import Found
     from lorasurgery.layouts.scales import PeftConfig, ScaleRules
 
@@ -284,7 +285,7 @@ def layout_of(taken: Taken, found: Mapping[str, Found], arch: Architecture) -> s
         layout = place.layout
         dialects = {entry.word.dialect for entry in taken.groups[stem].entries.values()}
         if (layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS) or (
-            layout == "diffusers" and "kohya" in dialects
+            layout == "diffusers" and "kohya" in dialects and not _is_diffusers_own(taken.groups[stem], arch)
         ):
             layout = "onetrainer"
         elif layout == "bare":
@@ -293,6 +294,11 @@ def layout_of(taken: Taken, found: Mapping[str, Found], arch: Architecture) -> s
     if votes["bfl"]:
         return "bfl"
     return votes.most_common(1)[0][0] if votes else "unknown"
+
+
+def _is_diffusers_own(group: Group, arch: Architecture) -> bool:
+    """Whether it is in a family that Diffusers spells as everyone does, without the alpha that OneTrainer always writes."""
+    return group.modifier(ALPHA) is None and {e.word.family for e in group.entries.values()} <= arch.diffusers_families
 
 
 _BARE = (("bfl", "bfl"), ("xlabs", "xlabs"), ("processor", "diffusers"))

@@ -61,7 +61,7 @@ def _gives(factor: int, shape: tuple[int, ...], kernel: tuple[int, ...], outer: 
         columns = columns // size if columns % (outer[1] * size) == 0 else columns
     if factor == 0 or factor < AUTOMATIC:
         return False
-    from lorasurgery.layouts.peft_config import factorization
+    from lorasurgery.deltas.factorization import factorization
 
     rows, across = factorization(out, factor), factorization(columns, factor)
     return outer[0] in rows and outer[1] == across[0]

@@ -19,6 +19,7 @@ from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.layouts.diffusers_lokr import refuse_unfit
 from lorasurgery.layouts.module import LARGEST_SCALE, is_layer
 from lorasurgery.layouts.peft_keys import EMBEDDING_WORDS, is_embedding, transposed
 from lorasurgery.layouts.scales import HEADER_KEY, LARGEST_ALPHA
@@ -99,6 +100,8 @@ def emit(
         _module(module, stem, shape, target, way, report, result)
     if target.words == PEFT and not target.own and any(m.bias is not None for m in adapter.modules.values()):
         _complete_biases(result, target)
+    if target.id == "diffusers" and not target.own:
+        refuse_unfit({own.stem: own.module.delta for own in result.written}, adapter.path)
     return result
 
 
@@ -245,7 +248,7 @@ def _whole_kronecker(delta: Kronecker, module: Module, target: Layout, record: C
 
     Where an alpha is written beside a folded scale it is max(w2.shape), which every rule reads as 1.
     """
-    if target.id == "peft":
+    if target.words == PEFT and not target.own:
         return _Way(delta.scaled(module.scale.value, record), None, 1.0)
     stored = module.scale.alpha
     if module.scale.value == 1.0 and stored is not None and abs(stored.item()) < LARGEST_ALPHA:

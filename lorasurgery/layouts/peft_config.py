@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.deltas.factorization import pefts_factorization
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import NotRepresentableError
@@ -185,42 +186,6 @@ _TRAINING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """What a configuration says that the modules do not, where no source says it otherwise."""
-
-
-def factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """LyCORIS' split of a dimension into m * n with m <= n.
-
-    >>> factorization(3840, -1), factorization(3072, 16), factorization(127, -1)
-    ((60, 64), (16, 192), (1, 127))
-    """
-    if factor > 0 and dimension % factor == 0:
-        small, large = sorted((factor, dimension // factor))
-        return small, large
-    limit = dimension if factor < 0 else factor
-    m, n = 1, dimension
-    length = m + n
-    while m < n:
-        new_m = m + 1
-        while dimension % new_m:
-            new_m += 1
-        new_n = dimension // new_m
-        if new_m + new_n > length or new_m > limit:
-            break
-        m, n = new_m, new_n
-    return (n, m) if m > n else (m, n)
-
-
-def pefts_factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """PEFT's split, which is LyCORIS' but for a factor that divides: that one comes first, whichever is larger.
-
-    Source: PEFT 0.21.2 ``tuners/lokr/layer.py``, ``factorization``.
-
-    >>> pefts_factorization(64, 16), factorization(64, 16)
-    ((16, 4), (4, 16))
-    """
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    return factorization(dimension, factor)
 
 
 def _same_shapes(written: Written, delta: Kronecker, factor: int, *, both: bool, tucker: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,6 +52,8 @@ class Naming(NamedTuple):
     prefix: str
     flat: bool
     naming: str
+    only: str | None = None
+    """A pattern in the names that are meant; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,10 @@ class Layout:
     """For a file's own spelling: text encoder -> what its names begin with."""
     rslora: bool = False
     """For a file's own spelling: alpha is divided by the square root of the rank, as a flag in it says."""
+
+    def holding(self, arch: Architecture) -> frozenset[str]:
+        """The families its readers load for a model."""
+        return self.holds | arch.diffusers_families if self.id == "diffusers" else self.holds
 
 
 LAYOUTS = MappingProxyType(
@@ -151,6 +158,8 @@ def written_in(adapter: Adapter, target: str | None = None) -> Layout:
 def names_in(own: Naming, arch: Architecture) -> Mapping[str, Spans]:
     """Every name that a naming has for the denoiser, dotted; where they become underscores, those known only so too."""
     names = arch.alias_names if own.naming == ALIAS else arch.namings[own.naming]
+    if own.only is not None:
+        return {name: spans for name, spans in names.items() if re.search(own.only, name)}
     more = arch.flat_names(own.naming) if own.flat and arch.own else {}
     return {**names, **more} if more else names
 
@@ -175,6 +184,8 @@ def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model")
         )
     if target.split_names and arch.comfyui_split is not None:
         return own, Naming(arch.comfyui_split, False, DIFFUSERS)
+    if target.id == "diffusers" and arch.diffusers_fused is not None:
+        return own, own._replace(naming=ALIAS, only=arch.diffusers_fused)
     return (own,)
 
 

@@ -98,9 +98,9 @@ def _holds(job: Job, module: Module) -> bool:
         return job.target.id == "peft"
     if module.family == "set" and job.target.id == "diffusers":
         return module.site.spans[0].weight.endswith(job.adapter.architecture.replaced_norms)
-    if module.family not in job.target.holds or _is_configured(job, module) or _is_list(job, module):
+    if module.family not in job.target.holding(job.arch) or _is_configured(job, module) or _is_list(job, module):
         return job.target.id == "peft" and is_saved(module.delta)
-    return module.magnitude is None or module.family == "dora" or job.target.id != "peft"
+    return module.magnitude is None or module.family == "dora" or job.target.words != PEFT
 
 
 def _is_configured(job: Job, module: Module) -> bool:

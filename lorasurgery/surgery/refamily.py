@@ -40,7 +40,7 @@ _TRAINING = ("algo", "factor", "decompose_both", "full_matrix", "block_size", "u
 def check_target(job: Job) -> None:
     """Raises RequestError where the target's programs do not load the family that is asked for."""
     family = job.options.family
-    if family is not None and family not in job.target.holds:
+    if family is not None and family not in job.target.holding(job.arch):
         raise RequestError(
             f"{job.target.reader} does not load {NAMES[family]} modules",
             path=job.adapter.path, hint="--target comfyui, sd-scripts or lycoris, or --as lora",

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Scale
+from lorasurgery.deltas.factorization import factorization
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.io.tensors import of_array
-from lorasurgery.layouts.peft_config import factorization
 from lorasurgery.surgery.refamily_made import INVISIBLE, Made, dtype_of, refuse_not_finite, rounding_of, shape_of
 
 if TYPE_CHECKING:

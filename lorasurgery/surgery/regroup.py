@@ -13,7 +13,8 @@ from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, RequestError
-from lorasurgery.layouts.targets import names_in
+from lorasurgery.layouts.diffusers_lokr import AS_LORA
+from lorasurgery.layouts.targets import PEFT, names_in
 from lorasurgery.surgery.families import reduced, without_magnitude
 from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows, wide
 from lorasurgery.surgery.options import AUTO, FUSE, SPLIT
@@ -32,6 +33,9 @@ def regroup(job: Job, component: str, modules: list[Module]) -> list[Module]:
     if component not in (DENOISER, SECOND_DENOISER):
         named = [module for module in modules if _has_name(job, module)]
         return [job.done(module, "renamed", module) for module in named]
+    fused = _kept_fused(job, modules)
+    done = {module.site for module in fused}
+    modules = [module for module in modules if module.site not in done]
     names = targets_of(names_in(job.namings[0], job.arch))
     try:
         targets = plan(modules, names)
@@ -45,7 +49,22 @@ def regroup(job: Job, component: str, modules: list[Module]) -> list[Module]:
         ) from twice  # fmt: skip
     if job.options.qkv == SPLIT:
         targets = _split_names(job, targets)
-    return [module for target in targets for module in _built(job, component, target)]
+    return [*fused, *(module for target in targets for module in _built(job, component, target))]
+
+
+def _kept_fused(job: Job, modules: Sequence[Module]) -> list[Module]:
+    """LoKr of fused weights that the reader takes as they are, having fused its own: split, they would have two factors.
+
+    Source: Diffusers 0.42.1 ``_maybe_fuse_qkv_projections_for_lokr`` and ``_create_lokr_config``.
+    """
+    names = {spans for naming in job.namings if naming.only is not None for spans in names_in(naming, job.arch).values()}
+    fused = [module for module in modules if module.family == "lokr" and module.site.spans in names]
+    if fused:
+        job.report.warnings.append(
+            f"{len(fused)} LoKr modules of fused weights (first: {fused[0].name}) stay fused; {job.target.reader} fuses the "
+            "model's q, k and v when it loads them"
+        )
+    return [job.done(module, "renamed", module) for module in fused]
 
 
 def _has_name(job: Job, module: Module) -> bool:
@@ -123,9 +142,8 @@ def _is_untrained_part(target: Target) -> bool:
 
 def _otherwise(job: Job, component: str, target: Target, reason: CannotError) -> list[Module]:
     module = target.sources[0]
-    if job.options.qkv == AUTO and job.options.budget.exact and len(job.namings) > 1:
-        by_weight = targets_of(job.arch.namings[DIFFUSERS])
-        split = plan(target.sources, by_weight)
+    if job.options.qkv == AUTO and job.options.budget.exact and _has_split_names(job):
+        split = plan(target.sources, targets_of(names_in(job.namings[1], job.arch)))
         if all(part.is_rename for part in split):
             job.kept_split.append((module.name, reason.message))
             return [_build(job, Site(component, part.spans), part) for part in split]
@@ -141,10 +159,16 @@ def _otherwise(job: Job, component: str, target: Target, reason: CannotError) ->
     return [_fused_to_lora(job, Site(component, target.spans), target)]
 
 
+def _has_split_names(job: Job) -> bool:
+    return len(job.namings) > 1 and job.namings[1].only is None
+
+
 def _hint(job: Job, *, magnitude: bool) -> str:
     keep = (
         "--target comfyui (which reads the split names), or " if job.arch.comfyui_split and job.target.id != "comfyui" else ""
     )
+    if job.target.words == PEFT and not magnitude:  # its readers take LoKr alone or none
+        return AS_LORA
     if magnitude:
         return f"{keep}--lossy to drop the magnitude"
     return f"{keep}--qkv fuse for an exact LoRA of these modules, --lokr-rank N or --energy 0.9999 for a smaller one"

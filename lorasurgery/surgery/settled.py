@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Module, Scale, Site
 from lorasurgery.architectures import architectures, plugins
-from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.errors import RequestError, UnknownArchitectureError
 from lorasurgery.layouts.evidence import one_of_each
 from lorasurgery.layouts.names import index
-from lorasurgery.layouts.targets import LAYOUTS, Speller, namings
+from lorasurgery.layouts.targets import LAYOUTS, Speller, names_in, namings
 from lorasurgery.surgery.pieces import plan, targets_of
 
 if TYPE_CHECKING:
@@ -91,11 +90,11 @@ def _written(arch: Architecture, component: str, modules: list[Module], target: 
         named = {module.name: speller.stem(module.site) for module in modules}
         return None if None in named.values() else frozenset(named.items())
     own, *more = namings(target, arch, prefix)
-    made = plan(modules, targets_of(arch.namings[own.naming]))
+    made = plan(modules, targets_of(names_in(own, arch)))
     if sum(piece.rows for each in made for piece in each.pieces if piece.source) < sum(module.out for module in modules):
         return None
     if more and not all(each.is_rename for each in made):  # what cannot be fused keeps its split names
-        made += plan(modules, targets_of(arch.namings[DIFFUSERS]))
+        made += plan(modules, targets_of(names_in(more[0], arch)))
     return frozenset(
         (
             speller.stem(Site(DENOISER, each.spans)),

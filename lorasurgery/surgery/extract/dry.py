@@ -7,13 +7,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
+from lorasurgery.deltas.factorization import factorization
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import zeros
-from lorasurgery.layouts.peft_config import factorization
 from lorasurgery.surgery.extract.inputs import opened
 from lorasurgery.surgery.extract.meta import metadata_of, operation
 from lorasurgery.surgery.extract.pairs import BIAS, NORM, PARAMETER, pair_up

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.layouts.peft_config import factorization
+from lorasurgery.deltas.factorization import factorization
 from lorasurgery.linalg.hadamard_target import hadamard_of_dense
 from lorasurgery.linalg.nearest_hadamard import nearest_hadamard
 from lorasurgery.linalg.nearest_kronecker import nearest_kronecker, rearranged_dense

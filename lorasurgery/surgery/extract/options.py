@@ -115,7 +115,7 @@ class ExtractOptions:
         family = "lora" if self.family in FACTORED else self.family
         if family not in holds:
             raise RequestError(
-                f"{self.layout.reader} does not load {family} modules",
+                f"extract writes no {family} modules for {self.layout.reader}",
                 hint="the family lora, or the targets comfyui and lycoris",
             )
         self._check_numbers()

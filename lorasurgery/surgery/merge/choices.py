@@ -72,7 +72,8 @@ def choices(
 
 def _as_lokr(sources: Sequence[Source], options: MergeOptions, target: str | None) -> Choice | None:
     """The same merge, which has every error at once where the files' factors are alike; None where they are not."""
-    if "lokr" not in written_in(leading([source.adapter for source in sources]), target).holds:
+    first = leading([source.adapter for source in sources])
+    if "lokr" not in written_in(first, target).holding(first.architecture):
         return None
     adapter, report = merge(sources, replace(options, as_lokr=True), target)
     if any(own.action == FULL for own in report.modules):

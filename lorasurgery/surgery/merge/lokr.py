@@ -6,9 +6,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.factorization import factorization
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.io.tensors import of_array
-from lorasurgery.layouts.peft_config import factorization
 from lorasurgery.linalg.kronecker_sum import error_of_sum, nearest_of_sum, norm_of_sum
 
 if TYPE_CHECKING:

@@ -10,13 +10,22 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorasurgery.deltas.factorization import pefts_factorization
 from lorasurgery.deltas.kronecker import Kronecker
-from lorasurgery.layouts.peft_config import pefts_factorization
+from lorasurgery.errors import NotRepresentableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
 
-    from lorasurgery.checking.subject import Item
+    from lorasurgery.deltas.base import Delta
+
+
+FUSED, UNFUSED = ("to_qkv", "to_added_qkv"), ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""What FLUX.2's blocks are made of once the loader has fused them, and what they no longer use then."""
+
+
+AS_LORA = "--as lora (exact), with --lokr-rank N for a smaller file"
 
 
 class Sizes(NamedTuple):
@@ -33,12 +42,44 @@ class Sizes(NamedTuple):
     """Of those products."""
 
 
-def unfit(items: Iterable[Item], names: Mapping[str, str]) -> tuple[str, list[str]]:
+def refuse_unfit(deltas: Mapping[str, Delta | None], path: Path | None) -> None:
+    """Raises NotRepresentableError where Diffusers would not load the LoKr of a file as they are; ``deltas``: as written."""
+    if not any(isinstance(delta, Kronecker) for delta in deltas.values()):
+        return
+    others = [stem for stem, delta in deltas.items() if not isinstance(delta, Kronecker)]
+    refusal, odd = unfit(deltas)
+    reasons = (
+        (others, "Diffusers takes a file with LoKr modules for LoKr alone, and this one is none"),
+        (list(deltas) if refusal else [], f"Diffusers would refuse the file: {refusal}"),
+        (odd, "Diffusers would make other factors for it: it takes one LoKr factor and rank for the whole file"),
+        (unused(deltas), "Diffusers fuses q, k and v in the whole model where one module is fused, and this one is not"),
+    )
+    for found, why in reasons:
+        if found:
+            raise NotRepresentableError(
+                f"{found[0]}: {why}",
+                module=found[0],
+                path=path,
+                hint=AS_LORA,
+            )
+
+
+def unused(names: Collection[str]) -> list[str]:
+    """The modules without effect: split ones, once a fused one has made the loader fuse the whole model's.
+
+    Source: Diffusers 0.42.1 ``_maybe_fuse_qkv_projections_for_lokr``.
+    """
+    if not any(name.endswith(FUSED) for name in names):
+        return []
+    return [name for name in names if name.rpartition(".")[2] in UNFUSED]
+
+
+def unfit(deltas: Mapping[str, Delta | None]) -> tuple[str, list[str]]:
     """(why the file is refused, modules whose layers have other factors); empty for a file that fits.
 
-    ``names``: what the model calls each module.
+    ``deltas``: by what the model calls each module.
     """
-    sizes = sorted(_sizes(names[item.stem], item.delta) for item in items if isinstance(item.delta, Kronecker))
+    sizes = sorted(_sizes(name, delta) for name, delta in deltas.items() if isinstance(delta, Kronecker))
     if not sizes:
         return "", []
     candidates = [*sorted({own.out[0] for own in sizes}), -1]

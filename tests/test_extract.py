@@ -557,7 +557,7 @@ def test_outputs_and_inputs_are_not_overwritten(tmp_path):
     [
         ({"family": "glora"}, "no family"), ({"family": "lokr", "dora": True}, "for the family lora"),
         ({"family": "loha", "rank": None, "policy": "energy", "param": 0.9}, "no singular values"),
-        ({"target": "diffusers", "family": "loha"}, "does not load loha"), ({"tucker": True, "target": "diffusers"}, "Tucker"),
+        ({"target": "diffusers", "family": "loha"}, "writes no loha"), ({"tucker": True, "target": "diffusers"}, "Tucker"),
         ({"factor": 4}, "for the family lokr"), ({"small": "some"}, "small is"), ({"clamp_quantile": 2.0}, "quantile"),
         ({"tolerance": 0.0}, "tolerance"), ({"jobs": 0}, "jobs"), ({"rank": None, "conv_rank": 3}, "linear layers"),
         ({"min_diff": -1.0}, "0 or more"), ({"dora": True, "tucker": True}, "contradict"),

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+import lorasurgery
 from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.table import DIFFUSERS
+from lorasurgery.checking.consumers import consumer
+from lorasurgery.checking.engine import check
+from lorasurgery.checking.subject import read_subject
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.dora import magnitude_shape
 from lorasurgery.deltas.full import Opaque
@@ -25,6 +29,7 @@ from lorasurgery.errors import (
     BrokenModuleError,
     NotRepresentableError,
 )
+from lorasurgery.files.opened import read_any
 from lorasurgery.files.read import parse
 from lorasurgery.inspection import describe
 from lorasurgery.io.tensors import of_array, scalar
@@ -37,6 +42,8 @@ from tests.format_files import RNG, file, lora, some, wan_control, written
 from tests.test_architectures import REFERENCES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorasurgery.io.tensors import Float64, Tensor
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
@@ -308,6 +315,63 @@ def test_oft_lists_stay_with_sd_scripts() -> None:
     (delta,) = (module.delta for module in parse(file(alone), among=named("flux1-dev")).modules.values())
     assert isinstance(delta, Opaque)
     assert list(delta.tensors) == [".oft_blocks"]  # a list of one is what other programs read
+
+
+ATTENTION = "input_blocks_4_1_transformer_blocks_0_attn1_to_{}"
+SD_SCRIPTS_OFT = {
+    "flux1-dev": {"double_blocks_0_img_attn_qkv": 3, "double_blocks_0_img_attn_proj": 1, "single_blocks_3_linear1": 4},
+    "sdxl": {ATTENTION.format("q"): 0, ATTENTION.format("out_0"): 0},
+}
+"""Model -> module -> how many parts its list has; 0: it has no list."""
+
+
+def oft_of_sd_scripts(key: str, blocks: Mapping[str, int], alpha: Mapping[str, float]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parts in SD_SCRIPTS_OFT[key].items():
+        rows = [3072, 3072, 3072, 12288] if key == "flux1-dev" else [640]
+        for i in range(max(parts, 1)):
+            word = f"oft_blocks.{i}" if parts else "oft_blocks"
+            size = rows[i] // blocks.get(name, 64)
+            tensors[f"oft_unet_{name}.{word}"] = some(blocks.get(name, 64), size, size)
+        if name in alpha:
+            tensors[f"oft_unet_{name}.alpha"] = scalar(alpha[name])
+    return tensors
+
+
+@pytest.mark.parametrize("key", SD_SCRIPTS_OFT)
+@pytest.mark.parametrize("change", ["", "unlike blocks", "unlike constraints", "no constraint", "a LoRA beside it"])
+def test_oft_for_sd_scripts(key: str, change: str, tmp_path: Path) -> None:
+    """Its own network keeps its names, and loads; what is none goes under LyCORIS' names, and the report says so."""
+    first, *others = SD_SCRIPTS_OFT[key]
+    last = others[-1]
+    alpha = dict.fromkeys(SD_SCRIPTS_OFT[key], 0.001)
+    if change in ("unlike constraints", "no constraint"):
+        alpha = {**alpha, last: 2e-3} if change == "unlike constraints" else {}
+    source = oft_of_sd_scripts(key, {first: 32} if change == "unlike blocks" else {}, alpha)
+    if change == "a LoRA beside it":
+        stem = "lora_unet_" + ("double_blocks_1_img_attn_proj" if key == "flux1-dev" else ATTENTION.format("k"))
+        source |= lora(stem, 3072 if key == "flux1-dev" else 640, 3072 if key == "flux1-dev" else 640)
+    adapter = parse(file(source), among=named(key))
+    converted, report = lorasurgery.convert(adapter, "sd-scripts")
+    out = tmp_path / "out.safetensors"
+    report = lorasurgery.save(converted, out, report=report)
+    keys = set(read_any(out).tensors)
+    result = check(read_subject(out, arch=key), consumer("sd-scripts"))
+    own = {name for name in keys if name.startswith("oft_unet_")}
+    if change:
+        assert not own
+        assert not result.complete
+        assert any("sd-scripts" in warning for warning in report.warnings)
+    else:
+        assert keys == set(source)
+        assert result.complete
+        assert not any("nothing loads" in warning for warning in report.warnings)
+
+
+def test_oft_of_sd_scripts_is_told_from_models_it_does_not_train() -> None:
+    source = oft_of_sd_scripts("flux1-dev", {}, {})
+    assert parse(file(source)).architecture.id == "flux1"
+    assert not [key for key, _ in parse(file(source)).candidates if not key.startswith("flux1")]
 
 
 @pytest.mark.parametrize("constraint", [0.0, 1e-4, 0.5])

@@ -214,3 +214,35 @@ def test_refusals_list_every_key(tmp_path: Path) -> None:
     with pytest.raises(DroppedKeysError) as caught:
         lorasurgery.save(adapter, tmp_path / "o.safetensors", options=lorasurgery.SaveOptions(strict=True))
     assert set(caught.value.keys) == {"notes", "ema.decay"}
+
+
+@pytest.mark.parametrize("lost", [(), ("some.gate.table",)])
+def test_apply_and_ema_have_the_same_ledger(lost: tuple[str, ...], tmp_path: Path) -> None:
+    """Every key of every file is in one place; ``--strict`` fails where one is lost, and not for what is harmless."""
+    of = model("z-image")
+    names = sorted(plain_weights(of), key=lambda name: math.prod(of.shapes[name]))[:3]
+    builder = Builder.start(of, "comfyui", "F32", 5)
+    for name in names[:2]:
+        builder.add(name, "lora", rank=2, alpha=1.0)
+    harmless = {"lokr_factor": raw(-1, "F32"), "step": raw(7, "F32")}
+    strange = {key: raw([1.0, 2.0], "F32") for key in lost}
+    base, source, out = (tmp_path / f"{name}.safetensors" for name in ("base", "source", "out"))
+    write(base, {f"{name}.weight": raw(np.zeros(of.shapes[name]), "F32") for name in names})
+    write(source, {**builder.made.tensors, **harmless, **strange})
+    commands = {
+        "apply": ("apply", base, source, "-o", out, "--arch", "z-image", "--force"),
+        "factors": ("ema", source, source, "-o", out, "--force", "--sort", "given"),
+        "changes": ("ema", source, source, "-o", out, "--force", "--sort", "given", "--on", "delta"),
+    }
+    for name, args in commands.items():
+        done = run(*args, "--json")
+        assert done.code == 0, done.err
+        ledgers = json.loads(done.out)["ledgers"]
+        assert len(ledgers) == (1 if name == "apply" else 2)
+        for own in ledgers:
+            keys = len(builder.made.tensors) + len(harmless) + len(strange)
+            assert own["used"] + len(own["harmless"]) + len(own["lost"]) == keys
+            if name != "factors":  # the average of the tensors is of every one
+                assert {row["key"] for row in own["harmless"]} == set(harmless)
+                assert {row["key"] for row in own["lost"]} == set(lost)
+        assert run(*args, "--strict").code == (1 if lost and name != "factors" else 0), name

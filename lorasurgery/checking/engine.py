@@ -15,8 +15,10 @@ from lorasurgery.checking.layers import without_numbers
 from lorasurgery.checking.mending import mend
 from lorasurgery.checking.names import names_of
 from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, REJECTED, UNKNOWN, Finding, Result
+from lorasurgery.deltas.full import Opaque
 from lorasurgery.files.read import said_of
 from lorasurgery.layouts.names import PREFIXES
+from lorasurgery.layouts.sd_scripts_oft import listed, unfit
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE
 
 if TYPE_CHECKING:
@@ -73,8 +75,24 @@ def _read(subject: Subject, consumer: Consumer, route: Route) -> Result:
     passed = [*unread, *job.unread]
     if route.tolerates is not None and len(passed) > route.tolerates:
         job.refuse(f"it passes over a file with more than {route.tolerates} keys it does not know", *passed)
+    if route.alike:
+        _refuse_unlike(job, subject)
     refusals = [_refusal(reason, keys) for reason, keys in job.refusals.items()]
     return _result(subject, consumer, findings, [*refusals, *_missing(subject, route, job.known)], unread, failures)
+
+
+def _refuse_unlike(job: Job, subject: Subject) -> None:
+    """Note why sd-scripts' OFT network does not take the modules."""
+    known = {item.stem: item for item in subject.items if item.stem in job.known.sites}
+    alphas = {stem: None if (own := item.alpha) is None else own.item() for stem, item in known.items()}
+    model = job.architecture.id
+    found = {
+        stem: (listed(model, item.delta) if isinstance(item.delta, Opaque) else item.delta, alphas[stem])
+        for stem, item in known.items()
+    }
+    problem = unfit(model, found)
+    if problem:
+        job.refuse(problem)
 
 
 def _shared_alpha(subject: Subject, route: Route) -> float | None:

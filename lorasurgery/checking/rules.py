@@ -128,6 +128,8 @@ class Route:
     together: tuple[Together, ...] = ()
     shares_alpha: bool = False
     """A module without alpha gets the most frequent one of the others (``get_peft_kwargs``)."""
+    alike: bool = False
+    """sd-scripts' OFT network: all modules have one number of blocks and one constraint."""
     layers: bool = False
     """PEFT's layers hold what loads: a part that one module has and another lacks stays without numbers, and the forward
     pass fails. Diffusers makes the layers without memory (``low_cpu_mem_usage``), and PEFT makes every layer alike."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lorasurgery.checking.rules import (
     AB,
     ALPHA,
@@ -29,6 +31,7 @@ from lorasurgery.checking.rules import (
     table,
 )
 from lorasurgery.layouts.names import PEFT_ENCODER
+from lorasurgery.layouts.sd_scripts_oft import PREFIX as OFT_PREFIX
 
 NETWORK = Route(
     (Spelling("lora_unet_", SD_SCRIPTS, flat=True),),
@@ -39,6 +42,11 @@ PRODUCTS = KOHYA | ALPHA | LOHA | LOKR | TUCKER
 """``networks/loha.py`` and ``lokr.py`` read them beside LoRA, for SDXL and Anima."""
 WITH_PRODUCTS = Route(NETWORK.names, PRODUCTS, encoders=NETWORK.encoders)
 SDXL = Route((*NETWORK.names, Spelling("lora_unet_", DIFFUSERS, flat=True)), PRODUCTS, encoders=NETWORK.encoders)
+OFT_NETWORK = Route(
+    (Spelling(OFT_PREFIX, SD_SCRIPTS, flat=True),), frozenset({".oft_blocks"}) | ALPHA, (Has(f"^{OFT_PREFIX}"),), alike=True
+)
+"""``networks/oft.py``, chosen by ``--network_module``; it passes over every other key."""
+OFT_LISTS = replace(OFT_NETWORK, reads=frozenset(f".oft_blocks.{i}" for i in range(4)) | ALPHA)
 ONE_CLIP = Route(NETWORK.names, NETWORK.reads, encoders=(EncoderSpelling("lora_te_", flat=True),))
 
 SD_SCRIPTS_TOOLS = Consumer(
@@ -48,10 +56,11 @@ SD_SCRIPTS_TOOLS = Consumer(
     "kohya-ss/sd-scripts networks/*.py (48d368f, 2026-02; loha.py and lokr.py: feat-support-lokr-loha): --network_weights, "
     "gen_img.py and the minimal inference scripts",
     table(
-        ("sd1 sd2", (ONE_CLIP,)),
-        ("sdxl", (SDXL,)),
+        ("sd1 sd2", (OFT_NETWORK, ONE_CLIP)),
+        ("sdxl", (OFT_NETWORK, SDXL)),
         ("anima", (WITH_PRODUCTS,)),
-        ("flux1 chroma sd3 lumina2 hunyuan-image", (NETWORK,)),
+        ("flux1", (OFT_LISTS, NETWORK)),
+        ("chroma sd3 lumina2 hunyuan-image", (NETWORK,)),
     ),
     facts=("Diffusers', ComfyUI's and PEFT's keys go through lorasurgery convert first",),
     layout="sd-scripts",

@@ -110,6 +110,7 @@ def _json(request: EmaRequest, done: Averaged) -> dict[str, Any]:
         "distance_from_changes": done.distance,
         "resize": done.resize,
         "dropped": [{"key": key, "reason": reason} for key, reason in done.dropped],
+        "ledgers": [{"name": name, **own.to_json()} for name, own in done.ledgers],
         "warnings": list(done.warnings),
         "seconds": round(done.seconds, 3),
     }

@@ -16,6 +16,7 @@ from lorasurgery.files.taken import Unparsed
 from lorasurgery.io.finite import computed_bytes
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH, check_output, write_safetensors
+from lorasurgery.ledger import Ledger
 from lorasurgery.surgery.convert import Options, convert
 from lorasurgery.surgery.ema import ema
 from lorasurgery.surgery.ema_order import Ordered, in_order
@@ -66,6 +67,8 @@ class Averaged:
     """From the average of the changes, where it was asked for."""
     resize: dict[str, Any] | None = None
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    ledgers: list[tuple[str, Ledger]] = field(default_factory=list)
+    """(file, where its keys ended) of the files that have a weight."""
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -108,6 +111,8 @@ def _tensors(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     kept = {"format": "pt", **kept, "lorasurgery.version": __version__, "lorasurgery.operation": _operation(request, done)}
     kept[PROVENANCE] = _provenance(ordered.files, request, done)
     done.tensors = len(averaged)
+    used = [file.path.name for file, weight in zip(ordered.files, done.weights, strict=True) if weight]
+    done.ledgers = [(name, Ledger({key: key for key in averaged})) for name in used]
     if request.measure:
         from lorasurgery.surgery.ema_distance import distance_from_changes
 
@@ -119,6 +124,7 @@ def _tensors(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
         save(result, out or last.path, options=_saving(request, done), report=report)
         done.written, done.rounding = report.written, report.losses.total()
         done.dropped, done.warnings = report.dropped, report.warnings
+        done.ledgers = [(name, report.ledger or Ledger()) for name in used]
         return
     if request.dry_run or out is None:
         _computed(averaged)
@@ -162,6 +168,10 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     done.written, done.tensors = report.written, sum(len(m.delta.tensors) for m in result.modules.values() if m.delta)
     done.rounding = max(merged.losses.total(), report.losses.total())
     done.resize = None if merged.resize is None else merged.resize.to_json()
+    done.ledgers = [
+        (source.name, own.without([left for left in report.dropped if own.concerns(left[0])]))
+        for source, own in zip(merged.sources, merged.ledgers, strict=True)
+    ]
     done.dropped, done.warnings = [*merged.dropped, *report.dropped], [*merged.warnings, *report.warnings, *merged.alerts()]
 
 

@@ -18,6 +18,7 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
+from lorasurgery.layouts import sd_scripts_oft
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.diffusers_lokr import refuse_unfit
 from lorasurgery.layouts.module import LARGEST_SCALE, is_layer
@@ -86,7 +87,8 @@ def emit(
     report.scale_written = policy
     speller = Speller(target, adapter.architecture, prefix)
     result = Emitted()
-    for module in adapter.modules.values():
+    network = _oft_network(adapter, target, speller)
+    for module in network or adapter.modules.values():
         stem = module.name if target.own and module.keys else speller.stem(module.site)
         if stem is None:
             raise NotRepresentableError(
@@ -95,6 +97,8 @@ def emit(
                 path=adapter.path,
                 hint="--drop te to leave the text encoders out, or --drop REGEX",
             )
+        if network:
+            stem = sd_scripts_oft.PREFIX + stem.removeprefix(target.denoiser.prefix)
         shape = expected_shape(adapter.architecture, module.site)
         way = "keep" if target.own and alpha is None and "alpha" in module.keys else policy
         _module(module, stem, shape, target, way, report, result)
@@ -103,6 +107,21 @@ def emit(
     if target.id == "diffusers" and not target.own:
         refuse_unfit({own.stem: own.module.delta for own in result.written}, adapter.path)
     return result
+
+
+def _oft_network(adapter: Adapter, target: Layout, speller: Speller) -> list[Module]:
+    """The modules as sd-scripts' own OFT network has them, where it can be one; LyCORIS' network otherwise, and none here."""
+    if target.own or target.id != "sd-scripts":
+        return []
+    model = adapter.architecture.id
+    found = {
+        speller.stem(module.site) or "": module.with_delta(sd_scripts_oft.listed(model, module.delta))
+        for module in adapter.modules.values() if isinstance(module.delta, Opaque)
+    }  # fmt: skip
+    alphas = {name: None if (own := module.scale.alpha) is None else own.item() for name, module in found.items()}
+    fits = len(found) == len(adapter.modules) and not any(module.bias for module in found.values())
+    problem = sd_scripts_oft.unfit(model, {name: (module.delta, alphas[name]) for name, module in found.items()})
+    return list(found.values()) if fits and not problem else []
 
 
 def _as_composed(module: Module) -> tuple[dict[str, Tensor], float] | None:

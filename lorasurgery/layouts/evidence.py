@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS
 from lorasurgery.layouts.names import index, prefixed
+from lorasurgery.layouts.sd_scripts_oft import MODELS, PREFIX
 from lorasurgery.layouts.stacks import DEEP, parts_of
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def _is_trained_as(arch: Architecture, stem: str) -> bool:
 
 _PREFIXES: Mapping[str, Callable[[Architecture, str], bool]] = {
     "lora_unet_": lambda arch, naming: naming in (SD_SCRIPTS, arch.sd_scripts),
+    PREFIX: lambda arch, naming: naming in (SD_SCRIPTS, arch.sd_scripts) and arch.id in MODELS,
     "lora_transformer_": lambda arch, naming: naming == DIFFUSERS and arch.onetrainer == "flat",
     "diffusion_model.": lambda arch, naming: naming == ORIGINAL and arch.has_comfyui,
 }

@@ -127,6 +127,8 @@ def _as_lora(job: Job, module: Module) -> Module | None:
             what = " of PEFT, which nothing else does"
         elif _is_configured(job, module):
             what = " without its adapter_config.json"
+        elif _is_list(job, module):
+            what = " with a list of rotations, which sd-scripts alone reads"
         _leave_out(job, module, delta.family.upper() + what)
         return None
     if not job.options.as_lora:

@@ -122,6 +122,8 @@ def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, optio
     )  # fmt: skip
     for source, used, left in zip(sources, plan.modules, plan.left_out, strict=True):
         placed = (own for change in plan.changes.values() for own in change.placed if own.source is source)
+        gone = [(key, reason) for path, key, reason in plan.unmatched if path == source.path]
+        report.ledgers.append(source.adapter.ledger.without(gone))
         families = Counter(module.family for module in {id(own.module): own.module for own in placed}.values())
         report.used.append(Used(source.path, source.text, source.adapter.layout, used, left, dict(families)))
         report.warnings += [f"{source.path}: {warning}" for warning in source.adapter.warnings]

@@ -12,7 +12,6 @@ from lorasurgery.files.opened import read_any
 from lorasurgery.files.read import parse, parse_for
 from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.group import group
-from lorasurgery.layouts.module import TOP_LEVEL
 from lorasurgery.layouts.peft_read import read_peft
 from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules
 from lorasurgery.surgery.apply.widen import widened
@@ -54,8 +53,8 @@ class Source:
         return str(self.adapter.path or "")
 
     def unexplained(self) -> list[tuple[str, str]]:
-        """(key, reason) of what no table explains."""
-        return [(left.key, left.reason) for left in self.adapter.leftovers if left.key not in TOP_LEVEL]
+        """(key, reason) of what is in no module and may have an effect."""
+        return [(left.key, left.reason) for left in self.adapter.leftovers if left.state != "harmless"]
 
 
 def source_of(adapter: Adapter) -> Source:

@@ -10,6 +10,7 @@ from lorasurgery.alerts import Alert, large_errors
 from lorasurgery.surgery.apply.tally import Norms
 
 if TYPE_CHECKING:
+    from lorasurgery.ledger import Ledger
     from lorasurgery.surgery.apply.lycoris import Compared
     from lorasurgery.surgery.apply.tally import Tally
     from lorasurgery.surgery.apply.verify import Verified
@@ -50,6 +51,8 @@ class ApplyReport:
     untouched: int = 0
     unmatched: list[tuple[str, str, str]] = field(default_factory=list)
     """(file, key, reason)."""
+    ledgers: list[Ledger] = field(default_factory=list)
+    """Where each adapter's keys ended, in the order of :attr:`used`."""
     copied: list[str] = field(default_factory=list)
     """Other files of a model's folder."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -107,6 +110,7 @@ class ApplyReport:
             "tensors": {"changed": len(self.tensors), "untouched": self.untouched},
             **self._sizes(),
             "unmatched": [{"file": file, "key": key, "reason": reason} for file, key, reason in self.unmatched],
+            "ledgers": [{"name": own.path, **of.to_json()} for own, of in zip(self.used, self.ledgers, strict=True)],
             "copied": self.copied,
             "left_out": [{"file": file, "reason": reason} for file, reason in self.left_out],
             "dropped_metadata": self.dropped_metadata,

@@ -15,6 +15,7 @@ from lorasurgery.alerts import Alert, bytes_of
 from lorasurgery.api import SaveOptions, refuse_lost, save
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.interrupts import held
+from lorasurgery.ledger import Ledger
 from lorasurgery.report import Report
 from lorasurgery.surgery.extract.inputs import check_devices, check_files, opened
 from lorasurgery.surgery.extract.loaders import loader_notes
@@ -187,9 +188,7 @@ def _written(
     made = assembled(base.architecture, pairs.pairs, store, options, metadata)
     adapter = replace(made.adapter, operation=operation(options))
     if strict:
-        changed = {key for key in made.left_out if store.entries[key].numbers["squared"]}
-        gone = {key: why for key, why in made.left_out.items() if key in changed}
-        refuse_lost({**gone, **dict.fromkeys(pairs.only_tuned, "the base model has no such tensor")}, tuned.path)
+        refuse_lost(_ledger(pairs, store, made).lost, tuned.path)
     if not len(adapter):
         reasons = "; ".join(sorted(set(made.left_out.values()))) or "they have no weights in common"
         raise RequestError(f"nothing to extract: {reasons}", path=tuned.path, hint="another tuned model, or other patterns")
@@ -199,10 +198,20 @@ def _written(
     report = _reported(models, pairs, store, made, options)
     report.output, report.written, report.size = str(output), True, bytes_of(output)
     report.dropped, report.losses = writing.dropped, writing.losses
+    report.ledger = report.ledger.without(writing.dropped)
     resizing = [text for text in made.resizing.warnings if not isinstance(text, Alert)]  # of all modules below
     report.warnings += [*pairs.notes(options.cut), *resizing, *writing.warnings]
     report.warn()
     return report, adapter.architecture
+
+
+def _ledger(pairs: Pairs, store: Store, made: Assembled) -> Ledger:
+    """Every tensor of the tuned model: in the adapter, unchanged, or left out."""
+    unchanged = {own.id for own in pairs.pairs if not store.entries[own.id].numbers["squared"]}
+    used = {own.id: own.name for own in pairs.pairs if own.id not in made.left_out and own.id not in unchanged}
+    lost = {key: why for key, why in made.left_out.items() if key not in unchanged}
+    lost |= dict.fromkeys(pairs.only_tuned, "the base model has no such tensor")
+    return Ledger(used, dict.fromkeys(sorted(unchanged), "it is the same in both models"), lost)
 
 
 def _reported(
@@ -211,7 +220,7 @@ def _reported(
     report = ExtractReport(
         base=str(models[0].path), tuned=str(models[1].path), architecture=models[0].architecture.key,
         layouts=(models[0].layout, models[1].layout, options.layout.id), operation=operation(options),
-        only_base=pairs.only_base, only_tuned=pairs.only_tuned,
+        only_base=pairs.only_base, only_tuned=pairs.only_tuned, ledger=_ledger(pairs, store, made),
     )  # fmt: skip
     for pair in pairs.pairs:
         entry = store.entries[pair.id]

@@ -8,6 +8,7 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.alerts import large_errors
+from lorasurgery.ledger import Ledger
 from lorasurgery.report import Losses
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class ExtractReport:
     left_out: list[LeftOut] = field(default_factory=list)
     only_base: list[str] = field(default_factory=list)
     only_tuned: list[str] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    """Where every tensor that both models have ended."""
     losses: Losses = field(default_factory=Losses)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -203,6 +206,7 @@ class ExtractReport:
             ],
             "only_in_base": list(self.only_base),
             "only_in_tuned": list(self.only_tuned),
+            "ledger": self.ledger.to_json(),
             "dropped": [{"key": key, "reason": reason} for key, reason in self.dropped],
             "warnings": list(self.warnings),
             "resumed": self.resumed,

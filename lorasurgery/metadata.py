@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import DENOISER
+from lorasurgery.architectures import architectures
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.io.tensors import Tensor, scalar
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
@@ -76,7 +77,8 @@ def _network(adapter: Adapter, source: Mapping[str, str], written: Sequence[Writ
     if not module or (plain and module == "networks.lokr") or (plain and module == "networks.loha"):
         own = NETWORK_MODULES.get(adapter.architecture.id, "networks.lora")
         found["ss_network_module"] = own if plain else "lycoris.kohya"
-    if "ss_base_model_version" not in source and adapter.architecture.metadata_names:
+    sure = len({architectures()[key].id for key, _ in adapter.candidates if key in architectures()}) < 2
+    if "ss_base_model_version" not in source and adapter.architecture.metadata_names and sure:
         found["ss_base_model_version"] = adapter.architecture.metadata_names[0]
     args = _arguments(source.get("ss_network_args", ""), plain=plain)
     return found if args is None else {**found, "ss_network_args": args}

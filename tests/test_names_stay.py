@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lorasurgery.errors import SurgeryError
@@ -13,7 +14,8 @@ from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.targets import written_in
 from lorasurgery.report import Report
 from tests.edges import run
-from tests.oracle import read
+from tests.oracle import raw as numbers
+from tests.oracle import read, write
 from tests.test_wild import facts, raw
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -63,3 +65,27 @@ def test_real_key_lists(name: str) -> None:
     assert all(tensor is file.tensors[key] or tensor == file.tensors[key] for key, tensor in written.items())
     ledger = adapter.ledger
     assert {**ledger.used, **ledger.harmless, **ledger.lost}.keys() == file.tensors.keys()
+
+
+NORMS = {".diff": ".diff_b", ".w_norm": ".b_norm"}
+
+
+@pytest.mark.parametrize(("prefix", "join"), [("diffusion_model.", "."), ("lora_unet_", "_")])
+@pytest.mark.parametrize("first", NORMS)
+@pytest.mark.parametrize("other", NORMS)
+def test_a_merged_norm_is_spelled_as_in_the_first_file(first: str, other: str, prefix: str, join: str, tmp_path: Path) -> None:
+    norm, layer = (prefix + join.join(("blocks", "0", *parts)) for parts in (("norm3",), ("self_attn", "q")))
+    paths = []
+    for i, word in enumerate((first, other)):
+        keys = {
+            f"{norm}{word}": (5120,), f"{norm}{NORMS[word]}": (5120,), f"{layer}.lora_down.weight": (2, 5120),
+            f"{layer}.lora_up.weight": (5120, 2),
+        }  # fmt: skip
+        paths.append(tmp_path / f"{i}.safetensors")
+        write(paths[-1], {key: numbers(np.full(shape, 0.5 + i), "F32") for key, shape in keys.items()})
+    out = tmp_path / "out.safetensors"
+    assert run("merge", f"{paths[0]}:1", f"{paths[1]}:0.5", "-o", out).code == 0
+    tensors = read(out)[0]
+    assert set(tensors) == set(read(paths[0])[0])
+    for word in (first, NORMS[first]):
+        assert np.allclose(tensors[norm + word].f64(), 0.5 + 0.75)

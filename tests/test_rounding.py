@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +27,7 @@ from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.fuse import stack_modules
 from lorasurgery.surgery.merge.add import Adding, added
 
+from tests.edges import run  # isort: skip
 from tests.oracle import raw, read, write  # isort: skip
 
 if TYPE_CHECKING:
@@ -301,3 +303,24 @@ def test_a_folded_file_is_exact_only_where_it_is(every: int, alpha: float, tmp_p
     assert report.exact == (off == 0.0) == (alpha in (2.0, 4.0))
     assert report.losses.total() == pytest.approx(off, rel=0.05)
     assert report.to_json()["exact"] == report.exact
+
+
+@pytest.mark.parametrize("rows", [[7], list(range(5, 1024, 64)), [1023]])
+def test_a_change_of_few_rows_is_measured(rows: list[int], tmp_path: Path) -> None:
+    """Errors are measured on some rows; where nothing changes in those, on all."""
+    name, rng = "t_embedder.mlp.0", np.random.default_rng(2)
+    up, down = np.zeros((1024, 2)), rng.standard_normal((2, 256))
+    up[rows] = 0.01 * rng.standard_normal((len(rows), 2))
+    weight = rng.standard_normal((1024, 256))
+    base, adapter, out = (tmp_path / f"{each}.safetensors" for each in ("base", "adapter", "out"))
+    write(base, {f"{name}.weight": raw(weight, "BF16")})
+    write(adapter, {f"diffusion_model.{name}.lora_{w}.weight": raw(v, "F32") for w, v in (("up", up), ("down", down))})
+    done = run("apply", base, adapter, "-o", out, "--arch", "z-image", "--json")
+    assert done.code == 0, done.err
+    told, kept = json.loads(done.out), raw(weight, "BF16").f64()
+    exact = raw(up, "F32").f64() @ raw(down, "F32").f64()
+    error = read(out)[0][f"{name}.weight"].f64() - kept - exact
+    assert told["relative_change"] == pytest.approx(np.linalg.norm(exact) / np.linalg.norm(kept), rel=0.02)
+    share = np.linalg.norm(error) / np.linalg.norm(exact)
+    assert share > 0
+    assert told["rounding"]["share_of_change"] == pytest.approx(share, rel=0.02)

@@ -15,7 +15,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import multiplied
+from lorasurgery.deltas.rounding import multiplied, rounded, wide
 from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts import sd_scripts_oft
@@ -195,10 +195,13 @@ def _change(
 def _bias(module: Module, key: str, scale: float, record: Callable[[float, float], None]) -> Tensor:
     """The bias as its reader takes it: that of a layer (``lora_B.bias``) is multiplied by the module's scale there."""
     assert module.bias is not None  # noqa: S101  the caller has looked
-    layer = module.layer_bias
-    if layer is not None and is_layer(key) and layer.read is module.bias and layer.scale == scale:
+    layer, factor = module.layer_bias, 1.0 / scale if is_layer(key) and scale not in (0.0, 1.0) else 1.0
+    if layer is None or layer.read is not module.bias:
+        return module.bias if factor == 1.0 else multiplied(module.bias, factor, record)
+    if is_layer(key) and layer.scale == scale:
         return layer.stored
-    return multiplied(module.bias, 1.0 / scale, record) if is_layer(key) and scale not in (0.0, 1.0) else module.bias
+    exact = layer.stored if wide(layer.stored.dtype) == "float64" else rounded(layer.stored, "F32")
+    return multiplied(exact, layer.scale * factor, record)  # once more than when it was read, so that its rounding is known
 
 
 def _own_way(adapter: Adapter, target: Layout) -> str:

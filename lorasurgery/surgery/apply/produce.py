@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,10 @@ class Producer:
             stored.scales.check(change.weight.key, change.weight.file.path)
             tally.scales = stored.scales.changed
             put_scale(stored.scales.tobytes())
+        if not tally.norms.change:  # what changes may lie between the rows that were looked at
+            tally = replace(tally_of(change), scales=tally.scales)
+            for low, high in fresh.chunks:
+                self._rows(change, fresh, stored, tally, (low, high), None, every=True)
         tally.done()
         return tally
 
@@ -77,11 +82,14 @@ class Producer:
             raise Stopped
         return fresh.new(low, high)
 
-    def _rows(self, change: Change, fresh: Fresh, stored: Stored, tally: Tally, rows: tuple[int, int], put: Put | None) -> None:
+    def _rows(
+        self, change: Change, fresh: Fresh, stored: Stored, tally: Tally, rows: tuple[int, int], put: Put | None,
+        *, every: bool = False,
+    ) -> None:  # fmt: skip
         if self.stop.is_set():
             raise Stopped
         low, high = rows
-        read, looked = fresh.read(low, high), sampled(fresh.rows, low, high)
+        read, looked = fresh.read(low, high), np.arange(low, high) if every else sampled(fresh.rows, low, high)
         data = read if fresh.in_place else np.empty((high - low, fresh.columns), numpy_dtype(stored.dtype))
         before, after = np.empty((2, looked.size, fresh.columns), fresh.work)
         for part in fresh.parts:

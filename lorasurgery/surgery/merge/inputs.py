@@ -86,6 +86,8 @@ def spelled_as(module: Module, first: Adapter | None) -> Module:
     whole): it is written anew.
     """
     own = None if first is None else first.modules.get(module.site)
+    if own is not None and isinstance(own.delta, Full) and isinstance(module.delta, Full):
+        module = module.with_delta(replace(module.delta, word=own.delta.word))
     if own is not None and own.name == module.name and own.keys == module.keys:
         return module
     rule = module.scale.stored is not None or (first is not None and first.spelling is not None and first.spelling.rslora)

@@ -113,8 +113,9 @@ class Architecture:
     alias_range: int = 64
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
-    bare: tuple[str, ...] = ()
-    """How the names begin of modules that stand beside the denoiser: no dotted layout but Diffusers' puts a prefix there."""
+    beside: tuple[tuple[str, str], ...] = ()
+    """(original name, ComfyUI's key) of modules that stand beside the denoiser: no dotted layout but Diffusers' puts a prefix
+    there, and ComfyUI has them in its text encoder."""
     usage: float = 0.0
     """How common adapters of the model are: about how often, of those in a month of 2026, a workflow of the kind is run
     (ComfyUI's template index where it has the model). Tells which of several models that fit a file is likelier."""

@@ -51,7 +51,7 @@ def verdict_of(subject: Subject, consumer: Consumer) -> tuple[Result, Route | No
     if consumer.folder and not subject.layout_folder:
         return _result(subject, consumer, [], [f"{consumer.name} reads a folder with adapter_config.json, not a file"]), None
     if subject.numbered:
-        text = f"the modules are numbered, not named; {consumer.name} does not read that"
+        text = f"cloneofsimo/lora's keys number the modules instead of naming them; {consumer.name} does not read that"
         return _result(subject, consumer, [Finding(i.stem, IGNORED, "name", text) for i in subject.items], []), None
     route = next((r for r in routes if _applies(r, subject)), None)
     if route is None:

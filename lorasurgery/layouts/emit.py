@@ -88,12 +88,8 @@ def emit(
     for module in adapter.modules.values():
         stem = module.name if target.own and module.keys else speller.stem(module.site)
         if stem is None:
-            raise NotRepresentableError(
-                f"{module.name}: {target.reader} has no name for it",
-                module=module.name,
-                path=adapter.path,
-                hint="--drop te to leave the text encoders out, or --drop REGEX",
-            )
+            reason, hint = target.no_name
+            raise NotRepresentableError(f"{module.name}: {reason}", module=module.name, path=adapter.path, hint=hint)
         shape = expected_shape(adapter.architecture, module.site)
         way = "keep" if target.own and alpha is None and "alpha" in module.keys else policy
         _module(module, stem, shape, target, way, report, result)

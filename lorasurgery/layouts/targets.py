@@ -84,10 +84,23 @@ class Layout:
     """Whether it is PEFT's folder and no file."""
     own: bool = False
     """Whether it is a file's own spelling: modules that have keys keep them."""
+    nameless: bool = False
+    """For a file's own spelling: its keys are numbers, and a module that has none cannot get one."""
     prefixes: Mapping[str, Naming] = field(default_factory=dict)
     """For a file's own spelling: text encoder -> what its names begin with."""
     rslora: bool = False
     """For a file's own spelling: alpha is divided by the square root of the rank, as a flag in it says."""
+
+    @property
+    def no_name(self) -> tuple[str, str]:
+        """What to say of a module that it has no key for, and what to try."""
+        if self.nameless:
+            return f"{self.reader} numbers its modules and has no number for it", "--target NAME, for a layout with names"
+        return f"{self.reader} has no name for it", "--drop te to leave the text encoders out, or --lossy"
+
+    def reads(self, key: str) -> bool:
+        """Whether its readers take a key that is no module's: a learned token as OneTrainer saves it."""
+        return self.embeddings and key.startswith("bundle_emb.")
 
 
 LAYOUTS = MappingProxyType(
@@ -121,7 +134,7 @@ LAYOUTS = MappingProxyType(
             ),
             Layout(
                 "onetrainer", "OneTrainer", Naming("lora_{denoiser}_", True, DIFFUSERS), KOHYA, ("keep", "fold"),
-                always_alpha=True, encoders="onetrainer", embeddings=True,
+                always_alpha=True, carries_unknown=False, encoders="onetrainer", embeddings=True,
             ),
         )
     }
@@ -191,10 +204,13 @@ class Speller:
         self._flat = {own.name for own in arch.own if own.flat}
         if target.own and self.namings[0].flat:  # whose names those are does not matter to the file that has the prefix
             self._names[0] = {spans: name for n in NAMINGS for name, spans in arch.flat_names(n).items()} | dict(self._names[0])
+        self._beside = dict(arch.beside)
         self._encoders: Mapping[str, Encoder] = {encoder.table: encoder for encoder in arch.encoders}
 
     def stem(self, site: Site) -> str | None:
         """The key without its suffix, or None when the layout has no name for the site."""
+        if self._target.nameless:
+            return None
         if site.component == DENOISER or (self._target.own and site.component == SECOND_DENOISER):
             return self._denoiser(site)
         weight = site.spans[0].weight
@@ -213,8 +229,9 @@ class Speller:
                 for root, component in self._arch.diffusers_roots:
                     if name.startswith(root):
                         return f"{component}.{name[len(root) :]}"
-            if not own.flat and name.startswith(self._arch.bare):
-                return name
+            beside = None if own.flat else self._beside.get(name)
+            if beside is not None:
+                return beside if self._target.id == "comfyui" and not self._target.own else name
             return own.prefix + (flat(name) if own.flat else name)
         return None
 

@@ -52,7 +52,7 @@ def _has_name(job: Job, module: Module) -> bool:
     """Whether the target has a name for a text encoder's module; what has none is refused, or left out under ``--lossy``."""
     if job.speller.stem(module.site) is not None:
         return True
-    _left_out(job, module, f"{job.target.reader} has no name for it", "--drop te to leave the text encoders out, or --lossy")
+    _left_out(job, module, *job.target.no_name)
     return False
 
 

@@ -190,7 +190,7 @@ def _metadata(adapter: Adapter, target: Layout, emitted: Emitted, report: Report
 
 def takes_factor(target: Layout, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the LoKr factor's buffer is written: where readers pass over it, and to a file's own spelling if it was there."""
-    return FACTOR in tensors if target.own else target.carries_unknown
+    return FACTOR in tensors if target.own else target.carries_unknown or target.reads(FACTOR)
 
 
 def _write_file(path: Path, adapter: Adapter, emitted: Emitted, metadata: Mapping[str, str]) -> None:

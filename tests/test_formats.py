@@ -328,6 +328,19 @@ def test_the_header_of_numbered_modules(tmp_path: Path) -> None:
         assert sorted(map(int, tensors.values()), reverse=True) == ranks
         assert {key for key in ("unet", "text_encoder") if key in header} == {key.split(":")[0] for key in tensors}
         assert ("<s1>" in header) == ("<s1>" in keys)
+    asked = [
+        "convert",
+        str(second),
+        str(out),
+        "--target",
+        "onetrainer",
+        "--force",
+    ]  # whose loader refuses what it does not know
+    refused = CliRunner().invoke(app, asked)
+    assert (refused.exit_code, "<s1>" in refused.output) == (1, True)
+    assert CliRunner().invoke(app, [*asked, "--lossy"]).exit_code == 0
+    with safe_open(out, "np") as made:
+        assert "<s1>" not in made.keys()  # noqa: SIM118  safe_open is no mapping
     named_module = tmp_path / "named.safetensors"
     conv = "unet.down_blocks.0.resnets.0.conv1.lora"
     save_file(

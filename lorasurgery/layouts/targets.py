@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Encoder, Spans
 
 EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3"})
+TOKENS = r"^bundle_emb\."
 KOHYA, PEFT, DOTTED = "kohya", "peft", "dotted"
 _KOHYA = {
     "up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "magnitude": ".dora_scale",
@@ -78,8 +80,9 @@ class Layout:
     in_axis_dora: bool = True
     encoders: str = "comfyui"
     """Which of an encoder's prefixes is written: ``sd_scripts``, ``diffusers``, ``comfyui`` or ``onetrainer``."""
-    embeddings: bool = False
-    """Whether its readers take learned tokens from an adapter's file: the web UIs, of OneTrainer's ``bundle_emb``."""
+    takes: str = r"(?!)"
+    """A pattern of the keys beside the modules that its readers take: learned tokens as OneTrainer saves them, which the web
+    UIs read, too, and what they pass over although they refuse other unknown keys."""
     folder: bool = False
     """Whether it is PEFT's folder and no file."""
     own: bool = False
@@ -99,8 +102,8 @@ class Layout:
         return f"{self.reader} has no name for it", "--drop te to leave the text encoders out, or --lossy"
 
     def reads(self, key: str) -> bool:
-        """Whether its readers take a key that is no module's: a learned token as OneTrainer saves it."""
-        return self.embeddings and key.startswith("bundle_emb.")
+        """Whether its readers take a key that is no module's."""
+        return re.search(self.takes, key) is not None
 
 
 LAYOUTS = MappingProxyType(
@@ -109,7 +112,7 @@ LAYOUTS = MappingProxyType(
         for layout in (
             Layout(
                 "sd-scripts", "sd-scripts and musubi-tuner", Naming("lora_unet_", True, SD_SCRIPTS), KOHYA,
-                ("keep", "fold"), always_alpha=True, encoders="sd_scripts", embeddings=True,
+                ("keep", "fold"), always_alpha=True, encoders="sd_scripts", takes=TOKENS,
             ),
             Layout(
                 "diffusers", "Diffusers", Naming("{denoiser}.", False, DIFFUSERS), PEFT, ("fold", "header"),
@@ -134,7 +137,7 @@ LAYOUTS = MappingProxyType(
             ),
             Layout(
                 "onetrainer", "OneTrainer", Naming("lora_{denoiser}_", True, DIFFUSERS), KOHYA, ("keep", "fold"),
-                always_alpha=True, carries_unknown=False, encoders="onetrainer", embeddings=True,
+                always_alpha=True, carries_unknown=False, encoders="onetrainer", takes=rf"{TOKENS}|^lokr_factor$",
             ),
         )
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasurgery.architectures.flux1 import STREAMS
+from lorasurgery.architectures.flux1 import SLICES, STREAMS
 from lorasurgery.architectures.table import Architecture, block, row
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ TABLES = tuple(
         usage=usage,
         metadata_names=(*known_as, "flux2", "Flux.2"),
         aliases=(("single_blocks.{i}.linear1_qkv", ("single_blocks.{i}.linear1", (0, 3 * d))),),  # ComfyUI
+        comfyui_slices=SLICES,
         rows=rows,
     )
     for variant, usage, d, known_as, rows in (

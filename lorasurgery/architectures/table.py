@@ -111,6 +111,8 @@ class Architecture:
     aliases: tuple[Alias, ...] = ()
     """Further names in files; ``{i}`` runs over :attr:`alias_range`."""
     alias_range: int = 64
+    comfyui_slices: str = r"(?!)"
+    """A pattern of the aliases that are ComfyUI's own names for rows of a fused weight."""
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
     beside: tuple[tuple[str, str], ...] = ()

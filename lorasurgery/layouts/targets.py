@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3"})
 TOKENS = r"^bundle_emb\."
+SLICES = "slices"
+"""The naming of :attr:`Architecture.comfyui_slices`."""
 KOHYA, PEFT, DOTTED = "kohya", "peft", "dotted"
 _KOHYA = {
     "up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "magnitude": ".dora_scale",
@@ -166,6 +168,8 @@ def written_in(adapter: Adapter, target: str | None = None) -> Layout:
 
 def names_in(own: Naming, arch: Architecture) -> Mapping[str, Spans]:
     """Every name that a naming has for the denoiser, dotted; where they become underscores, those known only so too."""
+    if own.naming == SLICES:
+        return {name: spans for name, spans in arch.alias_names.items() if re.search(arch.comfyui_slices, name)}
     names = arch.alias_names if own.naming == ALIAS else arch.namings[own.naming]
     more = arch.flat_names(own.naming) if own.flat and arch.own else {}
     return {**names, **more} if more else names
@@ -190,7 +194,7 @@ def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model")
             hint="--base MODEL, whose header has the names; or no --target, for the input's own",
         )
     if target.split_names and arch.comfyui_split is not None:
-        return own, Naming(arch.comfyui_split, False, DIFFUSERS)
+        return own, Naming(arch.comfyui_split, False, DIFFUSERS), own._replace(naming=SLICES)
     return (own,)
 
 

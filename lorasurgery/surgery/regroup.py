@@ -123,12 +123,11 @@ def _is_untrained_part(target: Target) -> bool:
 
 def _otherwise(job: Job, component: str, target: Target, reason: CannotError) -> list[Module]:
     module = target.sources[0]
-    if job.options.qkv == AUTO and job.options.budget.exact and len(job.namings) > 1:
-        by_weight = targets_of(job.arch.namings[DIFFUSERS])
-        split = plan(target.sources, by_weight)
-        if all(part.is_rename for part in split):
-            job.kept_split.append((module.name, reason.message))
-            return [_build(job, Site(component, part.spans), part) for part in split]
+    whole = all(piece.source is None or piece.rows == piece.source.out for piece in target.pieces)
+    named = whole and all(job.speller.stem(source.site._replace(component=component)) is not None for source in target.sources)
+    if named and job.options.qkv == AUTO and job.options.budget.exact:
+        job.kept_split.append((module.name, reason.message))
+        return [job.done(source, "renamed", source) for source in target.sources]
     if any(source.magnitude is not None for source in target.sources):
         if not job.options.lossy:
             raise job.refusal(module, reason.message, _hint(job, magnitude=True)) from reason

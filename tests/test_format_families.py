@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,20 @@ from lorasurgery.files.read import parse
 from lorasurgery.inspection import describe
 from lorasurgery.io.tensors import of_array, scalar
 from lorasurgery.layouts.detect import expected_shape, has_bias
+from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.group import build, group
+from lorasurgery.layouts.targets import written_in
+from lorasurgery.report import Report
 from lorasurgery.surgery.apply import dense_multiplied, turned
 from lorasurgery.surgery.apply.rules import Rules
 from lorasurgery.surgery.apply.step import Wanted
+from lorasurgery.surgery.merge import merge
 from tests.format_files import RNG, file, lora, some, wan_control, written
 from tests.test_architectures import REFERENCES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorasurgery.io.tensors import Float64, Tensor
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
@@ -152,6 +158,58 @@ def test_a_widened_weight_in_every_command(tmp_path: Path) -> None:
         down = next(value for key, value in made.items() if key.startswith(stem) and ("lora_A" in key or "lora_down" in key))
         assert down.shape[1:] == (32, 1, 2, 2)
     assert describe(path).unexplained == ()
+
+
+PATCH = "diffusion_model.patch_embedding"
+
+
+def widths() -> dict[str, dict[str, Tensor]]:
+    """Files for one model, of which some make its first layer wider, to more or less, and others do not or have none."""
+    block = {key: tensor for key, tensor in wan_control().items() if PATCH not in key}
+
+    def one(columns: int, rank: int = 4, *, said: bool = True, flat: bool = False, diff: bool = False) -> dict[str, Tensor]:
+        kernel, ones = ((), ()) if flat else ((1, 2, 2), (1, 1, 1))
+        made = {
+            f"{PATCH}.lora_A.weight": some(rank, columns * (4 if flat else 1), *kernel),
+            f"{PATCH}.lora_B.weight": some(1536, rank, *ones),
+        }
+        made = {f"{PATCH}.diff": some(1536, columns, 1, 2, 2)} if diff else made
+        return block | made | ({f"{PATCH}.reshape_weight": of_array(np.array([1536, columns, 1, 2, 2]), "I64")} if said else {})
+
+    return {
+        "plain": block, "narrow": one(16, said=False), "flat": one(16, said=False, flat=True), "wide": one(32),
+        "wider": one(48, 3), "difference": one(16, said=False, diff=True), "wide difference": one(32, diff=True),
+    }  # fmt: skip
+
+
+def patch(tensors: Mapping[str, Tensor]) -> Float64 | None:
+    """The change of the first layer, (1536, columns, 4), in float64."""
+    if f"{PATCH}.diff" in tensors:
+        return tensors[f"{PATCH}.diff"].f64().reshape(1536, -1, 4)
+    down = tensors.get(f"{PATCH}.lora_A.weight")
+    if down is None:
+        return None
+    up = tensors[f"{PATCH}.lora_B.weight"].f64()
+    return (up.reshape(1536, -1) @ down.f64().reshape(down.shape[0], -1)).reshape(1536, -1, 4)
+
+
+@pytest.mark.parametrize(("first", "second"), list(permutations(widths(), 2)))
+def test_files_of_several_widths_are_merged(first: str, second: str) -> None:
+    """ComfyUI pads the base with zeros, so that the narrower change is one of the first columns."""
+    files = widths()
+    adapters = [parse(file(files[name])) for name in (first, second)]
+    result, _ = merge(list(zip(adapters, (1.0, 2.0), strict=True)))
+    tensors = emit(result, written_in(result), Report()).tensors
+    one, two, made = patch(files[first]), patch(files[second]), patch(tensors)
+    columns = max(0 if change is None else change.shape[1] for change in (one, two))
+    expected = np.zeros((1536, columns, 4))
+    for change, weight in ((one, 1.0), (two, 2.0)):
+        if change is not None:
+            expected[:, : change.shape[1]] += weight * change
+    assert made is not None
+    assert np.allclose(made, expected, rtol=0, atol=1e-6)
+    said = tensors.get(f"{PATCH}.reshape_weight")
+    assert (None if said is None else said.array().tolist()) == (None if columns == 16 else [1536, columns, 1, 2, 2])
 
 
 def test_the_table_that_is_as_wide_comes_first() -> None:

@@ -25,7 +25,8 @@ from lorasurgery.errors import (
     BrokenModuleError,
     NotRepresentableError,
 )
-from lorasurgery.files.read import parse
+from lorasurgery.files.read import adapter_of, parse
+from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.inspection import describe
 from lorasurgery.io.tensors import of_array, scalar
 from lorasurgery.layouts.detect import expected_shape, has_bias
@@ -37,6 +38,7 @@ from lorasurgery.surgery.apply import dense_multiplied, turned
 from lorasurgery.surgery.apply.rules import Rules
 from lorasurgery.surgery.apply.step import Wanted
 from lorasurgery.surgery.merge import merge
+from lorasurgery.surgery.resize import ResizeOptions, resize
 from tests.format_files import RNG, file, lora, some, wan_control, written
 from tests.test_architectures import REFERENCES
 
@@ -299,6 +301,53 @@ def test_longcats_stacked_rows(blocks: int) -> None:
     assert alpha is not None
     assert alpha.tensor.item() / delta.rank == float(np.float32(scale))
     assert {entry.key for entry in own.entries.values()} == tensors.keys()
+
+
+def longcat(rank: int) -> dict[str, Tensor]:
+    """A fused and a plain layer as LongCat-Video's trainer saves them."""
+    hyphen = "___lorahyphen___"
+    fused, plain = (hyphen.join(("lora", "blocks", "0", "attn", name)) for name in ("qkv", "proj"))
+    tensors = {f"{fused}.lora_up.blocks.{i}.weight": some(24, rank) for i in range(3)}
+    tensors |= {f"{fused}.lora_down.weight": some(3 * rank, 24), f"{plain}.lora_up.weight": some(24, rank)}
+    return tensors | {
+        f"{plain}.lora_down.weight": some(rank, 24), **{f"{stem}.alpha_scale": scalar(0.37) for stem in (fused, plain)}
+    }  # fmt: skip
+
+
+def longcat_changes(tensors: Mapping[str, Tensor]) -> dict[str, Float64]:
+    """By the trainer's own formula; every key must be one of its words."""
+    found = {}
+    for stem in {key.partition(".")[0] for key in tensors}:
+        scale, down = tensors[f"{stem}.alpha_scale"].item(), tensors[f"{stem}.lora_down.weight"].f64()
+        ups = [tensors[key] for key in sorted(tensors) if key.startswith(f"{stem}.lora_up")]
+        rank = ups[0].shape[1]
+        runs = [up.f64() @ down[i * rank : (i + 1) * rank] for i, up in enumerate(ups)]
+        assert len(down) == rank * len(ups)
+        found[stem] = scale * np.concatenate(runs)
+    assert len(tensors) == 8
+    return found
+
+
+@pytest.mark.parametrize("how", ["half", "negated", "sum", "cut", "kept"])
+def test_longcats_words_stay(how: str) -> None:
+    """What changes numbers changes no word: LongCat-Video's loader knows no others."""
+    files = [longcat(4), longcat(3)]
+    adapters = [adapter_of(taken_apart(Unparsed(file(tensors), None)), None) for tensors in files]
+    before = [longcat_changes(tensors) for tensors in files]
+    weights = {"half": [(0.5)], "negated": [-1.0], "sum": [0.5, 0.25]}.get(how)
+    if weights is not None:
+        result, _ = merge(list(zip(adapters, weights, strict=False)))
+    else:
+        result, _ = resize(adapters[0], ResizeOptions(rank=2 if how == "cut" else 12))
+    made = longcat_changes(emit(result, written_in(result), Report()).tensors)
+    assert made.keys() == before[0].keys()
+    for stem, change in made.items():
+        if how == "cut":
+            left, values, right = np.linalg.svd(before[0][stem], full_matrices=False)
+            assert np.allclose(change, (left[:, :2] * values[:2]) @ right[:2], atol=1e-5)
+        else:
+            pairs = zip(weights or [1.0], before, strict=False)
+            assert np.allclose(change, sum(weight * changes[stem] for weight, changes in pairs), rtol=0, atol=1e-6)
 
 
 def test_longcats_ranks_must_add_up() -> None:

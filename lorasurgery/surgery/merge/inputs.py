@@ -90,8 +90,8 @@ def spelled_as(module: Module, first: Adapter | None) -> Module:
     rule = module.scale.stored is not None or (first is not None and first.spelling is not None and first.spelling.rslora)
     whole = isinstance(module.delta, Kronecker) and module.delta.rank is None
     scale = Scale(module.scale.value, module.scale.source) if rule or whole else module.scale
-    return replace(module, keys={} if own is None else own.keys, name=module.name if own is None else own.name,
-                   scale=scale, layer_bias=None)  # fmt: skip
+    keys, name, composed = ({}, module.name, module.composed) if own is None else (own.keys, own.name, own.composed)
+    return replace(module, keys=keys, name=name, composed=composed, scale=scale, layer_bias=None)
 
 
 def weighted(source: Source, index: int, arch: Architecture) -> list[Weighted]:

@@ -2,7 +2,8 @@
 
 A spelling stands for one option of ours and changes nothing else. What the scripts do and the command does not is refused with
 the command that does it. Sources: sd-scripts ``networks/merge_lora.py``, ``sdxl_merge_lora.py``, ``svd_merge_lora.py``,
-``flux_merge_lora.py`` and ``convert_*.py``; musubi-tuner ``merge_lora.py``, ``convert_lora.py`` and ``networks/convert_*_to_comfy.py`` (2026-06).
+``flux_merge_lora.py`` and ``convert_*.py``; musubi-tuner ``merge_lora.py``, ``convert_lora.py`` and
+``networks/convert_*_to_comfy.py`` (2026-06).
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ SPELLINGS: Mapping[str, Spellings] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-"""``--concat``: factors side by side are what a sum is, in whatever order (``--shuffle``). Numbers are float64 whatever ``--precision`` says."""
+"""``--concat``: factors side by side are what a sum is, in whatever order (``--shuffle``). Numbers are float64 whatever
+``--precision`` says."""
 
 
 class Spelled(TyperCommand):

@@ -15,6 +15,7 @@ from lorasurgery.errors import FileFormatError, RequestError
 from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.content import content_id
 from lorasurgery.models.detect import recognised, with_own_names
+from lorasurgery.models.encoders import TURNED
 from lorasurgery.models.files import model_files
 from lorasurgery.models.names import BIAS, OTHER, Located, in_lone_encoder, located
 from lorasurgery.models.quantised import refuse_quantised
@@ -100,12 +101,12 @@ class Model:
     def sites(self) -> Iterator[tuple[str, Spans]]:
         """(component, spans) of every weight and norm that a table has, as finely as the files divide them."""
         for weight in self.weights.values():
-            if weight.place is not None and weight.listed and weight.role not in {BIAS, OTHER}:
+            if weight.place is not None and weight.listed and weight.role not in {BIAS, OTHER, TURNED}:
                 yield weight.place.component, weight.place.spans
 
     @cached_property
     def _pieces(self) -> Pieces:
-        return _by_weight(w for w in self.weights.values() if w.role not in {BIAS, OTHER})
+        return _by_weight(w for w in self.weights.values() if w.role not in {BIAS, OTHER, TURNED})
 
     @cached_property
     def _bias_pieces(self) -> Pieces:

@@ -98,7 +98,7 @@ def test_encoders_are_read_in_every_layout(models, layout):
     for component, arrays in own.items():
         for name, values in arrays.items():
             module, _, end = name.rpartition(".")
-            if "projection" in name:  # not in CLIP-L's table; transposed in OpenCLIP
+            if "projection" in name and component != "clip_g":  # in no other encoder's file
                 continue
             span = (Span(module, 0, len(values)),)
             reader = model.bias_reader(component, span) if end == "bias" else model.reader(component, span)

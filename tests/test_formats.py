@@ -32,6 +32,7 @@ from lorasurgery.io.tensors import of_array
 from lorasurgery.layouts.foreign import known_unmangled
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.wrappers import unwrapped
+from lorasurgery.surgery.meta import read_metadata
 from tests.format_files import KOHYA, RNG, control, file, lora, some, wan_control, written, xlabs
 
 if TYPE_CHECKING:
@@ -361,6 +362,8 @@ def test_draw_things(tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match="Draw Things") as caught:
             load(path)
         assert "rename" not in str(caught.value)
+        with pytest.raises(FileFormatError, match="Draw Things"):
+            read_metadata(path)
 
 
 @pytest.mark.parametrize(

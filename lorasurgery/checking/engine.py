@@ -17,7 +17,7 @@ from lorasurgery.checking.names import names_of
 from lorasurgery.checking.result import CHANGED, IGNORED, LOADS, REJECTED, UNKNOWN, Finding, Result
 from lorasurgery.files.read import said_of
 from lorasurgery.layouts.names import PREFIXES
-from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE, SPARSE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,7 +171,12 @@ def _judge(item: Item, job: Job) -> Finding:
 def _unread(item: Item, unread: Sequence[Entry], job: Job) -> Finding | None:
     """A module whose factors have words that are not read."""
     core = next((e for e in unread if e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE)), None)
-    return None if core is None else Finding(item.stem, IGNORED, "suffix", f"{job.consumer.name} does not read {core.suffix}")
+    if core is None:
+        return None
+    lora = item.group.slots(LORA) and not any(e.word.family == LORA for e in unread)
+    if core.word.family == SPARSE and lora:  # LyCORIS' residual beside a LoRA, which is read without it
+        return Finding(item.stem, CHANGED, "suffix", f"{job.consumer.name} reads its LoRA and does not read {core.suffix}")
+    return Finding(item.stem, IGNORED, "suffix", f"{job.consumer.name} does not read {core.suffix}")
 
 
 def _lonely(item: Item, entries: Sequence[Entry], unread: Sequence[Entry], job: Job) -> list[Entry]:

@@ -162,6 +162,23 @@ def test_a_widened_weight_in_every_command(tmp_path: Path) -> None:
     assert describe(path).unexplained == ()
 
 
+@pytest.mark.parametrize("rank", [8, 4, 3])
+def test_a_dora_that_is_not_cut_stays(rank: int) -> None:
+    """Only a smaller change needs another magnitude, which the base model alone can give."""
+    stem = "diffusion_model.blocks.{}.self_attn.q"
+    source = lora(stem.format(0), 5120, 5120, 16) | lora(stem.format(1), 5120, 5120, 4)
+    source[f"{stem.format(1)}.dora_scale"] = some(5120, 1)
+    adapter = parse(file(source))
+    if rank < 4:
+        with pytest.raises(NotRepresentableError, match="a smaller one needs another magnitude"):
+            resize(adapter, ResizeOptions(rank=rank))
+        return
+    result, _ = resize(adapter, ResizeOptions(rank=rank))
+    tensors = emit(result, written_in(result), Report()).tensors
+    assert tensors[f"{stem.format(0)}.lora_A.weight"].shape == (rank, 5120)
+    assert all(tensors[key].tobytes() == tensor.tobytes() for key, tensor in source.items() if "blocks.1." in key)
+
+
 PATCH = "diffusion_model.patch_embedding"
 
 

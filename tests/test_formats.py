@@ -72,6 +72,21 @@ def test_comfyuis_name_for_rows_of_a_weight(key: str, width: int) -> None:
     assert [tuple(span) for span in module.site.spans] == [("single_blocks.3.linear1", 0, 3 * width)]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_comfyuis_name_stays_where_a_family_cannot_be_fused(beside: bool) -> None:
+    """A LoKr of the attention rows alone is none of the whole weight; ComfyUI reads the rows under their own name."""
+    stems = {"diffusion_model.single_blocks.3.linear1_qkv": (576, 192)}
+    if beside:
+        stems["transformer.single_transformer_blocks.3.proj_mlp"] = (768, 192)
+    source = {f"{stem}.lokr_{n}": some(*shape) for stem, own in stems.items() for n, shape in (("w1", (16, 16)), ("w2", own))}
+    adapter = parse(file(source), among=named("flux1-dev"))
+    tensors = written(adapter, "comfyui")
+    assert {key: tensor.tobytes() for key, tensor in tensors.items()} == {k: tensor.tobytes() for k, tensor in source.items()}
+    assert check(subject_of(file(tensors)), COMFYUI).complete
+    with pytest.raises(NotRepresentableError, match="Kronecker"):
+        written(adapter, "sd-scripts")
+
+
 def test_ltx2_text_projection() -> None:
     """Its own component in Diffusers, and no part of the denoiser for anybody."""
     stem = "text_embedding_projection.aggregate_embed"

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.io.tensors import Tensor, of_array, scalar
 
@@ -45,6 +43,8 @@ def as_composed(module: Module, record: Callable[[float, float], None]) -> tuple
 
 def _factors(module: Module, composed: Composed) -> dict[str, Tensor] | None:
     """Another change in the file's own words; None for what is no LoRA, or has rows that they do not divide."""
+    import numpy as np
+
     delta, keys = module.delta, list(composed.factors)
     ups = sorted((key for key in keys if BLOCKS in key), key=lambda key: int(key.rpartition(BLOCKS)[2].partition(".")[0]))
     downs = [key for key in keys if key.endswith(".lora_down.weight")]

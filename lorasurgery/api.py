@@ -17,6 +17,7 @@ from lorasurgery.io.peft_folder import write_peft_folder
 from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
 from lorasurgery.layouts.emit import Emitted, emit, reshape_weight
 from lorasurgery.layouts.module import TOP_LEVEL
+from lorasurgery.layouts.numbered import with_ranks
 from lorasurgery.layouts.peft_keys import is_carried
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.layouts.targets import Layout, written_in
@@ -160,10 +161,12 @@ def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Repor
     for left in adapter.leftovers:
         top = left.key in TOP_LEVEL
         pefts = target.folder and bool(adapter.configs) and is_carried(left.key, adapter.configs)
-        if (target.own or pefts or (target.carries_unknown and not top)) and left.key not in emitted.tensors:
+        if (
+            target.own or pefts or target.reads(left.key) or (target.carries_unknown and not top)
+        ) and left.key not in emitted.tensors:
             emitted.tensors[left.key] = left.tensor
             report.carried.append((left.key, left.reason))
-            if (left.state == "kept" and not target.own and not target.embeddings) or (
+            if (left.state == "kept" and not target.own and not target.reads(left.key)) or (
                 left.state == WHOLE and not (target.own or pefts)
             ):
                 report.lose(left.key, f"{left.reason}; {target.reader} reads none from an adapter's file")
@@ -182,12 +185,12 @@ def _metadata(adapter: Adapter, target: Layout, emitted: Emitted, report: Report
         from lorasurgery.layouts.peft_config import header_metadata
 
         metadata[HEADER_KEY] = header_metadata(emitted.written, adapter.architecture, adapter.configs)
-    return metadata
+    return with_ranks(metadata, emitted.tensors)
 
 
 def takes_factor(target: Layout, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the LoKr factor's buffer is written: where readers pass over it, and to a file's own spelling if it was there."""
-    return FACTOR in tensors if target.own else target.carries_unknown
+    return FACTOR in tensors if target.own else target.carries_unknown or target.reads(FACTOR)
 
 
 def _write_file(path: Path, adapter: Adapter, emitted: Emitted, metadata: Mapping[str, str]) -> None:

@@ -183,14 +183,14 @@ def test_unknown_name_is_refused() -> None:
 @every_reference
 def test_original_shapes(key: str) -> None:
     arch, expected = architectures()[key], reference(key)
-    original = {name: list(shape) for name, shape in arch.shapes.items() if not name.startswith(arch.bare)}
+    original = {name: list(shape) for name, shape in arch.shapes.items() if name not in dict(arch.beside)}
     assert matrices(original) == expected["comfyui" if arch.has_comfyui else "diffusers"]
 
 
 @every_table
 def test_diffusers_shapes_and_norms(key: str) -> None:
     arch = architectures()[key]
-    beside = {name for name, spans in arch.namings[DIFFUSERS].items() if spans[0].weight.startswith(arch.bare)}
+    beside = {name for name, spans in arch.namings[DIFFUSERS].items() if spans[0].weight in dict(arch.beside)}
     ours = {name: shape for name, shape in shapes_of(arch, DIFFUSERS).items() if name not in beside}
     assert ours == fixture("diffusers_shapes")[key]
 
@@ -297,7 +297,7 @@ def test_patterns_cover_every_name(key: str) -> None:
 @every_comfyui
 def test_comfyui_takes_the_original_names(key: str) -> None:
     arch, accepted = architectures()[key], key_map(key)
-    for name in (n for n in arch.shapes if not n.startswith(arch.bare)):
+    for name in (n for n in arch.shapes if n not in dict(arch.beside)):
         target = [f"diffusion_model.{name}.weight"]
         assert accepted.get(f"diffusion_model.{name}") == target
         assert accepted.get(f"lora_unet_{flat(name)}") == target

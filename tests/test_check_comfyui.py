@@ -9,13 +9,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures
 from lorasurgery.architectures.table import NAMINGS, flat
 from lorasurgery.checking.comfyui import COMFYUI
+from lorasurgery.checking.engine import check
 from lorasurgery.checking.names import names_of
+from lorasurgery.checking.subject import subject_of
+from lorasurgery.io.tensors import of_array
+from tests.format_files import KOHYA, file, lora, some
 from tests.oracle import REFERENCES
 
 if TYPE_CHECKING:
@@ -74,7 +79,9 @@ def test_every_name_of_the_tables_is_judged_as_comfyui_does(key: str) -> None:
     names = {name for naming in NAMINGS for name in arch.namings[naming]} | set(arch.alias_names)
     stems = {prefix + form for name in names for prefix in PREFIXES for form in (name, flat(name))}
     judged = {stem for stem in stems if stem in known.sites or re.search(route.also, stem)}
-    assert judged == stems & set(accepted)
+    beside = {own for _, own in arch.beside}  # of the text encoder, which the fixture does not have
+    assert judged - beside == stems & set(accepted)
+    assert beside <= judged
 
 
 @pytest.mark.parametrize("key", MODELS)
@@ -137,3 +144,15 @@ def test_clip_aliases_are_attention_and_mlp_only() -> None:
     assert "lora_te1_text_model_embeddings_token_embedding" not in known.sites
     assert "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding" in known.sites
     assert "lora_te1_encoder_layers_0_self_attn_q_proj" not in known.sites
+
+
+def test_a_sparse_residual_beside_a_lora_is_not_read() -> None:
+    """Only the LoRA of the two is loaded; a residual alone is nothing to ComfyUI."""
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    numbers = {
+        f"{stem}.bias_indices": of_array(np.array([[0, 5], [3, 300]]), "I64"), f"{stem}.bias_values": some(2),
+        f"{stem}.bias_size": of_array(np.array([320, 320]), "I64"),
+    }  # fmt: skip
+    both = check(subject_of(file(lora(stem, 320, 320, words=KOHYA) | numbers)), COMFYUI)
+    assert both.counts == {"changed": 1}
+    assert check(subject_of(file(numbers)), COMFYUI).counts == {"ignored": 1}

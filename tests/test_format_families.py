@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,14 +30,20 @@ from lorasurgery.errors import (
     NotRepresentableError,
 )
 from lorasurgery.files.opened import read_any
-from lorasurgery.files.read import parse
+from lorasurgery.files.read import adapter_of, parse
+from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.inspection import describe
 from lorasurgery.io.tensors import of_array, scalar
 from lorasurgery.layouts.detect import expected_shape, has_bias
+from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.group import build, group
+from lorasurgery.layouts.targets import written_in
+from lorasurgery.report import Report
 from lorasurgery.surgery.apply import dense_multiplied, turned
 from lorasurgery.surgery.apply.rules import Rules
 from lorasurgery.surgery.apply.step import Wanted
+from lorasurgery.surgery.merge import merge
+from lorasurgery.surgery.resize import ResizeOptions, resize
 from tests.format_files import RNG, file, lora, some, wan_control, written
 from tests.test_architectures import REFERENCES
 
@@ -161,6 +167,75 @@ def test_a_widened_weight_in_every_command(tmp_path: Path) -> None:
     assert describe(path).unexplained == ()
 
 
+@pytest.mark.parametrize("rank", [8, 4, 3])
+def test_a_dora_that_is_not_cut_stays(rank: int) -> None:
+    """Only a smaller change needs another magnitude, which the base model alone can give."""
+    stem = "diffusion_model.blocks.{}.self_attn.q"
+    source = lora(stem.format(0), 5120, 5120, 16) | lora(stem.format(1), 5120, 5120, 4)
+    source[f"{stem.format(1)}.dora_scale"] = some(5120, 1)
+    adapter = parse(file(source))
+    if rank < 4:
+        with pytest.raises(NotRepresentableError, match="a smaller one needs another magnitude"):
+            resize(adapter, ResizeOptions(rank=rank))
+        return
+    result, _ = resize(adapter, ResizeOptions(rank=rank))
+    tensors = emit(result, written_in(result), Report()).tensors
+    assert tensors[f"{stem.format(0)}.lora_A.weight"].shape == (rank, 5120)
+    assert all(tensors[key].tobytes() == tensor.tobytes() for key, tensor in source.items() if "blocks.1." in key)
+
+
+PATCH = "diffusion_model.patch_embedding"
+
+
+def widths() -> dict[str, dict[str, Tensor]]:
+    """Files for one model, of which some make its first layer wider, to more or less, and others do not or have none."""
+    block = {key: tensor for key, tensor in wan_control().items() if PATCH not in key}
+
+    def one(columns: int, rank: int = 4, *, said: bool = True, flat: bool = False, diff: bool = False) -> dict[str, Tensor]:
+        kernel, ones = ((), ()) if flat else ((1, 2, 2), (1, 1, 1))
+        made = {
+            f"{PATCH}.lora_A.weight": some(rank, columns * (4 if flat else 1), *kernel),
+            f"{PATCH}.lora_B.weight": some(1536, rank, *ones),
+        }
+        made = {f"{PATCH}.diff": some(1536, columns, 1, 2, 2)} if diff else made
+        return block | made | ({f"{PATCH}.reshape_weight": of_array(np.array([1536, columns, 1, 2, 2]), "I64")} if said else {})
+
+    return {
+        "plain": block, "narrow": one(16, said=False), "flat": one(16, said=False, flat=True), "wide": one(32),
+        "wider": one(48, 3), "difference": one(16, said=False, diff=True), "wide difference": one(32, diff=True),
+    }  # fmt: skip
+
+
+def patch(tensors: Mapping[str, Tensor]) -> Float64 | None:
+    """The change of the first layer, (1536, columns, 4), in float64."""
+    if f"{PATCH}.diff" in tensors:
+        return tensors[f"{PATCH}.diff"].f64().reshape(1536, -1, 4)
+    down = tensors.get(f"{PATCH}.lora_A.weight")
+    if down is None:
+        return None
+    up = tensors[f"{PATCH}.lora_B.weight"].f64()
+    return (up.reshape(1536, -1) @ down.f64().reshape(down.shape[0], -1)).reshape(1536, -1, 4)
+
+
+@pytest.mark.parametrize(("first", "second"), list(permutations(widths(), 2)))
+def test_files_of_several_widths_are_merged(first: str, second: str) -> None:
+    """ComfyUI pads the base with zeros, so that the narrower change is one of the first columns."""
+    files = widths()
+    adapters = [parse(file(files[name])) for name in (first, second)]
+    result, _ = merge(list(zip(adapters, (1.0, 2.0), strict=True)))
+    tensors = emit(result, written_in(result), Report()).tensors
+    one, two, made = patch(files[first]), patch(files[second]), patch(tensors)
+    columns = max(0 if change is None else change.shape[1] for change in (one, two))
+    expected = np.zeros((1536, columns, 4))
+    for change, weight in ((one, 1.0), (two, 2.0)):
+        if change is not None:
+            expected[:, : change.shape[1]] += weight * change
+    assert made is not None
+    assert np.allclose(made, expected, rtol=0, atol=1e-6)
+    said = tensors.get(f"{PATCH}.reshape_weight")
+    assert (None if said is None else said.array().tolist()) == (None if columns == 16 else [1536, columns, 1, 2, 2])
+
+
 def test_the_table_that_is_as_wide_comes_first() -> None:
     """A control LoRA in ComfyUI's layout is one, not a widened FLUX.1 dev."""
     source = lora("diffusion_model.img_in", 3072, 128) | lora("diffusion_model.double_blocks.0.img_attn.qkv", 9216, 3072)
@@ -248,6 +323,53 @@ def test_longcats_stacked_rows(blocks: int) -> None:
     assert alpha is not None
     assert alpha.tensor.item() / delta.rank == float(np.float32(scale))
     assert {entry.key for entry in own.entries.values()} == tensors.keys()
+
+
+def longcat(rank: int) -> dict[str, Tensor]:
+    """A fused and a plain layer as LongCat-Video's trainer saves them."""
+    hyphen = "___lorahyphen___"
+    fused, plain = (hyphen.join(("lora", "blocks", "0", "attn", name)) for name in ("qkv", "proj"))
+    tensors = {f"{fused}.lora_up.blocks.{i}.weight": some(24, rank) for i in range(3)}
+    tensors |= {f"{fused}.lora_down.weight": some(3 * rank, 24), f"{plain}.lora_up.weight": some(24, rank)}
+    return tensors | {
+        f"{plain}.lora_down.weight": some(rank, 24), **{f"{stem}.alpha_scale": scalar(0.37) for stem in (fused, plain)}
+    }  # fmt: skip
+
+
+def longcat_changes(tensors: Mapping[str, Tensor]) -> dict[str, Float64]:
+    """By the trainer's own formula; every key must be one of its words."""
+    found = {}
+    for stem in {key.partition(".")[0] for key in tensors}:
+        scale, down = tensors[f"{stem}.alpha_scale"].item(), tensors[f"{stem}.lora_down.weight"].f64()
+        ups = [tensors[key] for key in sorted(tensors) if key.startswith(f"{stem}.lora_up")]
+        rank = ups[0].shape[1]
+        runs = [up.f64() @ down[i * rank : (i + 1) * rank] for i, up in enumerate(ups)]
+        assert len(down) == rank * len(ups)
+        found[stem] = scale * np.concatenate(runs)
+    assert len(tensors) == 8
+    return found
+
+
+@pytest.mark.parametrize("how", ["half", "negated", "sum", "cut", "kept"])
+def test_longcats_words_stay(how: str) -> None:
+    """What changes numbers changes no word: LongCat-Video's loader knows no others."""
+    files = [longcat(4), longcat(3)]
+    adapters = [adapter_of(taken_apart(Unparsed(file(tensors), None)), None) for tensors in files]
+    before = [longcat_changes(tensors) for tensors in files]
+    weights = {"half": [(0.5)], "negated": [-1.0], "sum": [0.5, 0.25]}.get(how)
+    if weights is not None:
+        result, _ = merge(list(zip(adapters, weights, strict=False)))
+    else:
+        result, _ = resize(adapters[0], ResizeOptions(rank=2 if how == "cut" else 12))
+    made = longcat_changes(emit(result, written_in(result), Report()).tensors)
+    assert made.keys() == before[0].keys()
+    for stem, change in made.items():
+        if how == "cut":
+            left, values, right = np.linalg.svd(before[0][stem], full_matrices=False)
+            assert np.allclose(change, (left[:, :2] * values[:2]) @ right[:2], atol=1e-5)
+        else:
+            pairs = zip(weights or [1.0], before, strict=False)
+            assert np.allclose(change, sum(weight * changes[stem] for weight, changes in pairs), rtol=0, atol=1e-6)
 
 
 def test_longcats_ranks_must_add_up() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from lorasurgery.api import save
 from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.checking.comfyui import COMFYUI
+from lorasurgery.checking.engine import check
+from lorasurgery.checking.subject import subject_of
+from lorasurgery.cli.app import app
 from lorasurgery.deltas.full import is_gain
 from lorasurgery.errors import (
     FileFormatError,
@@ -25,7 +32,8 @@ from lorasurgery.io.tensors import of_array
 from lorasurgery.layouts.foreign import known_unmangled
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.wrappers import unwrapped
-from tests.format_files import KOHYA, control, file, lora, some, wan_control, written, xlabs
+from lorasurgery.surgery.meta import read_metadata
+from tests.format_files import KOHYA, RNG, control, file, lora, some, wan_control, written, xlabs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +72,21 @@ def test_comfyuis_name_for_rows_of_a_weight(key: str, width: int) -> None:
     assert [tuple(span) for span in module.site.spans] == [("single_blocks.3.linear1", 0, 3 * width)]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_comfyuis_name_stays_where_a_family_cannot_be_fused(beside: bool) -> None:
+    """A LoKr of the attention rows alone is none of the whole weight; ComfyUI reads the rows under their own name."""
+    stems = {"diffusion_model.single_blocks.3.linear1_qkv": (576, 192)}
+    if beside:
+        stems["transformer.single_transformer_blocks.3.proj_mlp"] = (768, 192)
+    source = {f"{stem}.lokr_{n}": some(*shape) for stem, own in stems.items() for n, shape in (("w1", (16, 16)), ("w2", own))}
+    adapter = parse(file(source), among=named("flux1-dev"))
+    tensors = written(adapter, "comfyui")
+    assert {key: tensor.tobytes() for key, tensor in tensors.items()} == {k: tensor.tobytes() for k, tensor in source.items()}
+    assert check(subject_of(file(tensors)), COMFYUI).complete
+    with pytest.raises(NotRepresentableError, match="Kronecker"):
+        written(adapter, "sd-scripts")
+
+
 def test_ltx2_text_projection() -> None:
     """Its own component in Diffusers, and no part of the denoiser for anybody."""
     stem = "text_embedding_projection.aggregate_embed"
@@ -74,7 +97,15 @@ def test_ltx2_text_projection() -> None:
     assert {key.rpartition(".lora")[0] for key in written(adapter, "diffusers")} == {
         "connectors.text_proj_in", "transformer.transformer_blocks.0.attn1.to_q",
     }  # fmt: skip
-    assert f"{stem}.lora_down.weight" in written(adapter, "comfyui")
+    own = "text_encoders.text_embedding_projection"  # ComfyUI's comfy/text_encoders/lt.py: a Linear of its text encoder
+    assert f"{own}.lora_down.weight" in written(adapter, "comfyui")
+    assert f"{stem}.lora_A.weight" in written(adapter, "other")
+    assert parse(file(written(adapter, "comfyui"))).modules.keys() == adapter.modules.keys()
+    for prefix in ("diffusion_model.", ""):
+        bare = {key.replace("diffusion_model.", prefix).replace(stem, own): tensor for key, tensor in source.items()}
+        assert parse(file(bare)).modules.keys() == adapter.modules.keys()
+        assert check(subject_of(file(bare)), COMFYUI).counts == {"loads": 2}
+    assert check(subject_of(file(source)), COMFYUI).counts == {"loads": 1, "ignored": 1}
     back = parse(file(written(adapter, "diffusers")), among=named("ltx2"))
     assert written(back, "comfyui").keys() == written(adapter, "comfyui").keys()
 
@@ -284,6 +315,58 @@ def test_numbered_modules_by_shape(order: str, model: str) -> None:
     assert len(adapter) == 144
 
 
+def test_the_header_of_numbered_modules(tmp_path: Path) -> None:
+    """cloneofsimo/lora makes its layers by the ranks in the header and knows no tensor without its entry there."""
+    said = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "text_encoder": '["CLIPAttention"]', "<s1>": "<embed>"}
+
+    def saved(name: str, rank: int, *, token: bool) -> Path:
+        tensors: dict[str, Any] = {"<s1>": RNG.standard_normal(768).astype("f4")} if token else {}
+        for stem, width in (("unet:0", 320), ("text_encoder:0", 768), ("text_encoder:1", 768)):
+            tensors |= {f"{stem}:up": some(width, rank).array(), f"{stem}:down": some(rank, width).array()}
+        ranks = {f"{key.rpartition(':')[0]}:rank": str(rank) for key in tensors if ":" in key}
+        save_file(tensors, tmp_path / name, metadata={**ranks, **{k: v for k, v in said.items() if token or k != "<s1>"}})
+        return tmp_path / name
+
+    first, second, out = saved("a.safetensors", 4, token=False), saved("b.safetensors", 3, token=True), tmp_path / "out"
+    assert describe(first).layout == "cloneofsimo"
+    for command, ranks in (
+        (["resize", first, "--rank", "2", "-o"], [4, 4, 2]), (["rerank", first, "--rank", "2", "-o"], [2, 2, 2]),
+        (["merge", f"{first}:0.5", second, "-o"], [7, 7, 7]), (["merge", first, "--rank", "3", "-o"], [3, 3, 3]),
+        (["prune", first, "--drop", "unet", "-o"], [4, 4]), (["prune", first, "--keep", "unet", "-o"], [4]),
+        (["convert", second, "--target", "comfyui", "-o"], []),
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [str(word) for word in (*command, out, "--force")])
+        assert result.exit_code == 0, result.output
+        with safe_open(out, "np") as made:
+            keys, header = list(made.keys()), made.metadata()
+            tensors = {f"{key.rpartition(':')[0]}:rank": str(made.get_tensor(key).shape[0]) for key in keys if ":down" in key}
+        assert {key: value for key, value in header.items() if key.endswith(":rank")} == tensors
+        assert sorted(map(int, tensors.values()), reverse=True) == ranks
+        assert {key for key in ("unet", "text_encoder") if key in header} == {key.split(":")[0] for key in tensors}
+        assert ("<s1>" in header) == ("<s1>" in keys)
+    asked = [
+        "convert",
+        str(second),
+        str(out),
+        "--target",
+        "onetrainer",
+        "--force",
+    ]  # whose loader refuses what it does not know
+    refused = CliRunner().invoke(app, asked)
+    assert (refused.exit_code, "<s1>" in refused.output) == (1, True)
+    assert CliRunner().invoke(app, [*asked, "--lossy"]).exit_code == 0
+    with safe_open(out, "np") as made:
+        assert "<s1>" not in made.keys()  # noqa: SIM118  safe_open is no mapping
+    named_module = tmp_path / "named.safetensors"
+    conv = "unet.down_blocks.0.resnets.0.conv1.lora"
+    save_file(
+        {f"{conv}.down.weight": some(4, 320, 3, 3).array(), f"{conv}.up.weight": some(320, 4, 1, 1).array()}, named_module
+    )
+    result = CliRunner().invoke(app, ["merge", str(first), str(named_module), "-o", str(out), "--force"])
+    assert result.exit_code == 1
+    assert "cloneofsimo/lora numbers its modules and has no number for it" in result.output
+
+
 # files that are something else --------------------------------------------------------------------------------------------
 
 
@@ -294,6 +377,8 @@ def test_draw_things(tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match="Draw Things") as caught:
             load(path)
         assert "rename" not in str(caught.value)
+        with pytest.raises(FileFormatError, match="Draw Things"):
+            read_metadata(path)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 WILD = sorted(p.name.removesuffix(".json.gz") for p in (HERE / "wild").glob("*.json.gz"))
 WHOLE = {
-    "cloneofsimo_analog_svd_rank4": ("sd1", "diffusers", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
-    "cloneofsimo_lora_disney_pti": ("sd1", "diffusers", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
+    "cloneofsimo_analog_svd_rank4": ("sd1", "cloneofsimo", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
+    "cloneofsimo_lora_disney_pti": ("sd1", "cloneofsimo", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
     "diffusers_sd15_old_attnproc_lora": ("sd1", "diffusers", {"lora": 128}, {"denoiser": 128}),
     "diffusers_sd15_unet_lora_dotted": ("sd1", "diffusers", {"lora": 128}, {"denoiser": 128}),
     "invoke_flux_control_lora_format": ("flux1-control", "bfl", {"lora": 314, "set": 152}, {"denoiser": 466}),

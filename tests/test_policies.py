@@ -200,7 +200,37 @@ def test_kj_knee_as_its_source_says(values, sensitivity, limit, more):
         y = (spectrum - spectrum[-1]) / (spectrum[0] - spectrum[-1] + 1e-10)
         index = max(1, min(int(np.argmax(y - (1.0 - sensitivity * np.linspace(0, 1, count)))), count - 1))
     expected = 1 if spectrum[0] <= 1e-6 else min(index + 1, limit, count)
-    assert policies.kj_knee(array(values), sensitivity, length=count, limit=limit) == expected
+    assert policies.kj(array(values), "knee", sensitivity, length=count, limit=limit) == expected
+
+
+@given(
+    spectra,
+    st.sampled_from(["sv_ratio", "sv_cumulative", "sv_fro"]),
+    st.floats(0.05, 3.0),
+    st.integers(1, 50),
+    st.integers(0, 9),
+)
+@example([1.0, 1.0, 1.0, 1.0], "sv_cumulative", 0.5, 50, 0)
+@example([1.0, 0.5, 0.25], "sv_ratio", 3.0, 50, 4)
+def test_kj_as_its_source_says(values, method, parameter, limit, more):
+    """``index_sv_*`` and ``rank_resize`` of ``nodes/lora_nodes.py``, with torch itself."""
+    import torch
+
+    spectrum = torch.from_numpy(np.concatenate([values, np.zeros(more)]).astype(np.float32))
+    if method == "sv_ratio":
+        index = int(torch.sum(spectrum > spectrum[0] / parameter).item())
+    else:
+        weights, target = (spectrum, parameter) if method == "sv_cumulative" else (spectrum.pow(2), parameter**2)
+        index = int(torch.searchsorted(torch.cumsum(weights, dim=0) / float(torch.sum(weights)), target)) + 1
+    index = max(1, min(index, len(spectrum) - 1))
+    expected = 1 if spectrum[0] <= 1e-6 else min(index + 1, limit)
+    assert policies.kj(array(values), method, parameter, length=len(spectrum), limit=limit) == expected
+
+
+def test_kj_looks_at_the_factors_of_the_largest_layers():
+    assert policies.kj_length((55296, 6144), 16, linear=True) == 16
+    assert policies.kj_length((55296, 6144), 16, linear=False) == 6144
+    assert policies.kj_length((21504, 3072), 16, linear=True) == 3072
 
 
 # budgets ----------------------------------------------------------------------------------------------------------------

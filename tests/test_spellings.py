@@ -23,6 +23,7 @@ LISTED = [
     ("--models a --ratios 1 --lbws [1,0,0.5] --new_rank 8 --new_conv_rank 4", "--rank 8 --conv-rank 4 a:1:lbw=1,0,0.5"),
     ("--models a b --lbws [1,0] 0,1 -o o", "-o o a:1:lbw=1,0 b:1:lbw=0,1"),
     ("--save_precision float --precision float --concat --no_metadata --device cuda a", "--dtype fp32 --metadata strip a"),
+    ("--models a b --concat --shuffle --save_to o", "--out o a b"),
     ("a:0.5 b:-1 -o o --strict", "a:0.5 b:-1 -o o --strict"),
     ("a -o o -- --models", "a -o o -- --models"),
 ]
@@ -33,9 +34,18 @@ CONVERTED = [
     ("a b --target other --diffusers_prefix dit --lokr_rank 4", "a b --target other --diffusers-prefix dit --lokr-rank 4"),
 ]
 
+BAKED = [
+    ("--sd_model m --models a b --ratios 0.5 -1 --save_to o --precision float", "--out o m a:0.5 b:-1"),
+    ("--flux_model m --models a --ratios 0.7 --save_to o --mem_eff_load_save --loading_device cpu", "--out o m a:0.7"),
+    ("--dit m --lora_weight a b --lora_multiplier 0.5 1.0 --save_merged_model o --device cuda", "--out o m a:0.5 b:1.0"),
+    ("--dit=m --lora_weight=a --save_merged_model=o --dit_in_channels 16", "--out o m a"),
+    ("m a:0.5 -o o --verify", "m a:0.5 -o o --verify"),
+]
+
 
 @pytest.mark.parametrize(
-    ("command", "theirs", "ours"), [*(("merge", *own) for own in LISTED), *(("convert", *own) for own in CONVERTED)]
+    ("command", "theirs", "ours"),
+    [*(("merge", *own) for own in LISTED), *(("convert", *own) for own in CONVERTED), *(("apply", *own) for own in BAKED)],
 )
 def test_words(command: str, theirs: str, ours: str) -> None:
     assert translated(theirs.split(), SPELLINGS[command]) == ours.split()
@@ -47,7 +57,11 @@ def test_words(command: str, theirs: str, ours: str) -> None:
         ("merge", "--models a b --ratios 1", "--ratios has 1 values for 2 --models"),
         ("merge", "--models a --sd_model m", "lorasurgery apply MODEL LORA:RATIO"),
         ("merge", "--models a --flux_model m --clip_l c --t5xxl t", "--flux_model: merging into a model"),
-        ("merge", "--models a --shuffle", "no effect"),
+        ("merge", "--dit m --lora_weight a --save_merged_model o", "lorasurgery apply MODEL LORA:RATIO"),
+        ("apply", "--flux_model m --clip_l c --models a --save_to o", "--clip_l: a text encoder's file is a model of its own"),
+        ("apply", "--sd_model m --dit n --models a --save_to o", "names two models"),
+        ("apply", "--sd_model m --models a b --ratios 1 --save_to o", "--ratios has 1 values for 2 --models"),
+        ("apply", "--sd_model m --models a --save_precision fp16 --save_to o", "keep the model's own dtype"),
         ("merge", "--models a --save_precision fp8", "float or fp16 or bf16, not fp8"),
         ("merge", "--models a --save_to b --out c", "are the same thing"),
         ("convert", "--dst onetrainer", "sd-scripts or ai-toolkit, not onetrainer"),

@@ -366,3 +366,49 @@ def test_library():
     adapter, report = prune(lorasurgery.load(LOHA), PruneOptions(drop=("te",), scale=2.0))
     assert (len(adapter), len(report.dropped)) == (5, 3)
     assert {module.scale.value for module in adapter.modules.values()} == {1.5, 5.0}
+
+
+# parts of modules -------------------------------------------------------------------------------------------------------------
+
+_Q, _FFN, _NORM, _LONE = (f"diffusion_model.blocks.{n}" for n in ("0.self_attn.q", "1.ffn.0", "0.norm3", "1.self_attn.q"))
+_KEYS = {
+    f"{_Q}.lora_down.weight": (4, 5120), f"{_Q}.lora_up.weight": (5120, 4), f"{_Q}.diff_b": (5120,), f"{_LONE}.diff_b": (5120,),
+    f"{_NORM}.diff": (5120,), f"{_NORM}.diff_b": (5120,), f"{_FFN}.lora_down.weight": (4, 5120),
+    f"{_FFN}.lora_up.weight": (13824, 4), f"{_FFN}.alpha": (), f"{_FFN}.dora_scale": (13824, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("drop", "gone"),
+    [
+        ("family=bias", r"diff_b$"), ("re=diff_b", r"diff_b$"), ("re=dora_scale", r"dora_scale$"), ("family=norm", r"norm3"),
+        (r"re=norm3\.diff$", r"norm3\.diff$"), (r"re=norm3\.diff_b", r"norm3\.diff_b"), ("re=norm3", "norm3"),
+        ("re=0.self_attn.q.lora", r"0\.self_attn\.q\.lora"), ("re=1.self_attn.q.diff", r"1\.self_attn\.q\.diff"),
+        ("re=dora_scale|diff_b", r"dora_scale|diff_b"), ("re=lora_up", r"(?!)"), (r"re=alpha$", r"(?!)"),
+    ],
+)  # fmt: skip
+def test_parts_of_modules_are_dropped(tmp_path, drop, gone):
+    """Every key that the selection means goes, and no other; half of a change or an alpha alone is no part."""
+    rng = np.random.default_rng(0)
+    write(tmp_path / "in.safetensors", {key: raw(rng.standard_normal(shape), "F32") for key, shape in _KEYS.items()})
+    result = told("prune", tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--drop", drop)
+    before, after = (read(tmp_path / name)[0] for name in ("in.safetensors", "out.safetensors"))
+    assert after == {key: tensor for key, tensor in before.items() if not re.search(gone, key)}
+    assert any("no module" in text for text in result["warnings"]) == (gone == "(?!)")
+
+
+def test_what_replaces_a_part_of_the_model_is_not_scaled_in_silence(tmp_path):
+    """PEFT's trained biases are the base's new ones, not changes."""
+    rng, stem = np.random.default_rng(0), "base_model.model.blocks.0.self_attn.q"
+    shapes = {f"{stem}.lora_A.weight": (4, 5120), f"{stem}.lora_B.weight": (5120, 4), f"{stem}.base_layer.bias": (5120,)}
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    tensors = {key: raw(rng.standard_normal(shape), "F32") for key, shape in shapes.items()}
+    write(folder / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "lora_only", "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    result = told("prune", folder, tmp_path / "half", "--scale", "0.5")
+    assert [own["key"] for own in result["ledger"]["lost"]] == [f"{stem}.base_layer.bias"]
+    assert any("1 keys replace a part of the model and are not scaled" in text for text in result["warnings"])
+    refused(tmp_path, ["prune", folder, tmp_path / "strict", "--scale", "0.5", "--strict"], "base_layer.bias")
+    assert not told("prune", folder, tmp_path / "all", "--drop", "re=nothing")["ledger"]["lost"]

@@ -1,6 +1,6 @@
 """Chroma: FLUX.1's blocks without modulation weights, which a small guidance network computes instead."""
 
-from lorasurgery.architectures.flux1 import DOUBLE, QKV, SINGLE, WHOLE_NORMS, D
+from lorasurgery.architectures.flux1 import DOUBLE, QKV, SINGLE, SLICES, WHOLE_NORMS, D
 from lorasurgery.architectures.table import Architecture, Encoder, block, row
 
 G = 5120
@@ -16,6 +16,7 @@ TABLES = (
         comfyui_split="transformer.",
         encoders=(Encoder("t5_xxl", "lora_te1", "text_encoder", "text_encoders.t5xxl.transformer"),),
         aliases=(QKV,),
+        comfyui_slices=SLICES,
         replaced_norms=WHOLE_NORMS,
         metadata_names=("chroma", "chroma", "Chroma1"),  # sd-scripts' two keys, and OneTrainer
         rows=(

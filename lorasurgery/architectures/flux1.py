@@ -37,6 +37,7 @@ SINGLE = (
 EMBEDDERS = (("time_in", "timestep_embedder", 256), ("vector_in", "text_embedder", 768))
 QKV = ("single_blocks.{i}.linear1_qkv", ("single_blocks.{i}.linear1", (0, 3 * D)))
 """ComfyUI's name for a part of the fused weight. Source: ``comfy/lora.py`` (``model_lora_keys_unet``, 2026-05)."""
+SLICES = r"\.linear1_qkv$"
 WHOLE_NORMS = ("query_norm", "key_norm")
 """Source: Diffusers 0.42 ``FluxLoraLoaderMixin._control_lora_supported_norm_keys``."""
 GUIDED = (*EMBEDDERS, ("guidance_in", "guidance_embedder", 256))
@@ -62,6 +63,7 @@ TABLES = tuple(
             ("single_blocks.{i}.processor.proj", "single_blocks.{i}.linear2"),
             QKV,
         ),
+        comfyui_slices=SLICES,
         replaced_norms=WHOLE_NORMS,
         widened=("img_in",) if variant == "control" else (),
         usage=usage,

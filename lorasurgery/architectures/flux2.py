@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasurgery.architectures.flux1 import STREAMS
+from lorasurgery.architectures.flux1 import SLICES, STREAMS
 from lorasurgery.architectures.table import Architecture, block, row
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ TABLES = tuple(
             ("transformer_blocks.{i}.attn.to_qkv", "double_blocks.{i}.img_attn.qkv"),  # Diffusers' fuse_qkv_projections
             ("transformer_blocks.{i}.attn.to_added_qkv", "double_blocks.{i}.txt_attn.qkv"),
         ),
+        comfyui_slices=SLICES,
         rows=rows,
     )
     for variant, usage, d, known_as, rows in (

@@ -78,10 +78,12 @@ TABLES = (
         id="ltx2",
         variant="",
         name="LTX-2",
-        source="ComfyUI comfy/ldm/lightricks/av_model.py (2026-05), Diffusers LTX2VideoTransformer3DModel 0.42",
+        source="ComfyUI comfy/ldm/lightricks/av_model.py, comfy/text_encoders/lt.py (2026), Diffusers "
+        "LTX2VideoTransformer3DModel 0.42",
         no_bias=r"_norm$|^text_embedding_projection\.",
         diffusers_roots=(("connectors.", "connectors"),),
-        bare=("text_embedding_projection.",),
+        beside=(("text_embedding_projection.aggregate_embed", "text_encoders.text_embedding_projection"),),
+        aliases=(("text_encoders.text_embedding_projection", "text_embedding_projection.aggregate_embed"),),
         usage=20_000,
         metadata_names=("ltx2", "ltx-2", "ltx2.3"),
         rows=(

@@ -115,10 +115,13 @@ class Architecture:
     """The families that the Diffusers pipeline loads beside LoRA and DoRA."""
     diffusers_fused: str | None = None
     """A pattern of those :attr:`aliases` for which that pipeline fuses its own weights (``to_qkv``)."""
+    comfyui_slices: str = r"(?!)"
+    """A pattern of the aliases that are ComfyUI's own names for rows of a fused weight."""
     diffusers_roots: tuple[tuple[str, str], ...] = ()
     """(name prefix, Diffusers component) where a part of the denoiser is a pipeline component of its own."""
-    bare: tuple[str, ...] = ()
-    """How the names begin of modules that stand beside the denoiser: no dotted layout but Diffusers' puts a prefix there."""
+    beside: tuple[tuple[str, str], ...] = ()
+    """(original name, ComfyUI's key) of modules that stand beside the denoiser: no dotted layout but Diffusers' puts a prefix
+    there, and ComfyUI has them in its text encoder."""
     usage: float = 0.0
     """How common adapters of the model are: about how often, of those in a month of 2026, a workflow of the kind is run
     (ComfyUI's template index where it has the model). Tells which of several models that fit a file is likelier."""

@@ -117,7 +117,10 @@ TENCENT = tuple(Spelling(p, replace=HUNYUAN) for p in ("transformer.", "diffusio
 TABLES = r"scale_shift_table(_a2v_ca_(video|audio))?$|_embeddings_connector\.learnable_registers$"
 
 LTX = Route(
-    tuple(own._replace(without=r"^text_embedding_projection") for own in (*NATIVE, Spelling(""))),
+    (
+        *(own._replace(without=r"^text_embedding_projection") for own in (*NATIVE, Spelling(""))),
+        Spelling("", "alias", only=r"^text_encoders\."),
+    ),
     READS,
     encoders=ENCODERS,
     also=rf"^diffusion_model\..*({TABLES})",

@@ -19,7 +19,7 @@ from lorasurgery.deltas.full import Opaque
 from lorasurgery.files.read import said_of
 from lorasurgery.layouts.names import PREFIXES
 from lorasurgery.layouts.sd_scripts_oft import listed, unfit
-from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE, SPARSE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ def verdict_of(subject: Subject, consumer: Consumer) -> tuple[Result, Route | No
     if consumer.folder and not subject.layout_folder:
         return _result(subject, consumer, [], [f"{consumer.name} reads a folder with adapter_config.json, not a file"]), None
     if subject.numbered:
-        text = f"the modules are numbered, not named; {consumer.name} does not read that"
+        text = f"cloneofsimo/lora's keys number the modules instead of naming them; {consumer.name} does not read that"
         return _result(subject, consumer, [Finding(i.stem, IGNORED, "name", text) for i in subject.items], []), None
     route = next((r for r in routes if _applies(r, subject)), None)
     if route is None:
@@ -189,7 +189,12 @@ def _judge(item: Item, job: Job) -> Finding:
 def _unread(item: Item, unread: Sequence[Entry], job: Job) -> Finding | None:
     """A module whose factors have words that are not read."""
     core = next((e for e in unread if e.word.family not in (ALPHA, BIAS, EXTRA, MAGNITUDE)), None)
-    return None if core is None else Finding(item.stem, IGNORED, "suffix", f"{job.consumer.name} does not read {core.suffix}")
+    if core is None:
+        return None
+    lora = item.group.slots(LORA) and not any(e.word.family == LORA for e in unread)
+    if core.word.family == SPARSE and lora:  # LyCORIS' residual beside a LoRA, which is read without it
+        return Finding(item.stem, CHANGED, "suffix", f"{job.consumer.name} reads its LoRA and does not read {core.suffix}")
+    return Finding(item.stem, IGNORED, "suffix", f"{job.consumer.name} does not read {core.suffix}")
 
 
 def _lonely(item: Item, entries: Sequence[Entry], unread: Sequence[Entry], job: Job) -> list[Entry]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 OF_CONVERT = re.compile(r"--(lossy|qkv|lokr-rank|energy|prefix|drop (te|unet|REGEX|'))")
+CONVERT = "lorasurgery convert"
 STRICT = "without --strict"
 FOLDER = re.compile(r", (a PEFT folder with \S+), or --out-dir for every adapter in it$")
 
@@ -33,7 +34,7 @@ def before(hint: str) -> str:
     if hint.startswith(STRICT):
         return STRICT
     found = OF_CONVERT.search(hint)
-    if found is None:
+    if found is None or CONVERT in hint:
         return hint
     at = 0 if hint.startswith("--") else found.start()
-    return f"{hint[:at]}lorasurgery convert before this, with {hint[at:]}"
+    return f"{hint[:at]}{CONVERT} before this, with {hint[at:]}"

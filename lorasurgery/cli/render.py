@@ -85,7 +85,10 @@ def announce(text: str) -> None:
 def _verdict(report: Report) -> str:
     worst = report.worst()
     if worst is None:
-        return "every module exact" if not report.dropped else f"kept modules exact, {len(report.dropped)} keys left out"
+        dead = 0 if report.ledger is None else len(report.ledger.lost.keys() & dict(report.carried).keys())
+        unread = f"; {dead} keys have no effect in this layout" if dead else ""
+        kept = "every module exact" if not report.dropped else f"kept modules exact, {len(report.dropped)} keys left out"
+        return kept + unread
     count = len(report.losses.entries)
     return f"relative error {report.losses.total():.2e} over {count} modules, worst {worst[1]:.2e} ({worst[0]})"
 

@@ -29,7 +29,7 @@ Policy = Annotated[Text, Option("--policy", help="sv_ratio, sv_cumulative, sv_fr
 Param = Annotated[Real, Option("--param", help="The policy's number.", show_default=False)]
 Size = Annotated[Text, Option("--size", help="The largest size of the file, e.g. 40MiB, 800KiB, 40MB: spent where it counts most.", show_default=False)]
 Recipe = Annotated[Text, Option("--recipe", help='As resize_lora: "fro_ckpt=1,thr=-3.5".', show_default=False)]
-Compat = Annotated[Text, Option("--compat", help="Count as another tool does: kohya (sd-scripts' policies in float32; of large matrices twice the largest rank is looked at) or kj (KJNodes' knee).", show_default=False)]
+Compat = Annotated[Text, Option("--compat", help="Count as another tool does: kohya (sd-scripts' policies in float32; of large matrices twice the largest rank is looked at) or kj (KJNodes, which keeps one more than asked for).", show_default=False)]
 MinRank = Annotated[int, Option("--min-rank", help="0: leave out modules of which the policy keeps nothing.")]
 Grow = Annotated[bool, Option("--grow", help="Allow more than the old rank, padded with zeros.")]
 Uniform = Annotated[bool, Option("--uniform", help="Pad with zeros to one rank, for readers that want that.")]

@@ -2,7 +2,8 @@
 
 A spelling stands for one option of ours and changes nothing else. What the scripts do and the command does not is refused with
 the command that does it. Sources: sd-scripts ``networks/merge_lora.py``, ``sdxl_merge_lora.py``, ``svd_merge_lora.py``,
-``flux_merge_lora.py`` and ``convert_*.py``; musubi-tuner ``convert_lora.py`` and ``networks/convert_*_to_comfy.py`` (2026-06).
+``flux_merge_lora.py`` and ``convert_*.py``; musubi-tuner ``merge_lora.py``, ``convert_lora.py`` and
+``networks/convert_*_to_comfy.py`` (2026-06).
 """
 
 from __future__ import annotations
@@ -58,8 +59,23 @@ def _files(given: Values) -> list[str]:
     return found
 
 
+def _baked(given: Values) -> list[str]:
+    """``--sd_model m --models a b --ratios 0.5 1`` (musubi-tuner: ``--dit``, ``--lora_weight``) as ``m a:0.5 b:1``."""
+    models = [name for own in BASES for name in given.get(own, ())]
+    if len(models) > 1:
+        raise RequestError("the command line names two models", hint="one of " + ", ".join(BASES))
+    theirs = {"--models": "--models", "--ratios": "--ratios", "--lora_weight": "--models", "--lora_multiplier": "--ratios"}
+    return [*models, *_files({theirs[name]: values for name, values in given.items() if name in theirs})]
+
+
 BAKED = ("merging into a model is another command", "lorasurgery apply MODEL LORA:RATIO ... -o OUT")
-MODELS = ("--sd_model", "--flux_model", "--clip_l", "--t5xxl", "--clip_l_save_to", "--t5xxl_save_to")
+BASES = ("--sd_model", "--flux_model", "--dit")
+ENCODERS = ("--clip_l", "--t5xxl", "--clip_l_save_to", "--t5xxl_save_to")
+MODELS = (*BASES, *ENCODERS, "--lora_weight", "--lora_multiplier", "--save_merged_model")
+NEEDLESS = {
+    "--precision": 1, "--device": 1, "--loading_device": 1, "--working_device": 1, "--mem_eff_load_save": 0, "--v2": 0,
+    "--concat": 0, "--shuffle": 0,
+}  # fmt: skip
 PRECISIONS = {"float": ("--dtype", "fp32"), "fp16": ("--dtype", "fp16"), "bf16": ("--dtype", "bf16")}
 TOWARDS = {
     "sd-scripts": ("--target", "sd-scripts"),
@@ -73,16 +89,21 @@ SPELLINGS: Mapping[str, Spellings] = MappingProxyType(
                 "--save_precision": PRECISIONS,
                 "--no_metadata": {"": ("--metadata", "strip")},
             },
-            needless={
-                "--precision": 1, "--device": 1, "--loading_device": 1, "--working_device": 1, "--mem_eff_load_save": 0,
-                "--v2": 0, "--concat": 0,
-            },
-            refused={
-                **dict.fromkeys(MODELS, BAKED),
-                "--shuffle": ("the order of the ranks has no effect, and stays", "no --shuffle"),
-            },
+            needless=NEEDLESS,
+            refused=dict.fromkeys(MODELS, BAKED),
             lists=("--models", "--ratios", "--lbws"),
             listed=_files,
+        ),
+        "apply": Spellings(
+            renamed={"--save_to": "--out", "--save_merged_model": "--out"},
+            needless={**NEEDLESS, "--diffusers": 0, "--dit_in_channels": 1},
+            refused={
+                **dict.fromkeys(ENCODERS, ("a text encoder's file is a model of its own", "lorasurgery apply for each file")),
+                "--save_precision": ("the weights keep the model's own dtype", "no --save_precision"),
+                "--no_metadata": ("what was applied is noted in the result", "lorasurgery meta strip for the result"),
+            },
+            lists=(*BASES, "--models", "--ratios", "--lora_weight", "--lora_multiplier"),
+            listed=_baked,
         ),
         "convert": Spellings(
             renamed={
@@ -97,7 +118,8 @@ SPELLINGS: Mapping[str, Spellings] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-"""``--concat``: factors side by side are what a sum is. Numbers are float64 whatever ``--precision`` says."""
+"""``--concat``: factors side by side are what a sum is, in whatever order (``--shuffle``). Numbers are float64 whatever
+``--precision`` says."""
 
 
 class Spelled(TyperCommand):

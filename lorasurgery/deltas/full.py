@@ -28,7 +28,12 @@ def is_gain(name: str, shape: Shape) -> bool:
 
     ``name`` is the module's as spelled. One axis is no layer's, and no layer of one row has three.
     """
-    return len(shape) < 2 or (len(shape) == 3 and shape[0] == 1) or _PARAMETER.search(name) is not None
+    return len(shape) < 2 or (len(shape) == 3 and shape[0] == 1) or is_parameter(name)
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a name is that of a bare parameter, which is no layer and stands in the place of none."""
+    return _PARAMETER.search(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

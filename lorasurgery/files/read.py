@@ -18,6 +18,7 @@ from lorasurgery.layouts import peft_keys
 from lorasurgery.layouts.detect import detect, fits, score
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
+from lorasurgery.layouts.numbered import CLONEOFSIMO
 from lorasurgery.layouts.peft_keys import doubles, peft_key
 from lorasurgery.layouts.scales import unknown_scales
 from lorasurgery.layouts.spelled import spelling
@@ -284,7 +285,9 @@ def layout_of(taken: Taken, found: Mapping[str, Found], arch: Architecture) -> s
     for stem, place in found.items():
         layout = place.layout
         dialects = {entry.word.dialect for entry in taken.groups[stem].entries.values()}
-        if (layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS) or (
+        if CLONEOFSIMO in dialects:
+            layout = CLONEOFSIMO
+        elif (layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS) or (
             layout == "diffusers" and "kohya" in dialects and not _is_diffusers_own(taken.groups[stem], arch)
         ):
             layout = "onetrainer"

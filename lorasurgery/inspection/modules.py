@@ -15,6 +15,7 @@ from lorasurgery.inspection.description import ModuleInfo
 from lorasurgery.io.dtypes import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.names import PREFIXES, REMEMBERED
+from lorasurgery.layouts.numbered import CLONEOFSIMO
 from lorasurgery.layouts.words import ALPHA, EXTRA, MAGNITUDE
 from lorasurgery.surgery.blocks import block_and_kind
 
@@ -118,7 +119,9 @@ def unknown_layout(groups: Iterable[Group]) -> str:
     for own in groups:
         dialects = {entry.word.dialect for entry in own.entries.values()}
         layout = next(p.layout for p in PREFIXES if own.stem.startswith(p.text))
-        if own.stem.startswith("lora_te"):
+        if CLONEOFSIMO in dialects:
+            layout = CLONEOFSIMO
+        elif own.stem.startswith("lora_te"):
             layout = "sd-scripts"
         elif own.stem.startswith("text_encoder"):
             layout = "diffusers"

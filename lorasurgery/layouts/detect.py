@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.architectures import architectures, plugins
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.deltas.full import is_parameter
 from lorasurgery.errors import UnknownArchitectureError
 from lorasurgery.layouts.evidence import OWN_KEY, decide, names, said
 from lorasurgery.layouts.foreign import known_unmangled
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape
 
 ENOUGH = 0.5
-"""A table that explains no more than this share of a file's modules is not taken to be its architecture."""
+"""A table that explains no more than this share of a file's layers is not taken to be its architecture: bare parameters, of
+which it names none, do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,8 @@ def detect(
     matches = _compared(stems, metadata) if among is None else [score(arch, stems) for arch in among]
     most = max(((m.fitting, m.named) for m in matches), default=(0, 0))
     best = [m for m in matches if (m.fitting, m.named) == most]
-    if not best or best[0].share <= ENOUGH:
+    layers = sum(not is_parameter(stem) for stem in stems)
+    if not best or best[0].fitting <= ENOUGH * max(layers, min(1, len(stems))):
         raise _unknown(stems, matches, path, "")
     if among is None:
         best = _plausible(best, stems, metadata, path)

@@ -19,6 +19,7 @@ from lorasurgery.deltas.rounding import multiplied, rounded, wide
 from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts import sd_scripts_oft
+from lorasurgery.layouts.composed import as_composed
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.diffusers_lokr import refuse_unfit
 from lorasurgery.layouts.module import LARGEST_SCALE, is_layer
@@ -91,12 +92,8 @@ def emit(
     for module in network or adapter.modules.values():
         stem = module.name if target.own and module.keys else speller.stem(module.site)
         if stem is None:
-            raise NotRepresentableError(
-                f"{module.name}: {target.reader} has no name for it",
-                module=module.name,
-                path=adapter.path,
-                hint="--drop te to leave the text encoders out, or --drop REGEX",
-            )
+            reason, hint = target.no_name
+            raise NotRepresentableError(f"{module.name}: {reason}", module=module.name, path=adapter.path, hint=hint)
         if network:
             stem = sd_scripts_oft.PREFIX + stem.removeprefix(target.denoiser.prefix)
         shape = expected_shape(adapter.architecture, module.site)
@@ -124,24 +121,9 @@ def _oft_network(adapter: Adapter, target: Layout, speller: Speller) -> list[Mod
     return list(found.values()) if fits and not problem else []
 
 
-def _as_composed(module: Module) -> tuple[dict[str, Tensor], float] | None:
-    """A module's change in the file's own tensors, and its scale, where the file puts it together from others than factors.
-
-    None where it is another change by now: it is spelled as a LoRA of its own then.
-    """
-    composed = module.composed
-    if composed is None or module.delta is not composed.delta or (composed.strength is None and module.scale.value != 1.0):
-        return None
-    tensors, scale = dict(composed.factors), module.scale.value
-    if composed.strength is not None:
-        key, stored = composed.strength
-        tensors[key] = stored if module.scale.alpha is not None else scalar(scale).reshape(*stored.shape)
-    return tensors, scale
-
-
 def _module(module: Module, stem: str, shape: Shape, target: Layout, policy: str, report: Report, result: Emitted) -> None:
     words = SUFFIXES[target.words]
-    composed = _as_composed(module) if target.own else None
+    composed = as_composed(module, _recorder(report, module.name)) if target.own else None
     keys: Mapping[str, str] = module.keys if target.own and (module.composed is None or composed is not None) else {}
     scale, rank = module.scale.value, 1
     tensors: dict[str, Tensor] = {}

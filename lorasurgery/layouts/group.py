@@ -15,7 +15,7 @@ from lorasurgery.errors import BrokenModuleError
 from lorasurgery.layouts.adopt import adopt
 from lorasurgery.layouts.entry import Entry, Group
 from lorasurgery.layouts.fit import FACTORED, broken, check_factors, check_fit
-from lorasurgery.layouts.numbered import named_keys
+from lorasurgery.layouts.numbered import CLONEOFSIMO, named_keys
 from lorasurgery.layouts.peft_keys import FACTOR, REFUSED, doubles, peft_key, transposed
 from lorasurgery.layouts.peft_types import MERGED
 from lorasurgery.layouts.words import (
@@ -56,7 +56,8 @@ def group(raw: RawFile) -> tuple[dict[str, Group], dict[str, Tensor]]:
             others[key] = raw.tensors[key]
             continue
         stem = inside.get(split.stem, split.stem)
-        entry = Entry(key, split.word, raw.tensors[key], split.suffix)
+        word = split.word._replace(dialect=CLONEOFSIMO) if key in named else split.word
+        entry = Entry(key, word, raw.tensors[key], split.suffix)
         own = groups.get(stem)
         if own is None:
             own = groups[stem] = Group(stem, key.rpartition(":")[0] if key in named else split.stem)

@@ -4,7 +4,10 @@ The number counts the targets in the order of Stable Diffusion's module tree: in
 attentions and the GEGLU projection (down blocks, up blocks, middle block); CLIP's self-attention in the order k, v, q, out.
 Where the GEGLU projection comes depends on the Diffusers of the day: between the attentions (in 0.9 ``attn1``, ``ff`` and
 ``attn2`` are made in this order) or after both (later). The shapes of the file tell.
-Source: cloneofsimo/lora ``lora_diffusion/lora.py`` (``_find_modules_v2``), Diffusers ``BasicTransformerBlock``.
+Its loader takes the ranks from the header (``unet:3:rank``), and from there, too, the targets that the numbers count
+(``unet``) and which keys are learned tokens.
+Source: cloneofsimo/lora ``lora_diffusion/lora.py`` (``_find_modules_v2``, ``save_all``, ``parse_safeloras``), Diffusers
+``BasicTransformerBlock``.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape
     from lorasurgery.io.tensors import Tensor
 
+CLONEOFSIMO = "cloneofsimo"
+"""What this layout is called."""
+COMPONENTS = ("unet", "text_encoder")
 _INDEXED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+_RANK = re.compile(r"(unet|text_encoder):\d+:rank")
 _ATTENTIONS = tuple(tuple(f"attn{n}.to_{x}" for x in ("q", "k", "v", "out.0")) for n in (1, 2))
 _GEGLU = ("ff.net.0.proj",)
 _ORDERS = ((*_ATTENTIONS[0], *_GEGLU, *_ATTENTIONS[1]), (*_ATTENTIONS[0], *_ATTENTIONS[1], *_GEGLU))
@@ -46,6 +53,17 @@ def named_keys(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         for key, m in found.items()
         if int(m[2]) < len(names[m[1]])
     }  # fmt: skip
+
+
+def with_ranks(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header of a file with these tensors: the rank of every numbered module as it is, and nothing about others."""
+    found = {key: match for key in tensors if (match := _INDEXED.fullmatch(key)) is not None}
+    if not found and not any(_RANK.fullmatch(key) for key in metadata):
+        return dict(metadata)
+    gone = {*COMPONENTS} - {match[1] for match in found.values()}
+    kept = {key: text for key, text in metadata.items() if not _RANK.fullmatch(key) and key not in gone}
+    ranks = {f"{m[1]}:{m[2]}:rank": str(tensors[key].shape[0]) for key, m in found.items() if m[3] == "down"}
+    return {**kept, **ranks}
 
 
 def _fitting(names: Sequence[str], model: Architecture, sides: Sequence[tuple[int, str, Shape]]) -> int:

@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.table import flat
+from lorasurgery.deltas.full import is_parameter
 from lorasurgery.layouts.names import index, prefixed
 from lorasurgery.layouts.stacks import ATTENTION, DEEP, parts_of, stacks
 
@@ -111,7 +112,7 @@ def _replaced(arch: Architecture, part: Part) -> str:
     """
     kinds = {
         kind: part.stack.submodule(kind) for kind, blocks in part.foreign.items()
-        if 2 * len({b for b in blocks if b < part.stack.depth}) >= max(len(part.blocks), 1)
+        if 2 * len({b for b in blocks if b < part.stack.depth}) >= max(len(part.blocks), 1) and not is_parameter(kind)
     }  # fmt: skip
     new = {kind: own for kind, own in kinds.items() if own not in part.submodules}
     missing = part.stack.wide - part.submodules

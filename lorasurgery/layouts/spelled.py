@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.architectures.table import ORIGINAL
+from lorasurgery.layouts.numbered import CLONEOFSIMO
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.layouts.targets import DOTTED, EVERYTHING, KOHYA, LAYOUTS, PEFT, SUFFIXES, Layout, Naming
 from lorasurgery.layouts.words import BIAS, LORA, MAGNITUDE
@@ -55,6 +56,8 @@ def spelling(taken: Taken, found: Mapping[str, Found], modules: Iterable[Module]
         own=True, folder=taken.configs is not None, rslora=taken.rules.rslora_flag,
         prefixes=MappingProxyType({c: usual for c in sorted(encoders) if (usual := _usual(found.values(), (c,)))}),
     )  # fmt: skip
+    if name == CLONEOFSIMO:
+        return replace(own, reader="cloneofsimo/lora", holds=frozenset({LORA}), nameless=True)
     return own if base is None else replace(own, encoders=base.encoders, in_axis_dora=base.in_axis_dora)
 
 

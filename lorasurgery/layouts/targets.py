@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Encoder, Spans
 
 EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3"})
+TOKENS = r"^bundle_emb\."
 KOHYA, PEFT, DOTTED = "kohya", "peft", "dotted"
 _KOHYA = {
     "up": ".lora_up.weight", "down": ".lora_down.weight", "mid": ".lora_mid.weight", "magnitude": ".dora_scale",
@@ -81,12 +82,15 @@ class Layout:
     in_axis_dora: bool = True
     encoders: str = "comfyui"
     """Which of an encoder's prefixes is written: ``sd_scripts``, ``diffusers``, ``comfyui`` or ``onetrainer``."""
-    embeddings: bool = False
-    """Whether its readers take learned tokens from an adapter's file: the web UIs, of OneTrainer's ``bundle_emb``."""
+    takes: str = r"(?!)"
+    """A pattern of the keys beside the modules that its readers take: learned tokens as OneTrainer saves them, which the web
+    UIs read, too, and what they pass over although they refuse other unknown keys."""
     folder: bool = False
     """Whether it is PEFT's folder and no file."""
     own: bool = False
     """Whether it is a file's own spelling: modules that have keys keep them."""
+    nameless: bool = False
+    """For a file's own spelling: its keys are numbers, and a module that has none cannot get one."""
     prefixes: Mapping[str, Naming] = field(default_factory=dict)
     """For a file's own spelling: text encoder -> what its names begin with."""
     rslora: bool = False
@@ -96,6 +100,17 @@ class Layout:
         """The families its readers load for a model."""
         return self.holds | arch.diffusers_families if self.id == "diffusers" else self.holds
 
+    @property
+    def no_name(self) -> tuple[str, str]:
+        """What to say of a module that it has no key for, and what to try."""
+        if self.nameless:
+            return f"{self.reader} numbers its modules and has no number for it", "--target NAME, for a layout with names"
+        return f"{self.reader} has no name for it", "--drop te to leave the text encoders out, or --lossy"
+
+    def reads(self, key: str) -> bool:
+        """Whether its readers take a key that is no module's."""
+        return re.search(self.takes, key) is not None
+
 
 LAYOUTS = MappingProxyType(
     {
@@ -103,7 +118,7 @@ LAYOUTS = MappingProxyType(
         for layout in (
             Layout(
                 "sd-scripts", "sd-scripts and musubi-tuner", Naming("lora_unet_", True, SD_SCRIPTS), KOHYA,
-                ("keep", "fold"), always_alpha=True, encoders="sd_scripts", embeddings=True,
+                ("keep", "fold"), always_alpha=True, encoders="sd_scripts", takes=TOKENS,
             ),
             Layout(
                 "diffusers", "Diffusers", Naming("{denoiser}.", False, DIFFUSERS), PEFT, ("fold", "header"),
@@ -128,7 +143,7 @@ LAYOUTS = MappingProxyType(
             ),
             Layout(
                 "onetrainer", "OneTrainer", Naming("lora_{denoiser}_", True, DIFFUSERS), KOHYA, ("keep", "fold"),
-                always_alpha=True, encoders="onetrainer", embeddings=True,
+                always_alpha=True, carries_unknown=False, encoders="onetrainer", takes=rf"{TOKENS}|^lokr_factor$",
             ),
         )
     }
@@ -183,7 +198,7 @@ def namings(target: Layout, arch: Architecture, prefix: str = "diffusion_model")
             hint="--base MODEL, whose header has the names; or no --target, for the input's own",
         )
     if target.split_names and arch.comfyui_split is not None:
-        return own, Naming(arch.comfyui_split, False, DIFFUSERS)
+        return own, Naming(arch.comfyui_split, False, DIFFUSERS), own._replace(naming=ALIAS, only=arch.comfyui_slices)
     if target.id == "diffusers" and arch.diffusers_fused is not None:
         return own, own._replace(naming=ALIAS, only=arch.diffusers_fused)
     return (own,)
@@ -202,10 +217,13 @@ class Speller:
         self._flat = {own.name for own in arch.own if own.flat}
         if target.own and self.namings[0].flat:  # whose names those are does not matter to the file that has the prefix
             self._names[0] = {spans: name for n in NAMINGS for name, spans in arch.flat_names(n).items()} | dict(self._names[0])
+        self._beside = dict(arch.beside)
         self._encoders: Mapping[str, Encoder] = {encoder.table: encoder for encoder in arch.encoders}
 
     def stem(self, site: Site) -> str | None:
         """The key without its suffix, or None when the layout has no name for the site."""
+        if self._target.nameless:
+            return None
         if site.component == DENOISER or (self._target.own and site.component == SECOND_DENOISER):
             return self._denoiser(site)
         weight = site.spans[0].weight
@@ -224,8 +242,9 @@ class Speller:
                 for root, component in self._arch.diffusers_roots:
                     if name.startswith(root):
                         return f"{component}.{name[len(root) :]}"
-            if not own.flat and name.startswith(self._arch.bare):
-                return name
+            beside = None if own.flat else self._beside.get(name)
+            if beside is not None:
+                return beside if self._target.id == "comfyui" and not self._target.own else name
             return own.prefix + (flat(name) if own.flat else name)
         return None
 

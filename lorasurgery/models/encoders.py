@@ -39,7 +39,9 @@ OUTSIDE = MappingProxyType(
     {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm"}
 )
 POSITIONS = "positional_embedding", "text_model.embeddings.position_embedding"
-"""OpenCLIP's bare parameters. ``text_projection`` is stored transposed there and has no row to share with Hugging Face's."""
+"""OpenCLIP's bare parameter."""
+PROJECTION, TURNED = "text_projection", "turned"
+"""OpenCLIP multiplies by its projection from the right: it is stored turned over, (in, out), without ``.weight``."""
 
 
 def in_encoder(key: str, shape: Shape, encoder: Encoder) -> tuple[str, Spans, str] | None:
@@ -59,7 +61,7 @@ def within(name: str, shape: Shape, table: str) -> tuple[Spans, str] | None:
     for module, role in _hugging_face(name, shape):
         names = module.split("+")
         if all(_known(table, own, role) for own in names):
-            rows = shape[0] // len(names)
+            rows = shape[1] if role == TURNED else shape[0] // len(names)
             return tuple(Span(own, 0, rows) for own in names), role
     return None
 
@@ -77,6 +79,8 @@ def _hugging_face(name: str, shape: Shape) -> Iterator[tuple[str, str]]:
             return
     if name == POSITIONS[0]:
         yield POSITIONS[1], "weight"
+    if name == PROJECTION and len(shape) == 2:
+        yield PROJECTION, TURNED
     found = LAYER.fullmatch(name)
     if found is not None and found[2] in {"attn.in_proj_weight", "attn.in_proj_bias"}:
         layer = f"text_model.encoder.layers.{found[1]}.self_attn"  # q, k and v are one there, in this order

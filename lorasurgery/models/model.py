@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -13,10 +13,12 @@ from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.errors import FileFormatError, RequestError
 from lorasurgery.io.dtypes import FLOATS
+from lorasurgery.layouts.peft_keys import transposed
 from lorasurgery.models.content import content_id
 from lorasurgery.models.detect import recognised, with_own_names
+from lorasurgery.models.encoders import TURNED
 from lorasurgery.models.files import model_files
-from lorasurgery.models.names import BIAS, OTHER, Located, in_lone_encoder, located
+from lorasurgery.models.names import BIAS, OTHER, WEIGHT, Located, in_lone_encoder, located
 from lorasurgery.models.quantised import refuse_quantised
 from lorasurgery.models.reading import Piece, assembled, parts_of
 from lorasurgery.models.scales import is_number_of_another, scale_of
@@ -105,7 +107,7 @@ class Model:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        return _by_weight(w for w in self.weights.values() if w.role not in {BIAS, OTHER})
+        return _by_weight(_upright(w) for w in self.weights.values() if w.role not in {BIAS, OTHER})
 
     @cached_property
     def _bias_pieces(self) -> Pieces:
@@ -161,6 +163,11 @@ def _located(name: str, shape: Shape, known: Recognised) -> Located:
     if known.component != DENOISER:
         return in_lone_encoder(name, shape, known.component, known.prefix)
     return located(name, shape, known.architecture, known.naming, known.prefix)
+
+
+def _upright(weight: Weight) -> Weight:
+    """The weight as (out, in)."""
+    return replace(weight, tensor=transposed(weight.tensor), role=WEIGHT) if weight.role == TURNED else weight
 
 
 def _by_weight(weights: Iterable[Weight]) -> Pieces:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, Span
-from lorasurgery.models.encoders import in_encoder, within
+from lorasurgery.models.encoders import TURNED, in_encoder, within
 
 if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape, Spans
@@ -61,13 +61,15 @@ def located(key: str, shape: Shape, architecture: Architecture, naming: str = OR
             return unlisted(key, shape, prefix)
         place, role = Place(*inside[:2]), inside[2]
     held = sum(span.stop - span.start for span in place.spans)
-    return Located(place, PARAMETER if role == OTHER else role) if held == shape[0] else Located(None, OTHER)
+    rows = shape[1] if role == TURNED else shape[0]
+    return Located(place, PARAMETER if role == OTHER else role) if held == rows else Located(None, OTHER)
 
 
 def in_lone_encoder(key: str, shape: Shape, table: str, prefix: str) -> Located:
     """The same for a model that is one text encoder; ``prefix`` stands before its keys."""
     found = within(key.removeprefix(prefix), shape, table) if shape else None
-    if found is None or sum(span.stop - span.start for span in found[0]) != shape[0]:
+    rows = 0 if found is None else shape[1] if found[1] == TURNED else shape[0]
+    if found is None or sum(span.stop - span.start for span in found[0]) != rows:
         return Located(None, OTHER)
     return Located(Place(table, found[0]), found[1])
 

@@ -29,7 +29,8 @@ class Weight:
     place: Place | None
     """The rows of original base weights that it holds; None when the tables do not know it."""
     role: str
-    """``weight``, ``bias``, ``norm`` (1-D), ``parameter`` (called none of these), or ``other``: scales, what has no place."""
+    """``weight``, ``bias``, ``norm`` (1-D), ``parameter`` (called none of these), ``turned`` (a weight stored as (in, out)), or
+    ``other``: scales, what has no place."""
     scale: Tensor | None = None
     """The factor of an fp8 weight: a scalar, one number per row, or one per block of columns, (out, blocks, 1)."""
     listed: bool = True

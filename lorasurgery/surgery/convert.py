@@ -129,8 +129,10 @@ def _carried(job: Job) -> tuple[Leftover, ...]:
 
 def _is_taken(job: Job, left: Leftover) -> bool:
     """Whether a key may go into a target that takes no unknown ones, or may be left out without a word."""
-    return left.state == "harmless" or (
-        job.target.folder and bool(job.adapter.configs) and is_carried(left.key, job.adapter.configs)
+    return (
+        left.state == "harmless"
+        or job.target.reads(left.key)
+        or (job.target.folder and bool(job.adapter.configs) and is_carried(left.key, job.adapter.configs))
     )
 
 

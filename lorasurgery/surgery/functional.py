@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from lorasurgery.layouts.numbered import COMPONENTS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -28,6 +30,10 @@ FUNCTIONAL: Mapping[str, str] = MappingProxyType(
     }
 )
 """Key pattern -> what a program decides by it."""
+NUMBERS: Mapping[str, str] = MappingProxyType(
+    {**dict.fromkeys(COMPONENTS, "which layers the numbers in its keys count"), "<*>": "that a key is a learned token"}
+)
+"""The same for cloneofsimo/lora's files (:mod:`lorasurgery.layouts.numbered`), whose loader knows no tensor without them."""
 
 
 def functional(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -37,7 +43,7 @@ def functional(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def effect_of(key: str) -> str | None:
     """What a program decides by a key; None for words."""
-    return next((effect for pattern, effect in FUNCTIONAL.items() if fnmatchcase(key, pattern)), None)
+    return next((effect for pattern, effect in (*FUNCTIONAL.items(), *NUMBERS.items()) if fnmatchcase(key, pattern)), None)
 
 
 def agreed(files: Sequence[tuple[str, Mapping[str, str]]]) -> tuple[dict[str, str], list[str]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.in_place import header_of
-from lorasurgery.io.sniff import TORCH_SUFFIXES
+from lorasurgery.io.sniff import TORCH_SUFFIXES, explain_torch
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
 from lorasurgery.surgery.functional import FUNCTIONAL
 from lorasurgery.surgery.meta_hashes import SPEC_HASH, legacy_era, legacy_of
@@ -83,6 +83,11 @@ class Stripping:
 def read_metadata(path: Path) -> RawFile:
     """A safetensors file's header; raises SurgeryError for PyTorch's formats, which have no metadata."""
     if path.suffix.lower() in TORCH_SUFFIXES:
+        if path.is_file():
+            with path.open("rb") as file:
+                other = explain_torch(path, file.read(512), path.stat().st_size)
+            if other is not None:
+                raise other
         raise SurgeryError(
             "a PyTorch file has no metadata of this kind", path=path, hint="lorasurgery convert to a .safetensors file"
         )

@@ -95,7 +95,7 @@ def nested_modules(raw: RawFile) -> tuple[list[NestedModule], list[str], Ledger]
     if not found:
         raise NotAnAdapterError(
             f"none of its {len(taken.groups)} modules is a LoRA, and only a LoRA's first components are one again",
-            path=raw.path, hint="lorasurgery convert --as lora --rank N",
+            path=raw.path, hint="lorasurgery resize FILE -o OUT --rank N, which takes every family with a rank",
         )  # fmt: skip
     used = {key: own.spelled for own in taken.groups.values() for key in keys_of(own).values()}
     return found, others, account(used, leftovers(taken))

@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, Scale
+from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, WHOLE, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.rounding import multiplied
@@ -75,6 +75,8 @@ class Pruned:
 
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(module, reason)."""
+    unscaled: list[tuple[str, str]] = field(default_factory=list)
+    """(key, reason) of what has an effect and stays as it was where everything is scaled."""
     warnings: list[str] = field(default_factory=list)
     losses: Losses = field(default_factory=Losses)
     """Of biases that were scaled."""
@@ -89,7 +91,7 @@ def prune(adapter: Adapter, options: PruneOptions) -> tuple[Adapter, Pruned]:
     options.check()
     report = Pruned()
     arch = adapter.architecture
-    keep, drop = [_test(text, arch) for text in options.keep], [_test(text, arch) for text in options.drop]
+    keep, drop = [_test(text, adapter) for text in options.keep], [_test(text, adapter) for text in options.drop]
     _warn_unused(adapter, [*zip(options.keep, keep, strict=True), *zip(options.drop, drop, strict=True)], report)
     target = None if options.target is None else _target(options.target, adapter)
     kept: dict[Site, Module] = {}
@@ -108,19 +110,39 @@ def prune(adapter: Adapter, options: PruneOptions) -> tuple[Adapter, Pruned]:
             hint="a narrower selection, or another model",
         )  # fmt: skip
     result = subset(adapter, kept, f"prune: {options.way}")
+    _note_unscaled(result, options.factor, report)
     return (result if target is None else _for(target, result, report)), report
 
 
-def _test(text: str, arch: Architecture) -> Test:
-    """Whether a module belongs to a selection; families are ours, everything else is :mod:`lorasurgery.surgery.blocks`'."""
+def _test(text: str, adapter: Adapter) -> Test:
+    """Whether a module belongs to a selection; families are ours, everything else is :mod:`lorasurgery.surgery.blocks`'.
+
+    A regular expression that no module's name matches is looked for in the keys that make a module's effect.
+    """
     if text.startswith(FAMILY):
         wanted = set(text.removeprefix(FAMILY).split(","))
         return lambda module: module.family in wanted
-    return member(parse_selection(text), arch)
+    named = member(parse_selection(text), adapter.architecture)
+    if not text.startswith("re=") or any(map(named, adapter.modules.values())):
+        return named
+    return lambda module: _all_match(module, text)
 
 
 PARTS = ("bias", "magnitude")
 """What can be left out of a module beside its factors."""
+
+
+def _changes(module: Module) -> list[str]:
+    """The keys of a module's change itself."""
+    slots = () if module.delta is None else module.delta.tensors
+    return [module.keys.get(slot) or module.keys.get(slot.lstrip("."), "") for slot in slots]
+
+
+def _all_match(module: Module, text: str) -> bool:
+    """Whether a regular expression means every key that makes a module's effect, so that nothing of it is left."""
+    keys = _changes(module) + ([module.keys.get("bias", "")] if module.bias is not None else [])
+    search = re.compile(text.removeprefix("re=")).search
+    return bool(keys) and all(search(key) for key in keys)
 
 
 def _parts(module: Module, text: str) -> list[str]:
@@ -135,13 +157,24 @@ def _parts(module: Module, text: str) -> list[str]:
     if not text.startswith("re="):
         return []
     search = re.compile(text.removeprefix("re=")).search
-    return [slot for slot, key in module.keys.items() if (slot in PARTS or slot in module.extras) and search(key)]
+    found = [slot for slot, key in module.keys.items() if (slot in PARTS or slot in module.extras) and search(key)]
+    alone = module.bias is not None and "bias" not in found and all(map(search, _changes(module)))
+    return [*found, CHANGE] if alone else found
+
+
+CHANGE = "change"
+"""The part of a module that is its change, where a bias is to stay."""
 
 
 def _without_parts(module: Module, drop: Sequence[str], report: Pruned) -> Module:
     """The module without the parts that ``--drop`` names."""
     for text in drop:
         for slot in _parts(module, text):
+            if slot == CHANGE:
+                report.dropped += [(key, f"--drop {text}") for key in _changes(module)]
+                keys = {own: key for own, key in module.keys.items() if own == "bias"}
+                module = replace(module, delta=None, magnitude=None, extras={}, composed=None, scale=Scale(1.0, ""), keys=keys)
+                continue
             report.dropped.append((module.keys.get(slot, f"{module.name} {slot}"), f"--drop {text}"))
             module = replace(module, keys={own: key for own, key in module.keys.items() if own != slot})
             if slot == "bias":
@@ -151,6 +184,14 @@ def _without_parts(module: Module, drop: Sequence[str], report: Pruned) -> Modul
             else:
                 module = replace(module, extras={own: t for own, t in module.extras.items() if own != slot})
     return module
+
+
+def _note_unscaled(adapter: Adapter, factor: float, report: Pruned) -> None:
+    """Say which keys replace a part of the model: they stay as they are where everything else is scaled."""
+    whole = [] if factor == 1.0 else [left.key for left in adapter.leftovers if left.state == WHOLE]
+    if whole:
+        report.unscaled += [(key, "it replaces a part of the model, and is not scaled") for key in whole]
+        report.warnings.append(f"{len(whole)} keys replace a part of the model and are not scaled (first: {whole[0]})")
 
 
 def _warn_unused(adapter: Adapter, tests: Sequence[tuple[str, Test]], report: Pruned) -> None:

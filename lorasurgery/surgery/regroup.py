@@ -57,6 +57,8 @@ def _kept_fused(job: Job, modules: Sequence[Module]) -> list[Module]:
 
     Source: Diffusers 0.42.1 ``_maybe_fuse_qkv_projections_for_lokr`` and ``_create_lokr_config``.
     """
+    if job.target.id != "diffusers":
+        return []
     names = {spans for naming in job.namings if naming.only is not None for spans in names_in(naming, job.arch).values()}
     fused = [module for module in modules if module.family == "lokr" and module.site.spans in names]
     if fused:
@@ -71,7 +73,7 @@ def _has_name(job: Job, module: Module) -> bool:
     """Whether the target has a name for a text encoder's module; what has none is refused, or left out under ``--lossy``."""
     if job.speller.stem(module.site) is not None:
         return True
-    _left_out(job, module, f"{job.target.reader} has no name for it", "--drop te to leave the text encoders out, or --lossy")
+    _left_out(job, module, *job.target.no_name)
     return False
 
 
@@ -142,11 +144,11 @@ def _is_untrained_part(target: Target) -> bool:
 
 def _otherwise(job: Job, component: str, target: Target, reason: CannotError) -> list[Module]:
     module = target.sources[0]
-    if job.options.qkv == AUTO and job.options.budget.exact and _has_split_names(job):
-        split = plan(target.sources, targets_of(names_in(job.namings[1], job.arch)))
-        if all(part.is_rename for part in split):
-            job.kept_split.append((module.name, reason.message))
-            return [_build(job, Site(component, part.spans), part) for part in split]
+    whole = all(piece.source is None or piece.rows == piece.source.out for piece in target.pieces)
+    named = whole and all(job.speller.stem(source.site._replace(component=component)) is not None for source in target.sources)
+    if named and job.options.qkv == AUTO and job.options.budget.exact:
+        job.kept_split.append((module.name, reason.message))
+        return [job.done(source, "renamed", source) for source in target.sources]
     if any(source.magnitude is not None for source in target.sources):
         if not job.options.lossy:
             raise job.refusal(module, reason.message, _hint(job, magnitude=True)) from reason
@@ -157,10 +159,6 @@ def _otherwise(job: Job, component: str, target: Target, reason: CannotError) ->
     if job.options.qkv != FUSE and job.options.budget.exact and not told:
         raise job.refusal(module, reason.message, _hint(job, magnitude=False)) from reason
     return [_fused_to_lora(job, Site(component, target.spans), target)]
-
-
-def _has_split_names(job: Job) -> bool:
-    return len(job.namings) > 1 and job.namings[1].only is None
 
 
 def _hint(job: Job, *, magnitude: bool) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import scalar
-from lorasurgery.layouts.numbered import named_keys
+from lorasurgery.layouts.numbered import named_keys, with_ranks
 from lorasurgery.layouts.words import split_key
 from lorasurgery.surgery.nested import Origin, nested_modules, origin, verdict
 from lorasurgery.surgery.options import DTYPES
@@ -196,7 +196,8 @@ def rerank(nested: Nested, rank: int, request: Request) -> Reranked:
     lost, norm = sum(e for e, *_ in errors), sum(n for _, n, _ in errors)
     worst = max(((stem, sqrt(e / n) if n else 0.0) for e, n, stem in errors), key=lambda item: item[1])
     return Reranked(
-        rank, _others_cast(tensors, request), metadata_at(nested.raw.metadata, made, rank, request.policy, svd=request.svd),
+        rank, _others_cast(tensors, request),
+        with_ranks(metadata_at(nested.raw.metadata, made, rank, request.policy, svd=request.svd), tensors),
         sqrt(lost / norm) if norm else 0.0, nested.error_at(rank, best=True), _strengths(nested, made), worst,
         tuple(_notes(nested, rank, request)),
     )  # fmt: skip

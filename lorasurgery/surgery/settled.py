@@ -94,7 +94,7 @@ def _written(arch: Architecture, component: str, modules: list[Module], target: 
     if sum(piece.rows for each in made for piece in each.pieces if piece.source) < sum(module.out for module in modules):
         return None
     if more and not all(each.is_rename for each in made):  # what cannot be fused keeps its split names
-        made += plan(modules, targets_of(names_in(more[0], arch)))
+        made += [each for naming in more for each in plan(modules, targets_of(names_in(naming, arch)))]
     return frozenset(
         (
             speller.stem(Site(DENOISER, each.spans)),

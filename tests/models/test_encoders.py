@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from lorasurgery.architectures.table import Span
+from lorasurgery.errors import RequestError
 from lorasurgery.models import open_model
+from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
 from tests.models.small import built, original_arrays, save
 
 WIDTH, LAYERS = 16, 2
@@ -96,7 +98,7 @@ def test_encoders_are_read_in_every_layout(models, layout):
     for component, arrays in own.items():
         for name, values in arrays.items():
             module, _, end = name.rpartition(".")
-            if "projection" in name:  # not in CLIP-L's table; transposed in OpenCLIP
+            if "projection" in name and component != "clip_g":  # in no other encoder's file
                 continue
             span = (Span(module, 0, len(values)),)
             reader = model.bias_reader(component, span) if end == "bias" else model.reader(component, span)
@@ -112,10 +114,39 @@ def test_roles(models):
     assert [s.weight.rsplit(".", 1)[1] for s in weights[f"{two}transformer.resblocks.1.attn.in_proj_weight"].place.spans] == [
         "q_proj", "k_proj", "v_proj",
     ]  # fmt: skip
-    for name in (f"{two}text_projection", f"{two}logit_scale", "first_stage_model.decoder.conv_in.weight"):
+    projection = weights[f"{two}text_projection"]
+    assert (projection.role, projection.place.spans) == ("turned", (Span("text_projection", 0, 12),))
+    for name in (f"{two}logit_scale", "first_stage_model.decoder.conv_in.weight"):
         assert (weights[name].role, weights[name].place) == ("other", None)
     assert found["diffusers"].weights["vae.decoder.conv_in.weight"].place is None
     assert found["diffusers"].weights["text_encoder_2.text_projection.weight"].place.component == "clip_g"
+
+
+@pytest.mark.parametrize("family", ["lora", "full", "dora"])
+def test_a_projection_that_is_stored_turned_over_is_changed(tmp_path, family):
+    """OpenCLIP has it as (in, out): the change comes turned over, too; a DoRA, whose rows those are not, is not used."""
+    rng = np.random.default_rng(3)
+    side, prefix, stem = 1280, "conditioner.embedders.1.model.", "lora_te2_text_projection"
+    base = {f"model.diffusion_model.{n}": v for n, v in original_arrays("sdxl").items()}
+    base[f"{prefix}text_projection"] = rng.standard_normal((side, side)).astype("f4")
+    base[f"{prefix}ln_final.weight"] = np.ones(side, "f4")
+    model = save(tmp_path / "model.safetensors", base)
+    up, down = (rng.standard_normal(shape).astype("f4") for shape in ((side, 2), (2, side)))
+    adapter = {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": np.array(1.0, "f4")}
+    change = up.astype("f8") @ down.astype("f8") / 2
+    if family == "full":
+        adapter = {f"{stem}.diff": change.astype("f4")}
+    elif family == "dora":
+        adapter[f"{stem}.dora_scale"] = np.ones((side, 1), "f4")
+    path, opened, out = save(tmp_path / "adapter.safetensors", adapter), open_model(model), tmp_path / "out.safetensors"
+    sources, options = [read_source(path, opened.architecture, 0.5)], ApplyOptions(fork=False)
+    if family == "dora":
+        with pytest.raises(RequestError, match="turned over"):
+            apply(opened, sources, out, options)
+        return
+    assert not apply(opened, sources, out, options).unmatched
+    before, after = (open_model(file).weights[f"{prefix}text_projection"].array() for file in (model, out))
+    assert np.allclose(after, before + 0.5 * change.T, rtol=0, atol=1e-5)
 
 
 def test_both_experts_of_wan_have_a_component_of_their_own(tmp_path):

@@ -5,7 +5,7 @@ spectrum of zeros. That a module keeps at least rank 1 is the caller's business.
 """
 
 from lorasurgery.linalg.policies.budget import fill, per_cost, within
-from lorasurgery.linalg.policies.compat import kj_knee, kohya, kohya_length
+from lorasurgery.linalg.policies.compat import kj, kj_length, kohya, kohya_length
 from lorasurgery.linalg.policies.local import (
     absolute_threshold,
     energy,
@@ -25,7 +25,8 @@ __all__ = [
     "energy",
     "fill",
     "fixed",
-    "kj_knee",
+    "kj",
+    "kj_length",
     "knee",
     "kohya",
     "kohya_length",

@@ -2,9 +2,10 @@
 
 Sources: kohya-ss/sd-scripts ``networks/resize_lora.py`` at 063ef10 (2026, release 0.11.1); kijai/ComfyUI-KJNodes
 ``nodes/lora_nodes.py`` at 3f20054 (2026-08). Both look at the singular values of the dense, unscaled product in float32, all
-``min(out, in)`` of them; beyond the rank of the factors these are rounding there and zero here. sd-scripts kept one more than
-asked for until 41de936 (2025-09; ``sv_ratio`` until 0.11); KJNodes still does (its ``index`` is a count already, and 1 is
-added to it), and never keeps fewer than 2.
+``min(out, in)`` of them; beyond the rank of the factors these are rounding there and zero here. KJNodes looks at no more than
+that rank in linear layers of more than 10^8 elements. sd-scripts kept one more than asked for until 41de936 (2025-09;
+``sv_ratio`` until 0.11); KJNodes still does (its ``index`` is a count already, and 1 is added to it), and never keeps fewer
+than 2.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ MIN_SV = 1e-6
 """A largest singular value up to this (unscaled) is taken for a module of zeros, which gets rank 1."""
 
 
+KJ_LARGE = 100_000_000
+"""From more elements on KJNodes decomposes a linear layer's factors, not their product."""
 LARGE = 2048
 """sd-scripts decomposes a matrix with both sides above this by ``torch.svd_lowrank``, into twice the largest rank."""
 
@@ -39,13 +42,35 @@ def kohya(values: AnyArray, method: str, parameter: float, *, length: int, limit
     """
     if not parameter:
         raise ValueError("the parameter must not be 0")
-    counts = {"sv_ratio": _ratio, "sv_cumulative": _cumulative, "sv_fro": _fro}
-    if method not in counts:
+    if method not in COUNTS:
         raise ValueError(f"sd-scripts has sv_ratio, sv_cumulative and sv_fro, not {method}")
     spectrum = _padded(values, length)
     if not spectrum[0] > MIN_SV:
         return 1
-    index = max(0, min(counts[method](spectrum, parameter), len(spectrum) - 1))
+    index = max(0, min(COUNTS[method](spectrum, parameter), len(spectrum) - 1))
+    return min(index + 1, limit)
+
+
+def kj_length(sides: tuple[int, int], rank: int, *, linear: bool) -> int:
+    """How many singular values KJNodes looks at of a module with factors of ``rank``."""
+    return min(rank, *sides) if linear and sides[0] * sides[1] > KJ_LARGE else min(sides)
+
+
+def kj(values: AnyArray, method: str, parameter: float, *, length: int, limit: int) -> int:
+    """KJNodes' new rank for ``knee``, ``sv_ratio``, ``sv_cumulative`` or ``sv_fro`` and the cap ``limit``.
+
+    ``values``: singular values without the scale; ``length``: see :func:`kj_length`. Raises ``ValueError`` for another method.
+    """
+    if method == "knee":
+        return kj_knee(values, parameter, length=length, limit=limit)
+    if method not in COUNTS or not parameter:
+        raise ValueError(
+            f"KJNodes has sv_knee, sv_ratio, sv_cumulative and sv_fro with a parameter, not {method} {parameter:g}"
+        )
+    spectrum = _padded(values, length)
+    if not spectrum[0] > MIN_SV:
+        return 1
+    index = max(1, min(COUNTS[method](spectrum, parameter) + 1, len(spectrum) - 1))
     return min(index + 1, limit)
 
 
@@ -88,3 +113,7 @@ def _first(weights: NDArray[np.float32], share: float) -> int:
     """The first position at which the sum has the share; torch adds float32 up in float64 and rounds each sum."""
     sums = np.cumsum(weights, dtype=np.float64).astype(np.float32)
     return int(np.searchsorted(sums / sums[-1], np.float32(share)))
+
+
+COUNTS = {"sv_ratio": _ratio, "sv_cumulative": _cumulative, "sv_fro": _fro}
+"""Of both programs: the position of the last singular value that is kept."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.gated import ia3_on_input
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
 from lorasurgery.io.dtypes import BITS, FLOATS
 from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.layouts.peft_keys import transposed
+from lorasurgery.models.encoders import TURNED
 from lorasurgery.models.names import BIAS, OTHER
 
 if TYPE_CHECKING:
@@ -210,6 +213,11 @@ def _place_part(plan: Plan, holders: _Holders, part: Placed) -> str:
     missing = _missing(part.module, [run for runs in placed.values() for run in runs])
     if missing is not None:
         return f"the model has no {'bias' if part.bias else 'weight'} for {missing}"
+    if any(weight.role == TURNED for weight in found.values()):
+        turned = _turned(part.module)
+        if turned is None:
+            return f"the model stores {next(iter(found))} turned over, and of {part.module.family} there is no such form"
+        part, placed = replace(part, module=turned), {name: (Run(0, 0, own.shape[0]),) for name, own in found.items()}
     for name, weight in found.items():
         reason = _misfit(part, weight)
         if reason:
@@ -222,6 +230,16 @@ def _place_part(plan: Plan, holders: _Holders, part: Placed) -> str:
             change.columns = max(change.columns, _more(part, found[name]))
             change.placed.append(Placed(part.source, part.module, part.bias, part.strength, runs))
     return ""
+
+
+def _turned(module: Module) -> Module | None:
+    """The module of a weight that is stored as (in, out); None for a family that has no such form."""
+    delta = module.delta
+    if module.magnitude is not None or delta is None or len(delta.shape) != 2:
+        return None
+    if isinstance(delta, LowRank) and delta.mid is None and len(delta.up.shape) == len(delta.down.shape) == 2:
+        return replace(module, delta=LowRank(transposed(delta.down), transposed(delta.up)))
+    return replace(module, delta=replace(delta, diff=transposed(delta.diff))) if isinstance(delta, Full) else None
 
 
 def _missing(module: Module, runs: Sequence[Run]) -> str | None:

@@ -20,9 +20,10 @@ from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
 from lorasurgery.surgery.convert import convert
 from lorasurgery.surgery.merge.align import aligned
-from lorasurgery.surgery.merge.inputs import Source, Weighted, architecture_for, leading, spelled_as, spelling_of, weighted
+from lorasurgery.surgery.merge.inputs import Source, Weighted, leading, spelled_as, spelling_of, weighted
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
+from lorasurgery.surgery.merge.model import architecture_for
 from lorasurgery.surgery.merge.options import MergeOptions
 from lorasurgery.surgery.merge.report import MergeReport, SourceReport
 from lorasurgery.surgery.merge.spec import parse_weight

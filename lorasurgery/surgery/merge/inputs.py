@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, Adapter, Module, Scale
-from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
-from lorasurgery.layouts.detect import expected_shape, fits
+from lorasurgery.surgery.merge.model import in_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,38 +92,8 @@ def spelled_as(module: Module, first: Adapter | None) -> Module:
     rule = module.scale.stored is not None or (first is not None and first.spelling is not None and first.spelling.rslora)
     whole = isinstance(module.delta, Kronecker) and module.delta.rank is None
     scale = Scale(module.scale.value, module.scale.source) if rule or whole else module.scale
-    return replace(module, keys={} if own is None else own.keys, name=module.name if own is None else own.name,
-                   scale=scale, layer_bias=None)  # fmt: skip
-
-
-def architecture_for(sources: Sequence[Source]) -> Architecture:
-    """The variant that has every module of every file with its shape; raises RequestError when none does."""
-    own = {source.adapter.architecture.key: source.adapter.architecture for source in sources}
-    beyond = next(iter(own.values())).own
-    variants = {arch.key: arch.with_own(beyond) for arch in named(next(iter(own.values())).id)} if len(own) > 1 else {}
-    every = {**own, **variants}
-    misfit = None
-    for arch in every.values():
-        found = next(((s, m) for s in sources for m in s.adapter.modules.values() if not _has(arch, m)), None)
-        if found is None:
-            return arch
-        misfit = misfit or found
-    source, module = misfit if misfit is not None else (sources[0], next(iter(sources[0].adapter.modules.values())))
-    raise RequestError(
-        f"{source.name}: {module.name} is for {source.adapter.architecture.name} and does not fit "
-        f"{next(iter(own.values())).name}, the model of {sources[0].name}",
-        hint="files for one size of the model",
-    )
-
-
-def _has(arch: Architecture, module: Module) -> bool:
-    try:
-        expected = expected_shape(arch, module.site)
-    except KeyError:
-        return False
-    return all(span.stop <= arch.shapes.get(span.weight, (span.stop,))[0] for span in module.site.spans) and (
-        module.delta is None or fits(module.delta.shape, expected)
-    )
+    keys, name, composed = ({}, module.name, module.composed) if own is None else (own.keys, own.name, own.composed)
+    return replace(module, keys=keys, name=name, composed=composed, scale=scale, layer_bias=None)
 
 
 def weighted(source: Source, index: int, arch: Architecture) -> list[Weighted]:
@@ -142,7 +111,7 @@ def weighted(source: Source, index: int, arch: Architecture) -> list[Weighted]:
         value = weight(module)
         if value != 0.0:
             cut = module if source.weight.dyn is None else _first_ranks(module, source.weight.dyn, source)
-            found.append(Weighted(times(_in_shape(cut, arch), value), value, index, module))
+            found.append(Weighted(times(in_shape(cut, arch), value), value, index, module))
     return found
 
 
@@ -159,20 +128,6 @@ def finite(array: AnyArray, name: str) -> AnyArray:
     if not np.isfinite(array).all():
         raise BrokenModuleError(f"{name} holds NaN or infinity in one of the files", key=name)
     return array
-
-
-def _in_shape(module: Module, arch: Architecture) -> Module:
-    """A LoRA's factors and a full difference with as many axes as the layer: files have flat convolutions, too."""
-    shape, delta = expected_shape(arch, module.site), module.delta
-    if delta is None or len(shape) < 2 or delta.shape == shape:
-        return module
-    ones = tuple(1 for _ in shape[2:])
-    if isinstance(delta, LowRank) and delta.mid is None:
-        up, down = delta.up.reshape(shape[0], delta.rank, *ones), delta.down.reshape(delta.rank, *shape[1:])
-        return replace(module, delta=LowRank(up, down))
-    if isinstance(delta, Full):
-        return replace(module, delta=replace(delta, diff=delta.diff.reshape(*shape)))
-    return module
 
 
 def _first_ranks(module: Module, count: int, source: Source) -> Module:

@@ -9,10 +9,11 @@ import numpy as np
 
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
-from lorasurgery.linalg.policies import References, fill, kj_knee, kohya, kohya_length, per_cost, within
+from lorasurgery.linalg.policies import References, fill, kj, kj_length, kohya, kohya_length, per_cost, within
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.families import dtype_of
 from lorasurgery.surgery.resize.options import KJ
+from lorasurgery.surgery.resize.subject import LINEAR
 from lorasurgery.surgery.resize.survey import named_rank, rank_asked
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def _count(subject: Subject, options: ResizeOptions) -> int:
         limit = rank_asked(subject.module, subject.kind, options) or subject.length
         unscaled, param = subject.source.values, 1.0 if options.param is None else options.param
         if options.compat == KJ:
-            return min(kj_knee(unscaled, param, length=subject.length, limit=limit), subject.limit)
+            length = kj_length(subject.sides, subject.old_rank or subject.length, linear=subject.kind == LINEAR)
+            return min(kj(unscaled, options.policy or "", param, length=length, limit=limit), subject.limit)
         length = kohya_length(subject.sides, limit, lowrank=options.lowrank)
         return min(kohya(unscaled, options.policy or "", param, length=length, limit=limit), subject.limit)
     return max(min(options.rule(subject.values), cap), options.min_rank)

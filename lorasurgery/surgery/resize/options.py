@@ -36,7 +36,8 @@ RULES: Mapping[str, Callable[[AnyArray, float], int]] = {
     "threshold": absolute_threshold, "knee": knee, "error": relative_error,
 }  # fmt: skip
 """Policies that look at one module at a time; ``params`` (share of parameters) looks at all."""
-BY_KOHYA, BY_KJ = frozenset({"sv_ratio", "sv_cumulative", "sv_fro"}), frozenset({"knee"})
+BY_KOHYA = frozenset({"sv_ratio", "sv_cumulative", "sv_fro"})
+BY_KJ = BY_KOHYA | {"knee"}
 KEEP_RATIO, BALANCED, KOHYA, KJ = "keep-ratio", "balanced", "kohya", "kj"
 DORA = ("refuse", "recompute", "fold")
 
@@ -57,7 +58,7 @@ class ResizeOptions:
     param: float | None = None
     """The policy's parameter; the knee's sensitivity is 1 unless given."""
     compat: str | None = None
-    """``kohya``: sd-scripts' counts; ``kj``: KJNodes' knee. See :mod:`lorasurgery.linalg.policies.compat`."""
+    """``kohya``: sd-scripts' counts; ``kj``: KJNodes'. See :mod:`lorasurgery.linalg.policies.compat`."""
     lowrank: bool = True
     """Under ``compat="kohya"``: of large matrices look at the first singular values only, as sd-scripts does unless its
     ``--svd_lowrank_niter`` is 0."""

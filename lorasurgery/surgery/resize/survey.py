@@ -62,7 +62,7 @@ def survey(
     found, options = Survey(adapter), options.on(adapter.architecture)
     wanted: list[Module] = []
     for module in adapter.modules.values():
-        reason = _stays(module, options)
+        reason = _stays(module, options) or _is_low_enough(adapter, module, options)
         if reason is None:
             _refuse(adapter, module, options, base)
             wanted.append(module)
@@ -199,6 +199,15 @@ def _stays(module: Module, options: ResizeOptions) -> str | None:
         (encoder and not options.text_encoders, "a text encoder's"),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+def _is_low_enough(adapter: Adapter, module: Module, options: ResizeOptions) -> str | None:
+    """Why a DoRA that no base model is to say more about stays: its magnitude is right as long as nothing is cut."""
+    rank = None if module.delta is None or module.magnitude is None or options.dora != "refuse" else module.delta.rank
+    if rank is None or not (options.is_fixed or named_rank(module, options)):
+        return None
+    asked = rank_asked(module, kind_of(expected_shape(adapter.architecture, module.site)), options)
+    return "a DoRA of no higher rank" if asked is not None and rank <= asked else None
 
 
 def _refuse(adapter: Adapter, module: Module, options: ResizeOptions, base: BaseModel | None) -> None:

@@ -87,9 +87,12 @@ def parse_for(raw: RawFile, architecture: Architecture, *, configs: Mapping[str,
     """
     taken = taken_apart(Unparsed(raw, configs))
     found = score(architecture, taken.shapes)
-    if 2 * found.named >= found.total:
-        return adapter_of(taken, found)
-    return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=(architecture,), path=raw.path))
+    if 2 * found.named < found.total:
+        raise UnknownArchitectureError(
+            f"{architecture.name} has {found.named} of its {found.total} modules", path=raw.path,
+            hint="the model it was trained on", candidates=[(architecture.key, found.share)],
+        )  # fmt: skip
+    return adapter_of(taken, found)
 
 
 def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> Adapter:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape
 
 ENOUGH = 0.5
-"""A table that explains no more than this share of a file's modules is not taken to be its architecture."""
+"""A table that explains no more than this share of a file's modules is not taken to be its architecture, unless somebody says
+that it is: then the others are modules of the file's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,15 @@ def detect(
     Of the tables that fit most modules, those are left out that another model than theirs would look like
     (:mod:`lorasurgery.layouts.plausible`), unless they were told or the metadata names them; ties are decided by evidence
     (:mod:`lorasurgery.layouts.evidence`), never by the order of the tables.
-    Raises UnknownArchitectureError, with the nearest tables, when none is left.
+    What the caller was told holds as long as one module fits. Raises UnknownArchitectureError, with the nearest tables, when
+    no table is left.
     """
     matches = _compared(stems, metadata) if among is None else [score(arch, stems) for arch in among]
     most = max(((m.fitting, m.named) for m in matches), default=(0, 0))
     best = [m for m in matches if (m.fitting, m.named) == most]
-    if not best or best[0].share <= ENOUGH:
+    if among is not None and not most[0]:
+        raise _none_of(matches, stems, metadata, path)
+    if not best or (among is None and best[0].share <= ENOUGH):
         raise _unknown(stems, matches, path, "")
     if among is None:
         best = _plausible(best, stems, metadata, path)
@@ -164,6 +168,26 @@ def _counts(match: Match) -> str:
     if match.misfits:
         found += f", {len(match.misfits)} another shape (first: {match.misfits[0]})"
     return found + (f", {match.unexplained} another name" if match.unexplained else "")
+
+
+def _none_of(
+    told: Sequence[Match], stems: Mapping[str, Shape | None], metadata: Mapping[str, str], path: Path | None
+) -> UnknownArchitectureError:
+    """The error where not one module fits the model that somebody said it is: that model, and the nearest ones."""
+    first = max(told, key=lambda match: match.named, default=None)
+    ranked = sorted((m for m in _compared(stems, metadata) if m.fitting), key=_nearness)[:3]
+    name = "that model" if first is None else first.architecture.name
+    text = f"none of its {len(stems)} modules has a name and shape of {name}. "
+    text += "" if first is None else _first_misfit(first.architecture, stems)
+    if ranked:
+        near = ranked[0]
+        text += f" Nearest is {near.architecture.name}, {near.fitting} of {near.total} modules."
+        hint = f"--arch {near.architecture.id}, or no --arch"
+    else:
+        hint = "--base MODEL, the checkpoint it was trained on (only its header is read), or no --arch"
+    return UnknownArchitectureError(
+        text.rstrip(), path=path, hint=hint, candidates=[(m.architecture.key, m.share) for m in ranked]
+    )
 
 
 def _unknown(

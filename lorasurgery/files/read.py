@@ -16,6 +16,7 @@ from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.layouts import peft_keys
 from lorasurgery.layouts.detect import detect, fits, score
+from lorasurgery.layouts.evidence import of_no_table
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
 from lorasurgery.layouts.peft_keys import doubles, peft_key
@@ -113,6 +114,7 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
             modules[module.site] = module
     name = layout_of(taken, found, arch)
     how = spelling(taken, found, modules.values(), arch, name)
+    misnamed = () if best is None else of_no_table(taken.raw.metadata, best.architecture)
     return Adapter(
         architecture=arch,
         modules=modules,
@@ -121,7 +123,7 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
         leftovers=leftovers(taken),
         candidates=tuple((m.architecture.key, m.share) for m in ((best, *ties) if best is not None else ())),
         evidence=() if best is None else best.evidence,
-        warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed)),
+        warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed), *misnamed),
         path=taken.raw.path,
         spelling=how,
         configs={component: config.fields for component, config in taken.rules.configs.items()},

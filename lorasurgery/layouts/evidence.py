@@ -11,6 +11,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorasurgery.architectures import architectures, plugins
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS
 from lorasurgery.layouts.names import index, prefixed
 from lorasurgery.layouts.stacks import DEEP, parts_of
@@ -48,9 +49,21 @@ def names(arch: Architecture, called: Mapping[str, str]) -> str:
     return next((called[bare] for bare in _known_as(arch) if bare in called), "")
 
 
+def of_no_table(metadata: Mapping[str, str], arch: Architecture) -> list[str]:
+    """What to say of a file that was taken for ``arch`` where all that its metadata calls the model is no name of any table."""
+    called = said(metadata)
+    if not called or any(names(own, called) for own in _every()):
+        return []
+    return [f"{next(iter(called.values()))}, which names no model known here; the keys are those of {arch.name}"]
+
+
 def means(arch: Architecture, value: str) -> bool:
     """Whether ``value``, of one of the keys of :func:`said`, is a name of this model."""
     return _bare(value.split("/", maxsplit=1)[0]) in _known_as(arch)
+
+
+def _every() -> Iterable[Architecture]:
+    return (*architectures().values(), *plugins())
 
 
 @cache

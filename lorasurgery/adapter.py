@@ -172,7 +172,8 @@ class Adapter:
     modules: Mapping[Site, Module]
     metadata: Mapping[str, str]
     layout: str
-    """``sd-scripts``, ``diffusers``, ``comfyui``, ``peft``, ``onetrainer``, ``lycoris``, ``bfl``, ``xlabs``, ``bare``."""
+    """``sd-scripts``, ``diffusers``, ``comfyui``, ``peft``, ``onetrainer``, ``lycoris``, ``bfl``, ``xlabs``,
+    ``cloneofsimo`` (numbers for names), ``bare``."""
     leftovers: tuple[Leftover, ...] = ()
     candidates: tuple[tuple[str, float], ...] = ()
     """Other architectures that explain the same keys, with the share they explain."""

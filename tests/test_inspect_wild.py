@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 WILD = sorted(p.name.removesuffix(".json.gz") for p in (HERE / "wild").glob("*.json.gz"))
 WHOLE = {
-    "cloneofsimo_analog_svd_rank4": ("sd1", "diffusers", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
-    "cloneofsimo_lora_disney_pti": ("sd1", "diffusers", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
+    "cloneofsimo_analog_svd_rank4": ("sd1", "cloneofsimo", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
+    "cloneofsimo_lora_disney_pti": ("sd1", "cloneofsimo", {"lora": 192}, {"denoiser": 144, "clip_l": 48}),
     "diffusers_sd15_old_attnproc_lora": ("sd1", "diffusers", {"lora": 128}, {"denoiser": 128}),
     "diffusers_sd15_unet_lora_dotted": ("sd1", "diffusers", {"lora": 128}, {"denoiser": 128}),
     "invoke_flux_control_lora_format": ("flux1-control", "bfl", {"lora": 314, "set": 152}, {"denoiser": 466}),
@@ -36,7 +36,7 @@ WHOLE = {
 WORDS = {
     "lora": r"lora|\.(down|up)\.weight$", "dora": r"dora_scale|magnitude", "loha": r"\.hada_", "lokr": r"\.lokr_",
     "full": r"\.diff$", "set": r"_norm\.scale$|set_weight", "oft": r"\.oft_", "glora": r"\.[ab][12]\.weight$",
-    "bias": r"\.diff_b$|\.bias$|\.alpha$|\.dora_scale$",
+    "bias": r"\.diff_b$|\.bias$", "alpha": r"\.alpha$", "magnitude": r"\.dora_scale$|magnitude",
 }  # fmt: skip
 """What the keys of a family have in them, said once more and by other means than the package's."""
 

@@ -108,8 +108,8 @@ class Known(NamedTuple):
 
 
 COMPLETE = {
-    "cloneofsimo_analog_svd_rank4": Known("sd1", "diffusers", {"lora": 192}),
-    "cloneofsimo_lora_disney_pti": Known("sd1", "diffusers", {"lora": 192}, left=("<s1>", "<s2>")),
+    "cloneofsimo_analog_svd_rank4": Known("sd1", "cloneofsimo", {"lora": 192}),
+    "cloneofsimo_lora_disney_pti": Known("sd1", "cloneofsimo", {"lora": 192}, left=("<s1>", "<s2>")),
     "diffusers_sd15_old_attnproc_lora": Known("sd1", "diffusers", {"lora": 128}),
     "diffusers_sd15_unet_lora_dotted": Known("sd1", "diffusers", {"lora": 128}),
     "invoke_flux_control_lora_format": Known(

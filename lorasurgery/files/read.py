@@ -19,6 +19,8 @@ from lorasurgery.layouts.detect import detect, fits, score
 from lorasurgery.layouts.evidence import of_no_table
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
+from lorasurgery.layouts.numbered import LAYOUT as NUMBERED
+from lorasurgery.layouts.numbered import is_numbered
 from lorasurgery.layouts.peft_keys import doubles, peft_key
 from lorasurgery.layouts.scales import unknown_scales
 from lorasurgery.layouts.spelled import spelling
@@ -286,9 +288,11 @@ def layout_of(taken: Taken, found: Mapping[str, Found], arch: Architecture) -> s
         return "peft"
     votes: Counter[str] = Counter()
     for stem, place in found.items():
-        layout = place.layout
-        dialects = {entry.word.dialect for entry in taken.groups[stem].entries.values()}
-        if (layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS) or (
+        layout, entries = place.layout, taken.groups[stem].entries.values()
+        dialects = {entry.word.dialect for entry in entries}
+        if any(is_numbered(entry.key) for entry in entries):
+            layout = NUMBERED
+        elif (layout == "sd-scripts" and place.naming == DIFFUSERS and arch.sd_scripts != DIFFUSERS) or (
             layout == "diffusers" and "kohya" in dialects
         ):
             layout = "onetrainer"

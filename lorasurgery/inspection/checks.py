@@ -62,9 +62,10 @@ def _family(arch: Architecture) -> str:
 
 def _undecided(raw: RawFile, found: Structure) -> Iterator[Finding]:  # noqa: ARG001  the checks' signature
     if found.undecided and found.architecture is not None:
-        others = ", ".join(found.undecided)
+        others, first = ", ".join(found.undecided), found.architecture
         yield Finding(
-            "undecidable", f"the same keys fit {others} as well as {found.architecture.key}; --arch NAME settles it elsewhere"
+            "undecidable",
+            f"the same keys fit {others} as well as {first.key}; --arch {first.id} settles it elsewhere",
         )
 
 

@@ -214,7 +214,7 @@ def _unknown(
     why = f"{against[0].upper()}{against[1:]}. " if against else ""
     if not against or closest.misfits:
         why += _first_misfit(closest.architecture, stems)
-    told = f"--arch {closest.architecture.key} if it is for that model all the same" if against else "--arch NAME"
+    told = f"--arch {closest.architecture.key} if it is for that model all the same" if closest.fitting else "--arch NAME"
     return UnknownArchitectureError(
         f"no known architecture explains these keys (nearest: {closest.architecture.name},"
         f" {closest.fitting} of {closest.total} modules). {why.rstrip()}",

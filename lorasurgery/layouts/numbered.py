@@ -28,8 +28,15 @@ _GEGLU = ("ff.net.0.proj",)
 _ORDERS = ((*_ATTENTIONS[0], *_GEGLU, *_ATTENTIONS[1]), (*_ATTENTIONS[0], *_ATTENTIONS[1], *_GEGLU))
 _MODELS = ("sd1", "sd2")
 _CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")
+LAYOUT = "cloneofsimo"
+"""What the layout of such a file is called."""
 CLIP_LAYERS = 32
 """More than any of its text encoders has."""
+
+
+def is_numbered(key: str) -> bool:
+    """Whether a key numbers its module."""
+    return _INDEXED.fullmatch(key) is not None
 
 
 def named_keys(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -10,12 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from lorasurgery.architectures import architectures
 from lorasurgery.architectures import named as named_architectures
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, flat
-from lorasurgery.errors import UnknownArchitectureError
+from lorasurgery.cli.app import app
+from lorasurgery.errors import RequestError, UnknownArchitectureError
 from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.evidence import names, of_no_table, said
 from lorasurgery.layouts.foreign import known_unmangled as mended
@@ -315,3 +319,47 @@ def test_metadata_of_no_table_is_told() -> None:
     assert told == "ss_base_model_version is longcat_image, which names no model known here; the keys are those of FLUX.1 dev"
     assert not of_no_table({"ss_base_model_version": "wan_2.1", "modelspec.architecture": "anything"}, flux)
     assert not of_no_table({}, flux)
+
+
+# what somebody meant ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("flux", "flux1 or flux2; "),
+        ("wan2.1", "wan; "),
+        ("Qwen_Image", "qwen-image; "),
+        ("pixarts", "pixart; "),
+        ("xyz", "one of anima"),
+    ],
+)
+def test_the_name_that_was_meant_comes_first(text: str, first: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        named_architectures(text)
+    assert str(caught.value.hint).startswith(first)
+
+
+WRAPPERS = ("", "pipe.dit.", "module.", "_orig_mod.")
+
+
+@pytest.mark.parametrize("verb", ["convert", "resize", "prune", "merge"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_verb_asks_by_one_rule(wrapper: str, verb: str, tmp_path: Path) -> None:
+    """FLUX.1's and HunyuanVideo's first attention: musubi-tuner's names differ, PEFT's do not."""
+    names = [f"{wrapper or 'transformer.'}transformer_blocks.0.attn.{p}" for p in ("to_q", "to_k", "to_v")]
+    names.append(f"{wrapper or 'transformer.'}single_transformer_blocks.0.attn.to_q")
+    factor = np.full((1, 3072), 0.5, np.float32)
+    source = tmp_path / "in.safetensors"
+    save_file({f"{n}.lora_{x}.weight": factor if x == "A" else factor.T.copy() for n in names for x in "AB"}, source)
+    how = {"resize": ["--rank", "1"], "prune": ["--scale", "0.5"]}.get(verb, [])
+    asked = {}
+    for target in ("sd-scripts", "peft", None):
+        if target is None and verb == "convert":
+            continue
+        out = tmp_path / ("folder" if target == "peft" else f"{target}.safetensors")
+        command = [verb, str(source), *how, "-o", str(out), *(["--target", target] if target else [])]
+        result = CliRunner().invoke(app, command)
+        asked[target] = "equally well" in result.output
+        assert asked[target] == bool(result.exit_code), result.output
+    assert asked == {"sd-scripts": True, "peft": False, **({} if verb == "convert" else {None: False})}

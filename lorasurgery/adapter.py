@@ -103,6 +103,13 @@ class Module:
     """Slot (the delta's, ``alpha``, ``magnitude``, ``bias``, or an extra's suffix) -> key as the file spells it."""
     layer_bias: LayerBias | None = None
     composed: Composed | None = None
+    inside: str = ""
+    """The name without what stands around it in the file (``pipe.dit.``); empty where that is nothing."""
+
+    @property
+    def stem(self) -> str:
+        """The name that a table can know."""
+        return self.inside or self.name
 
     @property
     def out(self) -> int:

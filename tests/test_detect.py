@@ -10,12 +10,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from lorasurgery.architectures import architectures
+from lorasurgery.architectures import named as named_architectures
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, flat
-from lorasurgery.errors import UnknownArchitectureError
+from lorasurgery.cli.app import app
+from lorasurgery.errors import RequestError, UnknownArchitectureError
 from lorasurgery.layouts.detect import detect
+from lorasurgery.layouts.evidence import names, of_no_table, said
 from lorasurgery.layouts.foreign import known_unmangled as mended
 from lorasurgery.layouts.targets import LAYOUTS, layout
 from lorasurgery.surgery.settled import differing
@@ -221,7 +227,6 @@ def test_the_likelier_model_is_first() -> None:
     ],
 )  # fmt: skip
 def test_names_that_trainers_write(value: str, expected: str) -> None:
-    from lorasurgery.layouts.evidence import names, said
 
     for key in ("ss_base_model_version", "modelspec.architecture"):
         called = said({key: value})
@@ -271,3 +276,109 @@ def test_many_unknown_names_cost_little() -> None:
     best, _ = detect(stems, {})
     assert time.process_time() - started < 0.3
     assert best.unexplained == 288
+
+
+# what somebody says ---------------------------------------------------------------------------------------------------------
+
+
+WAN_PART = {f"diffusion_model.blocks.0.self_attn.{p}": (5120, 5120) for p in "qk"}
+STRANGERS = {f"diffusion_model.extra.{i}.proj": (64, 64) for i in range(6)}
+
+
+def test_a_told_model_holds_as_long_as_one_module_is_its_own() -> None:
+    stems: Stems = {**WAN_PART, **STRANGERS}
+    assert found(stems)[0] == "unknown"
+    best, _ = detect(stems, {}, among=named_architectures("wan"))
+    assert (best.architecture.id, best.fitting, best.unexplained) == ("wan", 2, 6)
+    with pytest.raises(UnknownArchitectureError, match=r"none of its 8 modules has a name and shape of FLUX\.1") as caught:
+        detect(stems, {}, among=named_architectures("flux1"))
+    assert "Nearest is Wan 2.1 and 2.2 T2V 14B, 2 of 8 modules" in str(caught.value)
+    assert caught.value.hint == "--arch wan, or no --arch"
+    with pytest.raises(UnknownArchitectureError) as caught:
+        detect(STRANGERS, {}, among=named_architectures("flux1"))
+    assert "--base MODEL" in str(caught.value.hint)
+
+
+def test_shapes_count_before_names_alone() -> None:
+    """A narrow model with a few of a wider one's modules is nearer to its own table than to the one with more names."""
+    attention = {f"transformer.blocks.29.attn{n}.to_{p}": (1536, 1536) for n in (1, 2) for p in "qkv"}
+    stems = {**attention, **{f"transformer.blocks.29.attn2.add_{p}_proj": (1536, 1536) for p in "kv"}}
+    best, _ = detect(stems, {})
+    assert (best.architecture.key, best.fitting, best.unexplained) == ("wan-2.1-t2v-1.3b", 6, 2)
+
+
+def test_blocks_past_the_last_count_wherever_they_stand() -> None:
+    newbie = others()["newbie_image"]["original"]
+    last = {n: s for n, s in newbie.items() if n.startswith(("layers.35.", "noise_refiner.1.", "context_refiner.1."))}
+    assert found(spelled(last, "diffusion_model."))[0] == "unknown"
+
+
+def test_metadata_of_no_table_is_told() -> None:
+    flux = architectures()["flux1-dev"]
+    (told,) = of_no_table({"ss_base_model_version": "longcat_image"}, flux)
+    assert told == "ss_base_model_version is longcat_image, which names no model known here; the keys are those of FLUX.1 dev"
+    assert not of_no_table({"ss_base_model_version": "wan_2.1", "modelspec.architecture": "anything"}, flux)
+    assert not of_no_table({}, flux)
+
+
+# what somebody meant ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("flux", "flux1 or flux2; "),
+        ("wan2.1", "wan; "),
+        ("Qwen_Image", "qwen-image; "),
+        ("pixarts", "pixart; "),
+        ("xyz", "one of anima"),
+    ],
+)
+def test_the_name_that_was_meant_comes_first(text: str, first: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        named_architectures(text)
+    assert str(caught.value.hint).startswith(first)
+
+
+WRAPPERS = ("", "pipe.dit.", "module.", "_orig_mod.")
+
+
+@pytest.mark.parametrize("verb", ["convert", "resize", "prune", "merge"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_verb_asks_by_one_rule(wrapper: str, verb: str, tmp_path: Path) -> None:
+    """FLUX.1's and HunyuanVideo's first attention: musubi-tuner's names differ, PEFT's do not."""
+    names = [f"{wrapper or 'transformer.'}transformer_blocks.0.attn.{p}" for p in ("to_q", "to_k", "to_v")]
+    names.append(f"{wrapper or 'transformer.'}single_transformer_blocks.0.attn.to_q")
+    factor = np.full((1, 3072), 0.5, np.float32)
+    source = tmp_path / "in.safetensors"
+    save_file({f"{n}.lora_{x}.weight": factor if x == "A" else factor.T.copy() for n in names for x in "AB"}, source)
+    how = {"resize": ["--rank", "1"], "prune": ["--scale", "0.5"]}.get(verb, [])
+    asked: dict[str | None, bool] = {}
+    for target in ("sd-scripts", "peft", None):
+        if target is None and verb == "convert":
+            continue
+        out = tmp_path / ("folder" if target == "peft" else f"{target}.safetensors")
+        command = [verb, str(source), *how, "-o", str(out), *(["--target", target] if target else [])]
+        result = CliRunner().invoke(app, command)
+        asked[target] = "equally well" in result.output
+        assert asked[target] == bool(result.exit_code), result.output
+    assert asked.pop(None, False) is False
+    assert asked == {"sd-scripts": True, "peft": False}
+
+
+@pytest.mark.parametrize("key", sorted(architectures()))
+def test_unknown_modules_make_no_other_model(key: str) -> None:
+    """One to five modules that no table has, beside a complete or a partial file: still it, or unknown, and no other model."""
+    arch = architectures()[key]
+    naming, prefix = (ORIGINAL, "diffusion_model.") if arch.has_comfyui else (DIFFUSERS, f"{arch.denoiser}.")
+    modules = {n: shape for n, spans in arch.namings[naming].items() if len(shape := arch.module_shape(spans)) > 1}
+    for subset, own in subsets(modules):
+        first, ties = detect(spelled(own, prefix), {})
+        plain = {match.architecture.id for match in (first, *ties)}
+        inner = next(iter(own)).rpartition(".")[0]
+        for extra in (1, 5):
+            more = {f"{inner}.of_no_table_{i}" if i % 2 else f"of_no_table_{i}": (48, 40) for i in range(extra)}
+            name, best = found(spelled({**own, **more}, prefix))
+            assert name in {*plain, "unknown"}, (key, subset, extra, name)
+            assert name != "unknown" or subset != "full", (key, subset, extra)
+            assert best is None or best.unexplained == extra

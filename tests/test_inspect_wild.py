@@ -36,7 +36,7 @@ WHOLE = {
 WORDS = {
     "lora": r"lora|\.(down|up)\.weight$", "dora": r"dora_scale|magnitude", "loha": r"\.hada_", "lokr": r"\.lokr_",
     "full": r"\.diff$", "set": r"_norm\.scale$|set_weight", "oft": r"\.oft_", "glora": r"\.[ab][12]\.weight$",
-    "bias": r"\.diff_b$|\.bias$|\.alpha$|\.dora_scale$",
+    "bias": r"\.diff_b$|\.bias$", "alpha": r"\.alpha$", "magnitude": r"\.dora_scale$|magnitude",
 }  # fmt: skip
 """What the keys of a family have in them, said once more and by other means than the package's."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.table import Architecture
 from lorasurgery.errors import RequestError
+from lorasurgery.nearest import one_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,6 +62,8 @@ def named(name: str) -> tuple[Architecture, ...]:
     found = tuple(t for t in architectures().values() if name in (t.key, t.id))
     found = found or tuple(t for t in plugins() if name in (t.key, t.id))
     if not found:
-        known = ", ".join(sorted({t.id for t in (*architectures().values(), *plugins())}))
-        raise RequestError(f"no architecture is called {name}", hint=f"one of {known}, or a variant such as flux1-schnell")
+        every = (*architectures().values(), *plugins())
+        also = {called: table.id for table in every for called in (table.key, *table.metadata_names)}
+        hint = one_of(name, sorted({table.id for table in every}), also)
+        raise RequestError(f"no architecture is called {name}", hint=f"{hint}, or a variant such as flux1-schnell")
     return found

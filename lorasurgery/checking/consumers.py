@@ -10,6 +10,7 @@ from lorasurgery.checking.diffusers import DIFFUSERS_LIBRARY
 from lorasurgery.checking.trainers import LYCORIS, MUSUBI, ONETRAINER, PEFT, SD_SCRIPTS_TOOLS
 from lorasurgery.checking.webuis import FORGE, SDNEXT
 from lorasurgery.errors import RequestError
+from lorasurgery.nearest import one_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,5 +27,5 @@ def consumer(name: str) -> Consumer:
     """The program called ``name``; raises RequestError for another name."""
     found = CONSUMERS.get(ALIASES.get(name, name))
     if found is None:
-        raise RequestError(f"no loader is called {name}", hint="one of " + ", ".join(CONSUMERS))
+        raise RequestError(f"no loader is called {name}", hint=one_of(name, CONSUMERS))
     return found

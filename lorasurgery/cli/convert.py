@@ -126,6 +126,7 @@ def _one(job: Job, target: str, how: Options, writing: SaveOptions, reading: Rea
     from lorasurgery.api import save
     from lorasurgery.files.opened import load
     from lorasurgery.surgery.convert import convert as convert_adapter
+    from lorasurgery.surgery.convert import with_nearest
 
     started = time.perf_counter()
     base = reading.base
@@ -134,8 +135,8 @@ def _one(job: Job, target: str, how: Options, writing: SaveOptions, reading: Rea
     adapter = load(job.source, **reading._asdict())
     if adapter.unknown:
         raise UnknownArchitectureError(
-            adapter.unknown, path=adapter.path, hint="--base MODEL, the checkpoint it was trained on (only its header is read)",
-            candidates=adapter.candidates,
+            adapter.unknown, path=adapter.path, candidates=adapter.candidates,
+            hint=with_nearest(adapter, "--base MODEL, the checkpoint it was trained on (only its header is read)"),
         )  # fmt: skip
     result, report = convert_adapter(adapter, target, how)
     save(result, job.target, options=writing, report=report)

@@ -23,7 +23,7 @@ from lorasurgery.layouts.peft_read import read_peft
 from lorasurgery.layouts.scales import GIVEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lorasurgery.adapter import Adapter, Site
     from lorasurgery.architectures.table import Architecture
@@ -147,8 +147,13 @@ def _again(own: _Read, among: Iterable[Architecture]) -> Adapter:
 def _unknown(read: Sequence[_Read]) -> list[Adapter]:
     """The files of a model that no table knows: all of them by their own names, which the warnings say."""
     why = next(own.why for own in read if own.why is not None)
-    found = one_naming([adapter_of(own.taken, None) for own in read])
     known = {id(own): adapter_of(own.taken, own.best) for own in read if own.best is not None}
+    try:
+        found = one_naming([adapter_of(own.taken, None) for own in read])
+    except UnknownArchitectureError as error:
+        if not known:
+            raise
+        raise _of_two_models(read, known) from error
     told = f"no table knows the model{_closest(why)}: its modules are called as the files spell them"
     found = _kin(read, [replace(own, unknown=why.message, candidates=why.candidates) for own in found], known)
     return [*found[:-1], replace(found[-1], warnings=(*found[-1].warnings, told))]
@@ -165,16 +170,24 @@ def _kin(read: Sequence[_Read], found: list[Adapter], known: dict[int, Adapter])
     for own, adapter in zip(read, found, strict=True):
         mine = set(adapter.modules)
         if theirs and id(own) not in known and not theirs & mine:
-            other = next(iter(known.values()))
-            raise RequestError(
-                f"{other.path} is for {other.architecture.name}, and no table knows the model of {adapter.path}, "
-                "which has none of its modules",
-                hint="files for one model, and --base MODEL if it is one that no table knows",
-            )
+            raise _of_two_models([own], known)
         apart = ("it has no module in common with the files before it",) if seen and not seen & mine else ()
         told.append(replace(adapter, warnings=(*adapter.warnings, *apart)))
         seen |= mine
     return told
+
+
+def _of_two_models(read: Sequence[_Read], known: Mapping[int, Adapter]) -> RequestError:
+    """The error for a file of a known model beside one of which no table knows the model."""
+    other = next(iter(known.values()))
+    own = next(file for file in read if id(file) not in known)
+    near = next((key for key, share in own.why.candidates if share), None) if own.why is not None else None
+    return RequestError(
+        f"{other.path} is for {other.architecture.name}, and no table knows the model of {own.taken.raw.path}, which has none"
+        " of its modules",
+        hint="files for one model, and --base MODEL if it is one that no table knows"
+        + (f", or --arch {near} if both are for that" if near else ""),
+    )
 
 
 def _closest(why: UnknownArchitectureError) -> str:

@@ -16,6 +16,7 @@ from lorasurgery.errors import BrokenModuleError, UnknownArchitectureError
 from lorasurgery.files.taken import Unparsed, taken_apart
 from lorasurgery.layouts import peft_keys
 from lorasurgery.layouts.detect import detect, fits, score
+from lorasurgery.layouts.evidence import of_no_table
 from lorasurgery.layouts.module import FACTOR, FLAGS, module_of
 from lorasurgery.layouts.names import ALIAS, index
 from lorasurgery.layouts.numbered import CLONEOFSIMO
@@ -89,9 +90,12 @@ def parse_for(raw: RawFile, architecture: Architecture, *, configs: Mapping[str,
     """
     taken = taken_apart(Unparsed(raw, configs))
     found = score(architecture, taken.shapes)
-    if 2 * found.named >= found.total:
-        return adapter_of(taken, found)
-    return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=(architecture,), path=raw.path))
+    if 2 * found.named < found.total:
+        raise UnknownArchitectureError(
+            f"{architecture.name} has {found.named} of its {found.total} modules", path=raw.path,
+            hint="the model it was trained on", candidates=[(architecture.key, found.share)],
+        )  # fmt: skip
+    return adapter_of(taken, found)
 
 
 def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> Adapter:
@@ -112,6 +116,7 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
             modules[module.site] = module
     name = layout_of(taken, found, arch)
     how = spelling(taken, found, modules.values(), arch, name)
+    misnamed = () if best is None else of_no_table(taken.raw.metadata, best.architecture)
     return Adapter(
         architecture=arch,
         modules=modules,
@@ -120,7 +125,7 @@ def adapter_of(taken: Taken, best: Match | None, ties: Sequence[Match] = ()) -> 
         leftovers=leftovers(taken),
         candidates=tuple((m.architecture.key, m.share) for m in ((best, *ties) if best is not None else ())),
         evidence=() if best is None else best.evidence,
-        warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed)),
+        warnings=(*warnings_of(taken.raw, taken.rules, modules.values()), *own_named(placed), *misnamed),
         path=taken.raw.path,
         spelling=how,
         configs={component: config.fields for component, config in taken.rules.configs.items()},

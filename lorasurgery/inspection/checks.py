@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery.architectures import architectures
 from lorasurgery.inspection.description import Finding
 from lorasurgery.io.dtypes import FLOATS
-from lorasurgery.layouts.evidence import means
+from lorasurgery.layouts.evidence import means, of_no_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +43,8 @@ def _base_model(raw: RawFile, found: Structure) -> Iterator[Finding]:
     """Metadata that names another model than the keys do."""
     if found.architecture is None:
         return
+    for text in of_no_table(raw.metadata, found.architecture):
+        yield Finding("base-model", text)
     for key in ("ss_base_model_version", "modelspec.architecture", "lorasurgery.architecture"):
         text = raw.metadata.get(key, "")
         said = {arch.id: arch for arch in architectures().values() if means(arch, text)}
@@ -60,9 +62,10 @@ def _family(arch: Architecture) -> str:
 
 def _undecided(raw: RawFile, found: Structure) -> Iterator[Finding]:  # noqa: ARG001  the checks' signature
     if found.undecided and found.architecture is not None:
-        others = ", ".join(found.undecided)
+        others, first = ", ".join(found.undecided), found.architecture
         yield Finding(
-            "undecidable", f"the same keys fit {others} as well as {found.architecture.key}; --arch NAME settles it elsewhere"
+            "undecidable",
+            f"the same keys fit {others} as well as {first.key}; --arch {first.id} settles it elsewhere",
         )
 
 

@@ -16,7 +16,7 @@ from lorasurgery.io.dtypes import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.names import PREFIXES, REMEMBERED
 from lorasurgery.layouts.numbered import CLONEOFSIMO
-from lorasurgery.layouts.words import ALPHA, EXTRA, MAGNITUDE
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
 from lorasurgery.surgery.blocks import block_and_kind
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def unknown_module(own: Group, delta: Delta | None, rules: ScaleRules, problem: 
     block, kind = block_and_kind(body)
     entry = own.modifier(ALPHA)
     families = own.families()
-    family = delta.family if delta is not None else families[0] if families else "bias"
+    family = delta.family if delta is not None else families[0] if families else _alone(own)
     magnitude = own.modifier(MAGNITUDE)
     scale = None
     if delta is not None and (entry is None or entry.tensor.size == 1):
@@ -123,6 +123,8 @@ def unknown_layout(groups: Iterable[Group]) -> str:
             layout = CLONEOFSIMO
         elif own.stem.startswith("lora_te"):
             layout = "sd-scripts"
+        elif own.stem.startswith("text_encoders."):
+            layout = "comfyui"
         elif own.stem.startswith("text_encoder"):
             layout = "diffusers"
         elif layout == "bare" and dialects & {"xlabs", "bfl"}:
@@ -132,6 +134,11 @@ def unknown_layout(groups: Iterable[Group]) -> str:
         votes[layout] += 1
     best = votes.most_common(1)[0][0] if votes else "unknown"
     return "unknown" if best == "bare" else best
+
+
+def _alone(own: Group) -> str:
+    """What a module without a change has instead: ``bias``, or ``magnitude``, ``alpha``, ``extra`` that go with nothing."""
+    return next((word for word in (BIAS, MAGNITUDE, ALPHA, EXTRA) if own.modifier(word) is not None), BIAS)
 
 
 def _alpha(own: Group, source: str, configs: Mapping[str, PeftConfig]) -> float | None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape
 
 ENOUGH = 0.5
-"""A table that explains no more than this share of a file's layers is not taken to be its architecture: bare parameters, of
-which it names none, do not count."""
+"""A table that explains no more than this share of a file's layers is not taken to be its architecture, unless somebody says
+that it is: then the others are modules of the file's own. Bare parameters, of which it names none, do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,16 @@ def detect(
     Of the tables that fit most modules, those are left out that another model than theirs would look like
     (:mod:`lorasurgery.layouts.plausible`), unless they were told or the metadata names them; ties are decided by evidence
     (:mod:`lorasurgery.layouts.evidence`), never by the order of the tables.
-    Raises UnknownArchitectureError, with the nearest tables, when none is left.
+    What the caller was told holds as long as one module fits. Raises UnknownArchitectureError, with the nearest tables, when
+    no table is left.
     """
     matches = _compared(stems, metadata) if among is None else [score(arch, stems) for arch in among]
     most = max(((m.fitting, m.named) for m in matches), default=(0, 0))
     best = [m for m in matches if (m.fitting, m.named) == most]
     layers = sum(not is_parameter(stem) for stem in stems)
-    if not best or best[0].fitting <= ENOUGH * max(layers, min(1, len(stems))):
+    if among is not None and not most[0]:
+        raise _none_of(matches, stems, metadata, path)
+    if not best or (among is None and best[0].fitting <= ENOUGH * max(layers, min(1, len(stems)))):
         raise _unknown(stems, matches, path, "")
     if among is None:
         best = _plausible(best, stems, metadata, path)
@@ -169,6 +172,26 @@ def _counts(match: Match) -> str:
     return found + (f", {match.unexplained} another name" if match.unexplained else "")
 
 
+def _none_of(
+    told: Sequence[Match], stems: Mapping[str, Shape | None], metadata: Mapping[str, str], path: Path | None
+) -> UnknownArchitectureError:
+    """The error where not one module fits the model that somebody said it is: that model, and the nearest ones."""
+    first = max(told, key=lambda match: match.named, default=None)
+    ranked = sorted((m for m in _compared(stems, metadata) if m.fitting), key=_nearness)[:3]
+    name = "that model" if first is None else first.architecture.name
+    text = f"none of its {len(stems)} modules has a name and shape of {name}. "
+    text += "" if first is None else _first_misfit(first.architecture, stems)
+    if ranked:
+        near = ranked[0]
+        text += f" Nearest is {near.architecture.name}, {near.fitting} of {near.total} modules."
+        hint = f"--arch {near.architecture.id}, or no --arch"
+    else:
+        hint = "--base MODEL, the checkpoint it was trained on (only its header is read), or no --arch"
+    return UnknownArchitectureError(
+        text.rstrip(), path=path, hint=hint, candidates=[(m.architecture.key, m.share) for m in ranked]
+    )
+
+
 def _unknown(
     stems: Mapping[str, Shape | None], matches: Sequence[Match], path: Path | None, against: str
 ) -> UnknownArchitectureError:
@@ -193,7 +216,7 @@ def _unknown(
     why = f"{against[0].upper()}{against[1:]}. " if against else ""
     if not against or closest.misfits:
         why += _first_misfit(closest.architecture, stems)
-    told = f"--arch {closest.architecture.key} if it is for that model all the same" if against else "--arch NAME"
+    told = f"--arch {closest.architecture.key} if it is for that model all the same" if closest.fitting else "--arch NAME"
     return UnknownArchitectureError(
         f"no known architecture explains these keys (nearest: {closest.architecture.name},"
         f" {closest.fitting} of {closest.total} modules). {why.rstrip()}",

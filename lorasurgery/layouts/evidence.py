@@ -7,14 +7,15 @@ stacks. The first three decide; the last only says which is likelier.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorasurgery.architectures import architectures, plugins
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS
 from lorasurgery.layouts.names import index, prefixed
 from lorasurgery.layouts.sd_scripts_oft import MODELS, PREFIX
 from lorasurgery.layouts.stacks import DEEP, parts_of
+from lorasurgery.nearest import bare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 OWN_KEY = "lorasurgery.architecture"
 SPARED = 0.1
 """How often a training leaves out all of one deep stack of blocks that the model has."""
-_NO_LETTERS = re.compile(r"[^a-z0-9]")
 
 
 class Decision(NamedTuple):
@@ -40,28 +40,35 @@ def said(metadata: Mapping[str, str]) -> dict[str, str]:
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").split("/")[0]
         if value:
-            found.setdefault(_bare(value), f"{key} is {value}")
+            found.setdefault(bare(value), f"{key} is {value}")
     return found
 
 
 def names(arch: Architecture, called: Mapping[str, str]) -> str:
     """What of :func:`said` means this model; "" when nothing does."""
-    return next((called[bare] for bare in _known_as(arch) if bare in called), "")
+    return next((called[own] for own in _known_as(arch) if own in called), "")
+
+
+def of_no_table(metadata: Mapping[str, str], arch: Architecture) -> list[str]:
+    """What to say of a file that was taken for ``arch`` where all that its metadata calls the model is no name of any table."""
+    called = said(metadata)
+    if not called or any(names(own, called) for own in _every()):
+        return []
+    return [f"{next(iter(called.values()))}, which names no model known here; the keys are those of {arch.name}"]
 
 
 def means(arch: Architecture, value: str) -> bool:
     """Whether ``value``, of one of the keys of :func:`said`, is a name of this model."""
-    return _bare(value.split("/", maxsplit=1)[0]) in _known_as(arch)
+    return bare(value.split("/", maxsplit=1)[0]) in _known_as(arch)
+
+
+def _every() -> Iterable[Architecture]:
+    return (*architectures().values(), *plugins())
 
 
 @cache
 def _known_as(arch: Architecture) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_bare(name) for name in (*arch.metadata_names, arch.key)))
-
-
-def _bare(value: str) -> str:
-    """``Flux.1-dev`` and ``flux_1_dev`` are ``flux1dev``."""
-    return _NO_LETTERS.sub("", value.lower())
+    return tuple(dict.fromkeys(bare(name) for name in (*arch.metadata_names, arch.key)))
 
 
 def decide(ties: Sequence[Architecture], stems: Collection[str], metadata: Mapping[str, str]) -> Decision:

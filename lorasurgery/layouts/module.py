@@ -78,6 +78,7 @@ def module_of(own: Group, delta: Delta | None, place: Found, arch: Architecture,
         keys_of(own),
         LayerBias(bias.tensor, read, scale.value) if bias is not None and read is not None and is_layer(bias.key) else None,
         _composed(own, delta),
+        "" if own.stem == own.spelled else own.stem,
     )
     expected = place.shape
     if delta is not None and not fits(delta.shape, expected):

@@ -158,7 +158,8 @@ class NameIndex:
         encoder = None if text else _ENCODER.match(stem)
         if encoder is not None:  # of an encoder that the table has not, which is called by its prefix
             text, component = encoder[0], encoder[0].rstrip("._")
-            is_flat, layout = text.endswith("_"), "sd-scripts" if text.endswith("_") else "diffusers"
+            is_flat = text.endswith("_")
+            layout = "sd-scripts" if is_flat else "comfyui" if text.startswith("text_encoders.") else "diffusers"
         if text:
             return Found(_whole(component, stem[len(text) :], shape), ORIGINAL, layout, shape, text, is_flat)
         prefix, body = next(((p, b) for p, b in prefixed(stem) if b and not (p.flat and "." in b)), (PREFIXES[-1], stem))

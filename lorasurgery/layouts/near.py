@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape
 
 NEAR = 0.8
-"""Tables whose names cover at least this share of the best one's are near."""
+"""Tables that cover, or can fit, at least this share of what the best one does are near."""
 _ENCODERS = ("lora_te", "text_encoder")
 
 Sized = tuple[int, int]
@@ -36,24 +36,28 @@ class Near(NamedTuple):
 
 
 def near(stems: Mapping[str, Shape | None]) -> list[Near]:
-    """The tables whose patterns cover about as many modules as the best one's, the one that can fit most first.
+    """The tables that cover or can fit about as many modules as the best one, the one that can fit most first.
 
-    Wider and narrower models fall out: those that can fit less than half as many modules as the best.
+    *Cover* counts names alone. Wider and narrower models fall out: those that can fit less than half as many modules as the
+    best; a table that fits most of a file stays, however many more names a wider one knows.
     """
     counts = Counter((stem_pattern(stem), (shape[0], prod(shape[1:])) if shape else None) for stem, shape in stems.items())
     encoders = sum(n for (pattern, _), n in counts.items() if pattern.startswith(_ENCODERS))
     bounds = {arch: _bound(arch, counts) + encoders * bool(arch.encoders) for arch in architectures().values()}
     cover: dict[Architecture, int] = {}
-    best = 1
+    found: dict[Architecture, Near] = {}
+    most = 0
     for arch in sorted(bounds, key=lambda own: -bounds[own]):
-        if bounds[arch] < NEAR * best:
+        if bounds[arch] < max(1, NEAR * most):
             break
         known = _patterns(arch)
         cover[arch] = sum(n for (pattern, _), n in counts.items() if pattern in known) + encoders * bool(arch.encoders)
-        best = max(best, cover[arch])
-    found = [Near(arch, _fitting(arch, counts)) for arch in bounds if cover.get(arch, 0) >= NEAR * best]
-    most = max((own.most for own in found), default=0)
-    return sorted((own for own in found if 2 * own.most >= most), key=lambda own: -own.most)
+        found[arch] = Near(arch, _fitting(arch, counts))
+        most = max(most, found[arch].most)
+    widest = max(cover.values(), default=0)
+    kept = [found[a] for a in bounds if a in found and (cover[a] >= NEAR * widest or found[a].most >= NEAR * most)]
+    few = 2 * most < len(stems)  # no model fits: then the nearest is also told by names
+    return sorted((n for n in kept if cover[n.architecture] and (few or 2 * n.most >= most)), key=lambda n: -n.most)
 
 
 def _bound(arch: Architecture, counts: Mapping[tuple[str, Sized | None], int]) -> int:

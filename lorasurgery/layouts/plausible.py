@@ -38,11 +38,12 @@ def objection(arch: Architecture, stems: Collection[str], misfits: Sequence[str]
 
     ``misfits``: the modules whose names it has with other shapes; ``unexplained``: how many it has no name for.
     """
-    parts = [part for part in parts_of(arch, stems, misfits) if part.blocks or part.misfits]
+    every = parts_of(arch, stems, misfits)
+    parts = [part for part in every if part.blocks or part.misfits]
     return (
         _other_sizes(arch, parts)
         or _shallower(arch, parts)
-        or _deeper(arch, parts)
+        or _deeper(arch, every)
         or _beside(arch, stems)
         or (FEW_LEFT * unexplained > len(stems) and next(filter(None, (_replaced(arch, part) for part in parts)), ""))
         or ""

@@ -11,6 +11,7 @@ from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, NAMINGS, ORIGINAL, SD_SCRIPTS, flat
 from lorasurgery.errors import RequestError
 from lorasurgery.layouts.names import ALIAS
+from lorasurgery.nearest import one_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -156,7 +157,7 @@ def layout(name: str) -> Layout:
     """The layout called ``name`` or one of its aliases; raises RequestError for another name."""
     found = LAYOUTS.get(ALIASES.get(name, name))
     if found is None:
-        raise RequestError(f"no layout is called {name}", hint="one of " + ", ".join((*LAYOUTS, *ALIASES)))
+        raise RequestError(f"no layout is called {name}", hint=one_of(name, (*LAYOUTS, *ALIASES)))
     return found
 
 

@@ -63,8 +63,17 @@ def _refuse_unknown(adapter: Adapter, target: Layout, options: Options) -> None:
         namings(target, adapter.architecture, options.prefix)
     except RequestError as error:
         raise UnknownArchitectureError(
-            adapter.unknown or error.message, path=adapter.path, hint=error.hint, candidates=adapter.candidates
+            adapter.unknown or error.message,
+            path=adapter.path,
+            hint=with_nearest(adapter, error.hint),
+            candidates=adapter.candidates,
         ) from error
+
+
+def with_nearest(adapter: Adapter, hint: str | None) -> str | None:
+    """The hint, with the model that some of the modules are of."""
+    near = next((key for key, share in adapter.candidates if share), None)
+    return hint if near is None else f"{hint}; or --arch {near} if it is for that model all the same"
 
 
 def _run(job: Job) -> Adapter:

@@ -32,7 +32,7 @@ def settled(adapter: Adapter, target: Layout, prefix: str = "diffusion_model") -
     """
     known = {arch.key: arch for arch in (*architectures().values(), *plugins())} if len(adapter.candidates) > 1 else {}
     tied = [known[key] for key, _ in adapter.candidates if key in known]
-    stems = [module.name for module in adapter.modules.values()]
+    stems = [module.stem for module in adapter.modules.values()]
     others = differing(tied, stems, [target], prefix)
     if not others:
         return

@@ -21,6 +21,7 @@ from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.io.tensors import computed, of_array, stack, zeros
+from lorasurgery.layouts.targets import written_in
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.options import DTYPES
@@ -35,6 +36,7 @@ from lorasurgery.surgery.resize.size import file_size
 from lorasurgery.surgery.resize.sources import ComputedSource, FactoredSource
 from lorasurgery.surgery.resize.subject import Cut, Subject
 from lorasurgery.surgery.resize.survey import CORE_BYTES, Survey, result_bytes, survey, workers_of
+from lorasurgery.surgery.settled import settled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,10 +55,13 @@ def resize(adapter: Adapter, options: ResizeOptions, base: BaseModel | None = No
     The singular values are computed now, most of the new factors when the result is saved. Modules of rank 0 are not in the
     result, as a 0 in sd-scripts' ``block_dims`` means, and count in the error. Where a list gave the ranks by block, or those
     of the file, sd-scripts' fields for it are in ``ss_network_args``. Raises RequestError for options and where nothing is
-    left, NotRepresentableError for modules that cannot be cut, BrokenModuleError for NaN.
+    left, NotRepresentableError for modules that cannot be cut, BrokenModuleError for NaN, UnknownArchitectureError where models
+    that the keys fit equally well give different results in the target.
     """
     started = time.perf_counter()
     options.check()
+    if options.layout is not None:  # before the work, which may take minutes
+        settled(adapter, written_in(adapter, options.layout))
     options = options.on(adapter.architecture)
     report = ResizeReport(warnings=unfitting(options.patterns, adapter.modules.values()))
     held = None

@@ -113,7 +113,7 @@ def _in_base(taken: Taken, base: Architecture) -> Match:
     """
     _refuse_two_meanings(taken, base)
     found = score(base, taken.shapes)
-    missing = [stem for stem in taken.groups if index(base).find(stem) is None]
+    missing = [stem for stem in taken.shapes if index(base).find(stem) is None]
     if missing and (base.id == CUSTOM or 2 * found.named < found.total):
         raise UnknownArchitectureError(
             f"{base.source} has no module for {missing[0]} ({len(missing)} of the {found.total} modules)",

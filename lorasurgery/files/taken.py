@@ -57,9 +57,13 @@ class Taken:
 
     @property
     def shapes(self) -> dict[str, Shape | None]:
-        """Module -> (out, in[, k...]) of its change, None where its tensors do not tell."""
-        changes = {stem: self.deltas.get(stem) for stem in self.groups}
-        return {stem: own.tableless(None if (d := changes[stem]) is None else d.shape) for stem, own in self.groups.items()}
+        """Module -> (out, in[, k...]) of its change, None where its tensors do not tell.
+
+        Biases and rows that PEFT saved whole are not among them: no table has these, and they tell nothing about the model.
+        """
+        told = {stem: own for stem, own in self.groups.items() if not own.parameter}
+        changes = {stem: self.deltas.get(stem) for stem in told}
+        return {stem: own.tableless(None if (d := changes[stem]) is None else d.shape) for stem, own in told.items()}
 
 
 def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:

@@ -41,7 +41,7 @@ def spelling(taken: Taken, found: Mapping[str, Found], modules: Iterable[Module]
     modules = list(modules)
     families = {module.family for module in modules}
     words = _words(taken.groups)
-    if words == PEFT and not _NOT_PEFT.isdisjoint(families):
+    if words == PEFT and taken.configs is None and not _NOT_PEFT.isdisjoint(families):
         words = DOTTED
     alpha = _alpha(modules, folder=taken.configs is not None)
     denoiser = _usual(found.values(), (DENOISER, SECOND_DENOISER)) or Naming("", flat=False, naming=ORIGINAL)

@@ -12,7 +12,7 @@ from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
 from lorasurgery.layouts.detect import has_bias
 from lorasurgery.layouts.peft_keys import is_embedding
-from lorasurgery.layouts.peft_types import SHARED_OFT, is_pefts, is_saved
+from lorasurgery.layouts.peft_types import SHARED_OFT, is_pefts, is_rows, is_saved
 from lorasurgery.layouts.targets import KOHYA, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
@@ -94,6 +94,8 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 def _holds(job: Job, module: Module) -> bool:
     if job.target.own:
         return True
+    if is_rows(module.delta):
+        return job.target.id == "peft"
     if is_pefts(module.delta, job.adapter.configs):
         return job.target.id == "peft"
     if module.family == "set" and job.target.id == "diffusers":

@@ -70,22 +70,26 @@ def parse(
     *,
     among: Iterable[Architecture] | None = None,
     configs: Mapping[str, PeftConfig] | None = None,
+    alpha: float | None = None,
 ) -> Adapter:
     """Understand every key of ``raw``; a model that no table knows is an error.
 
     ``among`` restricts the architectures considered (``--arch``, ``--base``); ``configs`` are a PEFT folder's
-    configurations by component. Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
+    configurations by component; ``alpha`` is what the file was trained at, where nothing in it says so.
+    Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
     """
-    taken = taken_apart(Unparsed(raw, configs))
+    taken = taken_apart(Unparsed(raw, configs, alpha))
     return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=among, path=raw.path))
 
 
-def parse_for(raw: RawFile, architecture: Architecture, *, configs: Mapping[str, PeftConfig] | None = None) -> Adapter:
+def parse_for(
+    raw: RawFile, architecture: Architecture, *, configs: Mapping[str, PeftConfig] | None = None, alpha: float | None = None
+) -> Adapter:
     """The same for the model that a file is going into, whatever other models it fits.
 
     Raises UnknownArchitectureError where more than half of the modules are not this model's.
     """
-    taken = taken_apart(Unparsed(raw, configs))
+    taken = taken_apart(Unparsed(raw, configs, alpha))
     found = score(architecture, taken.shapes)
     if 2 * found.named >= found.total:
         return adapter_of(taken, found)

@@ -223,6 +223,27 @@ def test_what_peft_saved_whole_is_a_module_and_not_scaled_in_silence(name: str, 
         np.testing.assert_allclose(tensor.numpy(), (plain[key] + expected[key]) / 2, rtol=0, atol=1e-12, err_msg=key)
 
 
+TO_LORA = {
+    "miss": (peft.MissConfig(r=2, **ONE), "resize", ["{in}", "{out}", "--rank", "8"]),
+    "miss mini": (peft.MissConfig(r=2, **ONE, init_weights="mini", mini_r=3), "resize", ["{in}", "{out}", "--rank", "8"]),
+    "loha": (peft.LoHaConfig(r=2, alpha=3, **ONE), "resize", ["{in}", "{out}", "--rank", "8", "--as", "lora"]),
+    "lokr": (peft.LoKrConfig(r=2, alpha=3, **ONE), "resize", ["{in}", "{out}", "--rank", "8", "--as", "lora"]),
+    "merged loha": (peft.LoHaConfig(r=2, alpha=3, **ONE), "merge", ["{in}:1", "--as", "lora", "-o", "{out}"]),
+    "merged miss": (peft.MissConfig(r=2, **ONE), "merge", ["{in}:1", "--as", "lora", "-o", "{out}"]),
+}
+
+
+@pytest.mark.parametrize("name", TO_LORA)
+def test_what_becomes_a_lora_in_a_folder_has_pefts_words(name: str, tmp_path: Path) -> None:
+    config, verb, words = TO_LORA[name]
+    folder = trained(config, tmp_path / "in")
+    save_file(base().state_dict(), tmp_path / "m.safetensors")
+    args = [word.format(**{"in": folder, "out": tmp_path / "out"}) for word in words]
+    code, _, err = run(verb, *args, "--base", str(tmp_path / "m.safetensors"))
+    assert code == 0, err
+    np.testing.assert_allclose(merged(tmp_path / "out")["lin.weight"], merged(folder)["lin.weight"], rtol=0, atol=1e-6)
+
+
 TOLD = {"base_model_name_or_path": "some/model", "revision": "main", "task_type": "CAUSAL_LM", "lora_dropout": 0.25}
 
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.errors import NotAnAdapterError
-from lorasurgery.layouts.peft_keys import ROWS, role_of
+from lorasurgery.layouts.peft_keys import BIAS, ROWS, role_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -141,6 +141,10 @@ def is_saved(delta: Delta | None) -> bool:
     return delta is not None and delta.family == "set" and any(role_of(slot) is not None for slot in delta.tensors)
 
 
-def is_rows(delta: Delta | None) -> bool:
-    """Whether a module is trained rows of an embedding, whose numbers PEFT's configuration alone has."""
-    return delta is not None and delta.family == "set" and any(role_of(slot) == ROWS for slot in delta.tensors)
+def is_parameter(delta: Delta | None) -> bool:
+    """Whether a module is a whole bias or whole rows of an embedding that PEFT saved, which no other program reads.
+
+    ComfyUI's keys are of weights (its denoisers' biases, too, but under the names of the original model alone), sd-scripts and
+    LyCORIS have none for a bias that replaces; which rows they are PEFT's configuration alone says.
+    """
+    return delta is not None and delta.family == "set" and any(role_of(slot) in (BIAS, ROWS) for slot in delta.tensors)

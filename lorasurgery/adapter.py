@@ -139,10 +139,6 @@ class Module:
         return replace(self, delta=delta, scale=self.scale if kept else Scale(value, self.scale.source))
 
 
-WHOLE = "whole"
-"""State of a leftover that replaces a part of the model: right as long as nothing is scaled or added."""
-
-
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """A key that belongs to no module."""
@@ -152,16 +148,15 @@ class Leftover:
     reason: str
     """Why it is harmless, what it is, or what is not understood about it."""
     state: str = "unknown"
-    """``harmless`` (changes nothing), ``kept`` (understood, and copied where its reader is written for), :data:`WHOLE`, or
-    ``unknown``."""
+    """``harmless`` (changes nothing), ``kept`` (understood, and copied where its reader is written for), or ``unknown``."""
 
 
 def account(used: Mapping[str, str], others: Iterable[Leftover]) -> Ledger:
     """The account of a file with these keys of modules (and whose each is) and these others."""
-    rows: dict[str, dict[str, str]] = {state: {} for state in ("harmless", "kept", WHOLE, "unknown")}
+    rows: dict[str, dict[str, str]] = {state: {} for state in ("harmless", "kept", "unknown")}
     for left in others:
         rows[left.state][left.key] = left.reason
-    return Ledger({**used, **rows["kept"], **rows[WHOLE]}, rows["harmless"], rows["unknown"])
+    return Ledger({**used, **rows["kept"]}, rows["harmless"], rows["unknown"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import WHOLE
 from lorasurgery.alerts import much_larger
 from lorasurgery.checking.loading import loading_notes
 from lorasurgery.errors import BrokenModuleError, DroppedKeysError, NotRepresentableError
@@ -166,9 +165,7 @@ def _leftovers(adapter: Adapter, target: Layout, emitted: Emitted, report: Repor
         ) and left.key not in emitted.tensors:
             emitted.tensors[left.key] = left.tensor
             report.carried.append((left.key, left.reason))
-            if (left.state == "kept" and not target.own and not target.reads(left.key)) or (
-                left.state == WHOLE and not (target.own or pefts)
-            ):
+            if left.state == "kept" and not target.own and not target.reads(left.key):
                 report.lose(left.key, f"{left.reason}; {target.reader} reads none from an adapter's file")
 
 

@@ -138,7 +138,10 @@ def test_the_change_is_pefts_and_peft_reads_what_is_written(name: str, tmp_path:
     adapter = read(folder, tmp_path)
     assert not adapter.warnings
     for site, module in adapter:
-        weight = site.spans[0].weight + ".weight"
+        weight = site.spans[0].weight
+        if weight.endswith(".trainable_tokens"):  # which rows they are PEFT itself has the word of, below
+            continue
+        weight = weight if weight.endswith(".bias") else weight + ".weight"
         if module.family in ("oft", "boft", "ia3", "bat", "dora"):  # they multiply the base: PEFT itself has the word below
             continue
         if module.family == "set":
@@ -157,22 +160,88 @@ def test_the_change_is_pefts_and_peft_reads_what_is_written(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_apply_makes_the_weights_that_peft_makes(name: str, tmp_path: Path) -> None:
-    """The families that multiply the base too; whole biases and rows are named as not used."""
+    """The families that multiply the base too; whole rows are named as not used."""
     folder = trained(EXACT[name], tmp_path / "in")
     save_file(base().state_dict(), tmp_path / "m.safetensors")
     out = tmp_path / "o.safetensors"
     code, text, err = run("apply", str(tmp_path / "m.safetensors"), str(folder), "-o", str(out), "--json")
     assert code == 0, err
-    left = [found.stem for own in json.loads(text)["unmatched"] if (found := peft_key(own["key"])) is not None]
-    unused = {stem.removeprefix(PREFIX) for stem in left}
+    left = [found for own in json.loads(text)["unmatched"] if (found := peft_key(own["key"])) is not None]
+    unused = {found.stem for found in left if found.role not in (BASE, HARMLESS, BIAS)}  # a bias: what is said twice
+    assert unused == ({f"{PREFIX}emb"} if name == "tokens" else set())
     got = {key: tensor.double().numpy() for key, tensor in load_file(out).items()}
     for key, tensor in merged(folder).items():
-        if key.endswith(".bias") and key.removesuffix(".bias") in unused:
-            continue
-        if name == "tokens" and key == "emb.weight":
-            assert "emb" in unused
+        if f"{PREFIX}{key}" in {f"{stem}.weight" for stem in unused}:
             continue
         np.testing.assert_allclose(got[key], tensor, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+WHOLE = {
+    "own biases": (lora(bias="lora_only"), {"lin.bias", "conv.bias"}),
+    "every bias": (lora(bias="all"), {"lin.bias", "conv.bias", "norm.bias", "head.bias"}),
+    "of the layer and its factors": (lora(**ONE, bias="lora_only", lora_bias=True), {"lin.bias"}),
+    "saved": (lora(modules_to_save=["head", "norm"]), {"head", "head.bias", "norm", "norm.bias"}),
+    "saved and every bias": (
+        lora(**ONE, bias="all", modules_to_save=["conv"]), {"lin.bias", "conv.bias", "norm.bias", "head.bias", "conv"}
+    ),
+    "saved embedding": (lora(modules_to_save=["emb"]), {"emb"}),
+    "tokens": (lora(trainable_token_indices={"emb": [1, 4]}), {"emb.trainable_tokens"}),
+    "loha": (peft.LoHaConfig(r=2, alpha=3, **BOTH, modules_to_save=["head"]), {"head", "head.bias"}),
+    "miss": (peft.MissConfig(r=2, **ONE, bias="all"), {"lin.bias", "conv.bias", "norm.bias", "head.bias"}),
+    "beside an embedding's": (lora(target_modules=["emb", "lin"], bias="lora_only"), {"lin.bias"}),
+    "rslora": (lora(use_rslora=True, bias="lora_only"), {"lin.bias", "conv.bias"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_peft_saved_whole_is_a_module_and_not_scaled_in_silence(name: str, tmp_path: Path) -> None:
+    config, sites = WHOLE[name]
+    folder = trained(config, tmp_path / "in")
+    adapter = read(folder, tmp_path)
+    assert {site.spans[0].weight for site, module in adapter if module.family == "set"} == sites
+    assert not adapter.ledger.lost
+    args = ["--base", str(tmp_path / "base.safetensors")]
+    for verb, words in (("merge", [f"{folder}:0.5", "-o"]), ("prune", [str(folder), "--scale", "0.5", "-o"])):
+        code, _, err = run(verb, *words, str(tmp_path / verb), *args)
+        assert (code, any(f"{PREFIX}{site}:" in err for site in sites)) == (1, True), err
+        assert not (tmp_path / verb).exists()
+    code, _, err = run("convert", str(folder), str(tmp_path / "o.safetensors"), "--target", "diffusers", *args)
+    assert code == 1, err
+    code, _, err = run("merge", f"{folder}:1", "-o", str(tmp_path / "one"), *args, "--strict")
+    assert code == 0, err
+    expected, again = merged(folder), merged(tmp_path / "one")
+    for key, tensor in expected.items():
+        np.testing.assert_allclose(again[key], tensor, rtol=1e-12, atol=1e-13, err_msg=key)
+    out = tmp_path / "half.safetensors"
+    code, text, err = run("apply", args[1], f"{folder}:0.5", "-o", str(out), "--json")
+    assert code == 0, err
+    plain = {key: tensor.numpy() for key, tensor in base().state_dict().items()}
+    for key, tensor in load_file(out).items():
+        if name == "tokens" and key == "emb.weight":  # named as not used: the configuration alone says which rows they are
+            assert "token_adapter" in str(json.loads(text)["unmatched"])
+            continue
+        np.testing.assert_allclose(tensor.numpy(), (plain[key] + expected[key]) / 2, rtol=0, atol=1e-12, err_msg=key)
+
+
+TO_LORA = {
+    "miss": (peft.MissConfig(r=2, **ONE), "resize", ["{in}", "{out}", "--rank", "8"]),
+    "miss mini": (peft.MissConfig(r=2, **ONE, init_weights="mini", mini_r=3), "resize", ["{in}", "{out}", "--rank", "8"]),
+    "loha": (peft.LoHaConfig(r=2, alpha=3, **ONE), "resize", ["{in}", "{out}", "--rank", "8", "--as", "lora"]),
+    "lokr": (peft.LoKrConfig(r=2, alpha=3, **ONE), "resize", ["{in}", "{out}", "--rank", "8", "--as", "lora"]),
+    "merged loha": (peft.LoHaConfig(r=2, alpha=3, **ONE), "merge", ["{in}:1", "--as", "lora", "-o", "{out}"]),
+    "merged miss": (peft.MissConfig(r=2, **ONE), "merge", ["{in}:1", "--as", "lora", "-o", "{out}"]),
+}
+
+
+@pytest.mark.parametrize("name", TO_LORA)
+def test_what_becomes_a_lora_in_a_folder_has_pefts_words(name: str, tmp_path: Path) -> None:
+    config, verb, words = TO_LORA[name]
+    folder = trained(config, tmp_path / "in")
+    save_file(base().state_dict(), tmp_path / "m.safetensors")
+    args = [word.format(**{"in": folder, "out": tmp_path / "out"}) for word in words]
+    code, _, err = run(verb, *args, "--base", str(tmp_path / "m.safetensors"))
+    assert code == 0, err
+    np.testing.assert_allclose(merged(tmp_path / "out")["lin.weight"], merged(folder)["lin.weight"], rtol=0, atol=1e-6)
 
 
 TOLD = {"base_model_name_or_path": "some/model", "revision": "main", "task_type": "CAUSAL_LM", "lora_dropout": 0.25}
@@ -192,6 +261,24 @@ def test_what_peft_put_there_stays(tmp_path: Path) -> None:
         load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
         == load_file(folder / "adapter_model.safetensors").keys()
     )
+
+
+def test_a_lokr_of_a_one_dimensional_kernel_is_not_what_it_is_elsewhere(tmp_path: Path) -> None:
+    """PEFT multiplies the factors along other axes there: what it wrote is refused, and it gets none."""
+    stem = f"{PREFIX}conv_in"
+    whole = {f"{stem}.lokr_w1": raw(np.ones((2, 2)), "F32"), f"{stem}.lokr_w2": raw(np.ones((4, 2, 3)), "F32")}
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "adapter_model.safetensors", whole)
+    config = {"peft_type": "LOKR", "r": 8, "alpha": 8, "target_modules": ["conv_in"]}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(BrokenModuleError, match="lokr_w2"):
+        lorasurgery.load(tmp_path / "in")
+    write(tmp_path / "a.safetensors", {key.removeprefix(PREFIX): value for key, value in whole.items()})
+    save_file({"conv_in.weight": torch.zeros(8, 4, 3)}, tmp_path / "m.safetensors")
+    adapter = lorasurgery.load(tmp_path / "a.safetensors", base=tmp_path / "m.safetensors")
+    result, report = lorasurgery.convert(adapter, "peft")
+    with pytest.raises(NotRepresentableError, match="conv_in"):
+        lorasurgery.save(result, tmp_path / "out", report=report)
 
 
 # types --------------------------------------------------------------------------------------------------------------------
@@ -398,6 +485,44 @@ def test_the_alpha_it_was_trained_at(tmp_path: Path) -> None:
     for wrong in (0.0, float("nan"), float("inf")):
         with pytest.raises(RequestError, match="--trained-alpha"):
             lorasurgery.load(path, arch="flux1-dev", alpha=wrong)
+
+
+VERBS = {
+    "merge": ["{in}:1", "-o", "{out}"],
+    "resize": ["{in}", "{out}", "--rank", "2"],
+    "prune": ["{in}", "{out}", "--scale", "2"],
+    "split": ["{in}", "--by", "component", "--out-dir", "{out}"],
+    "ema": ["{in}", "{in}", "--on", "delta", "--sort", "given", "-o", "{out}"],
+    "convert": ["{in}", "{out}", "--target", "comfyui"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_the_alpha_it_was_trained_at(verb: str, tmp_path: Path) -> None:
+    path, out = loose(tmp_path), tmp_path / "o.safetensors"
+    words = [word.format(**{"in": path, "out": out}) for word in VERBS[verb]]
+    code, _, err = run(verb, *words, "--arch", "flux1-dev", "--trained-alpha", "8")
+    assert code == 0, err
+    result = next(out.iterdir()) if out.is_dir() else out
+    ((_, module),) = lorasurgery.load(result, arch="flux1-dev")
+    np.testing.assert_allclose(module.dense(), np.full((3072, 3072), 16.0 if verb == "prune" else 8.0), rtol=1e-6)
+
+
+def test_comparing_and_applying_with_the_alpha_it_was_trained_at(tmp_path: Path) -> None:
+    folder = trained(lora(**ONE), tmp_path / "in")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    save_file(base().state_dict(), tmp_path / "m.safetensors")
+    args = ["--base", str(tmp_path / "m.safetensors")]
+    assert run("compare", str(alone), str(folder), *args)[0] == 1
+    code, _, err = run("compare", str(alone), str(folder), "--trained-alpha", "5", *args)
+    assert code == 0, err
+    out = tmp_path / "o.safetensors"
+    code, _, err = run("apply", args[1], str(alone), "-o", str(out), "--trained-alpha", "5")
+    assert code == 0, err
+    np.testing.assert_allclose(load_file(out)["lin.weight"].numpy(), merged(folder)["lin.weight"], rtol=0, atol=1e-12)
+    code, _, err = run("apply", args[1], str(folder), "-o", str(out), "--trained-alpha", "5", "--force")
+    assert (code, "says its scales itself" in err) == (2, True)
 
 
 def test_an_alpha_for_a_file_that_says_its_own_is_refused(tmp_path: Path) -> None:

@@ -71,6 +71,33 @@ def test_a_text_encoder_of_its_own(root: str, table: str, arch: str, prefix: str
     assert lorasurgery.load(source).architecture.id
 
 
+@pytest.mark.parametrize("verb", ["split", "merge", "prune", "convert"])
+def test_a_text_encoder_with_trained_biases(verb: str, tmp_path: Path) -> None:
+    """They are modules beside the factors, and none of them hides which encoder it is."""
+    width, layer = SIZES["clip_l"], f"{PREFIX}text_model.encoder.layers.0"
+    biases = {f"{layer}.self_attn.q_proj.base_layer.bias": 1.0, f"{layer}.layer_norm1.bias": 2.0}
+    whole = {key: raw(np.full(width, value), "BF16") for key, value in biases.items()}
+    tensors = factors(f"{layer}.self_attn.q_proj", width, width) | whole
+    source, out = folder(tmp_path / "in", tensors, CONFIG | {"bias": "all"}), tmp_path / "out"
+    adapter = lorasurgery.load(source)
+    assert {site.component for site, _ in adapter} == {"clip_l"}
+    assert (sorted(module.family for _, module in adapter), adapter.leftovers) == (["lora", "set", "set"], ())
+    arguments = {
+        "split": ("split", str(source), "--by", "component", "-o", str(out)),
+        "merge": ("merge", str(source), "-o", str(out)),
+        "prune": ("prune", str(source), "--negate", "-o", str(out)),
+        "convert": ("convert", str(source), str(out), "--target", "sd-scripts", "--arch", "sdxl"),
+    }
+    code, _, err = run(*arguments[verb])
+    if verb in ("prune", "convert"):
+        assert (code, ".bias" in err, list(tmp_path.glob("out*"))) == (1, True, []), err
+        return
+    assert code == 0, err
+    made = next(tmp_path.glob("out*"))
+    assert header(made / "adapter_model.safetensors") == header(source / "adapter_model.safetensors")
+    assert json.loads((made / "adapter_config.json").read_text())["bias"] == "all"
+
+
 @pytest.mark.parametrize("root", ["", "text_model."])
 @pytest.mark.parametrize("verb", ["split", "prune", "merge"])
 def test_verbs_keep_its_names_and_its_configuration(root: str, verb: str, tmp_path: Path) -> None:

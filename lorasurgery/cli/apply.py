@@ -11,6 +11,7 @@ import typer
 
 from lorasurgery.cli.apply_run import Request, applied
 from lorasurgery.cli.apply_text import apply_lines
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.render import data, plain
 from lorasurgery.errors import RequestError
 
@@ -51,6 +52,7 @@ def apply(
     lora_dir: Annotated[Optional[Path], typer.Option("--lora-dir", help="Where the names in tags are looked up, subfolders included.", show_default=False)] = None,  # noqa: UP045
     presets: Annotated[Optional[Path], typer.Option("--presets", help="A file of named block weights, NAME:1,0,... a line, as the web UIs' extension has it.", show_default=False)] = None,  # noqa: UP045
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override what the model is taken for, e.g. flux1-dev.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: TrainedAlpha = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read the result again and compare tensors of every family with the definitions in float64.")] = False,
     prefer_lycoris: Annotated[bool, typer.Option("--prefer-lycoris", help="Compute changes with the LyCORIS library, too, if it is installed, and tell the difference.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a key of an adapter matches no weight.")] = False,
@@ -71,7 +73,7 @@ def apply(
     )  # fmt: skip
     how = Request(
         model, tuple(adapters), out or model.with_name(f"{model.stem}-tuned{model.suffix}"), options, lora_dir=lora_dir,
-        presets=presets, arch=arch, force=force, dry_run=dry_run,
+        presets=presets, arch=arch, alpha=trained_alpha, force=force, dry_run=dry_run,
     )  # fmt: skip
     report = applied(how)
     if json_:

@@ -39,6 +39,7 @@ class Request:
     lora_dir: Path | None = None
     presets: Path | None = None
     arch: str | None = None
+    alpha: float | None = None
     force: bool = False
     dry_run: bool = False
 
@@ -65,6 +66,7 @@ def applied(how: Request) -> ApplyReport:
 
 def _sources(how: Request, model: Model) -> list[Source]:
     """The adapters in the order given, with the weights of each of their modules."""
+    from lorasurgery.files.opened import refuse_needless
     from lorasurgery.surgery.apply import read_source
     from lorasurgery.surgery.block_lists import read_presets
     from lorasurgery.surgery.merge.spec import parse_source
@@ -77,7 +79,7 @@ def _sources(how: Request, model: Model) -> list[Source]:
                 raise RequestError("dyn cuts ranks, which apply does not do", path=wanted.path, hint="lorasurgery merge, first")
             try:
                 strength = wanted.weight.of(model.architecture)
-                source = read_source(wanted.path, model.architecture, strength, str(wanted.weight))
+                source = read_source(wanted.path, model.architecture, strength, str(wanted.weight), alpha=how.alpha)
             except SurgeryError as error:
                 error.path = error.path or str(wanted.path)
                 raise
@@ -85,6 +87,7 @@ def _sources(how: Request, model: Model) -> list[Source]:
             unused = wanted.weight.unused(model.architecture, list(adapter.modules.values()))
             notes = tuple(f"{rule!r} decides nothing: no module that is left belongs to it" for rule in unused)
             found.append(replace(source, adapter=replace(adapter, warnings=(*adapter.warnings, *notes))))
+    refuse_needless(how.alpha, [source.adapter for source in found])
     return found
 
 

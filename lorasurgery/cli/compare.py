@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorasurgery.cli.advice import advised
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.render import console, data, plain, show_error
 from lorasurgery.errors import RequestError, SurgeryError
 
@@ -46,6 +47,7 @@ def compare(
     tolerance: Annotated[Optional[float], typer.Option("--tolerance", help="The largest distance that counts as the same. Default: by dtype, see above.", show_default=False)] = None,  # noqa: UP045  typer evaluates this on Python 3.10 too
     base: Annotated[Optional[Path], typer.Option("--base", help="The base model: what DoRA modules do to its weights is compared, in place of their parts; the names of a model no table knows come from it, too.", show_default=False)] = None,  # noqa: UP045
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: TrainedAlpha = None,
     top: Annotated[int, typer.Option("--top", help="Modules in the table, the worst first.")] = 10,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every module.")] = False,
     workers: Annotated[Optional[int], typer.Option("--workers", help="Threads. Default: one for each core, at most 8.", show_default=False)] = None,  # noqa: UP045
@@ -59,7 +61,7 @@ def compare(
     options.check()
     try:
         with advised({}):
-            first, second = open_both(a, b, arch=arch, base=base)
+            first, second = open_both(a, b, arch=arch, base=base, alpha=trained_alpha)
         found = compared(first, second, options, _effect(base, first, second))
     except RequestError:
         raise

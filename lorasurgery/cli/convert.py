@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 import typer
 
 from lorasurgery.cli.batch import Job, jobs_for, run_batch
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.render import announce
 from lorasurgery.errors import OutputExistsError, RequestError, UnknownArchitectureError
 
@@ -64,7 +65,7 @@ def convert(
     factor: Annotated[Optional[int], typer.Option("--factor", help="For --as lokr: LyCORIS' factor, -1 for balanced; --rank and --energy are then w2's.", show_default=False)] = None,  # noqa: UP045
     lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the target cannot hold, and list it.")] = False,
     alpha: Annotated[Optional[str], typer.Option("--alpha", help="How the scale is written: keep (alpha tensors), fold (into the factors), header (configuration). Default: the layout's own.", show_default=False)] = None,  # noqa: UP045
-    trained_alpha: Annotated[Optional[float], typer.Option("--trained-alpha", help="The alpha it was trained at, for a file that does not say it (PEFT's weights without adapter_config.json).", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: TrainedAlpha = None,
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
     lokr_factor: Annotated[Optional[int], typer.Option("--lokr-factor", help="LoKr factor to record instead of the file's own.", show_default=False)] = None,  # noqa: UP045
     diffusers_prefix: Annotated[str, typer.Option("--diffusers-prefix", help="Prefix for --target other; - is none.")] = "diffusion_model",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorasurgery.cli.advice import advised
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.render import data, plain, warning_lines
 from lorasurgery.cli.resize_text import dropped_lines
 from lorasurgery.errors import RequestError
@@ -55,6 +56,7 @@ def ema(
     sort: Annotated[str, typer.Option("--sort", help="steps, time (of the files' last change) or given (oldest first).")] = "steps",
     no_sort: Annotated[bool, typer.Option("--no-sort", "--no_sort", help="The same as --sort given.")] = False,
     arch: Annotated[Optional[str], typer.Option("--arch", help="With --on delta: override detection.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: TrainedAlpha = None,
     base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: the files' own.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
@@ -71,6 +73,8 @@ def ema(
         raise RequestError(f"--on is {FACTORS} or {DELTA}, not {on}")
     if on == FACTORS and (rank is not None or arch is not None):
         raise RequestError("--rank and --arch are for --on delta: averaged tensors keep their shapes", hint="--on delta")
+    if on == FACTORS and trained_alpha is not None:
+        raise RequestError("--trained-alpha is for --on delta: averaged tensors keep their scale", hint="--on delta")
     if on == FACTORS and base is not None and target is None and dtype == "keep":
         raise RequestError("the files' own names need no --base: averaged tensors keep them", hint="--on delta, or --target")
     if on == DELTA and measure:
@@ -82,7 +86,9 @@ def ema(
     options = EmaOptions(beta, beta2, sigma_rel, keep_first)
     options.check()
     order = "given" if no_sort else sort
-    request = EmaRequest(options, on == DELTA, rank, order, arch, base, target, dtype, force, strict, dry_run, measure)
+    request = EmaRequest(
+        options, on == DELTA, rank, order, arch, base, target, dtype, force, strict, dry_run, measure, trained_alpha
+    )
     with advised({}):
         done = run(paths, out, request)
     _show(request, done, as_json=json_)

@@ -49,6 +49,7 @@ class EmaRequest:
     strict: bool = False
     dry_run: bool = False
     measure: bool = False
+    alpha: float | None = None
 
 
 @dataclass(slots=True)
@@ -150,7 +151,7 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     from lorasurgery.surgery.resize import ResizeOptions
 
     used = [(file.path, weight) for file, weight in zip(ordered.files, done.weights, strict=True) if weight]
-    adapters = open_together([path for path, _ in used], arch=request.arch, base=request.base)
+    adapters = open_together([path for path, _ in used], arch=request.arch, base=request.base, alpha=request.alpha)
     sources = [Source(own, Weight(weight), path.name) for own, (path, weight) in zip(adapters, used, strict=True)]
     cut = None if request.rank is None else ResizeOptions(rank=request.rank, dtype=request.dtype, text_encoders=True)
     result, merged = merge(sources, MergeOptions(resize=cut, dtype=request.dtype), request.target)

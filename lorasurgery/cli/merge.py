@@ -10,6 +10,7 @@ import typer
 
 from lorasurgery.cli.merge_run import Request, merged
 from lorasurgery.cli.merge_text import merge_lines
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.render import data, plain
 from lorasurgery.cli.resize_request import parse_ranks, parse_size
 from lorasurgery.errors import RequestError
@@ -73,6 +74,7 @@ def merge(
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: that of the first file with more than text encoders.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep (each module's own, the first file's where they differ), fp32, fp16 or bf16.")] = "keep",
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: TrainedAlpha = None,
     base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
     strict: Annotated[bool, typer.Option("--strict", help="Fail instead of leaving anything out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
@@ -95,7 +97,7 @@ def merge(
     )  # fmt: skip
     how = Request(
         tuple(files), out or Path("merged.safetensors"), options, lora_dir=lora_dir, presets=presets, target=target, arch=arch,
-        base=base, as_lora=as_ == "lora", strict=strict, force=force, dry_run=dry_run,
+        base=base, alpha=trained_alpha, as_lora=as_ == "lora", strict=strict, force=force, dry_run=dry_run,
     )  # fmt: skip
     found = merged(how)
     if json_:

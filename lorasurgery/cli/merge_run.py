@@ -60,6 +60,7 @@ class Request:
     target: str | None = None
     arch: str | None = None
     base: Path | None = None
+    alpha: float | None = None
     as_lora: bool = False
     strict: bool = False
     force: bool = False
@@ -208,7 +209,7 @@ def _sources(wanted: Sequence[Wanted], how: Request) -> list[Source]:
     from lorasurgery.files.opened import open_together
     from lorasurgery.surgery.merge import Source
 
-    adapters = open_together([one.path for one in wanted], arch=how.arch, base=how.base)
+    adapters = open_together([one.path for one in wanted], arch=how.arch, base=how.base, alpha=how.alpha)
     return [Source(adapter, one.weight, one.path.name) for adapter, one in zip(adapters, wanted, strict=True)]
 
 

@@ -36,10 +36,12 @@ class Writing:
     arch: str | None = None
     base: Path | None = None
     """Where the names come from of a model no table knows."""
+    alpha: float | None = None
+    """What the input was trained at, where it does not say it."""
 
     def read(self, source: Path) -> Adapter:
         """The input; raises what :func:`lorasurgery.load` raises."""
-        return load(source, arch=self.arch, base=self.base)
+        return load(source, arch=self.arch, base=self.base, alpha=self.alpha)
 
     def check(self) -> None:
         """Raises RequestError for a layout or dtype that is none."""

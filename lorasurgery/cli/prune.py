@@ -12,6 +12,7 @@ from lorasurgery.cli.batch import Job, jobs_for
 from lorasurgery.cli.dry_run import dry_jobs
 from lorasurgery.cli.files import is_adapter
 from lorasurgery.cli.meta_files import Found, Shown, run_each
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.render import SHOWN, warning_lines
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def prune(
     scale: Annotated[float, typer.Option("--scale", help="Multiply the strength.")] = 1.0,
     negate: Annotated[bool, typer.Option("--negate", help="The opposite of every change.")] = False,
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: TrainedAlpha = None,
     base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: the input's own.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
@@ -70,7 +72,7 @@ def prune(
 
     options = PruneOptions(tuple(keep or ()), tuple(drop or ()), prune_for, scale, negate)
     options.check()
-    how = Writing(target, dtype, force, strict, dry_run, arch, base)
+    how = Writing(target, dtype, force, strict, dry_run, arch, base, trained_alpha)
     how.check()
     inputs = [*([given] if given else []), *(paths or [])]
     folders = target == "peft" or (target is None and bool(inputs) and all(p.is_dir() and is_adapter(p) for p in inputs))

@@ -9,6 +9,7 @@ from lorasurgery.cli.batch import Job, jobs_for
 from lorasurgery.cli.dry_run import dry_jobs
 from lorasurgery.cli.files import is_adapter
 from lorasurgery.cli.meta_files import Found, run_each
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.resize_request import (
     Request,
     Theirs,
@@ -57,7 +58,7 @@ def resize(
     rank: ask.Rank = None, conv_rank: ask.ConvRank = None, pointwise_rank: ask.PointwiseRank = None,
     policy: ask.Policy = None, param: ask.Param = None, size: ask.Size = None, recipe: ask.Recipe = None,
     compat: ask.Compat = None, min_rank: ask.MinRank = 1, grow: ask.Grow = False, uniform: ask.Uniform = False,
-    base: ask.Base = None, arch: ask.Arch = None, include: ask.Include = None, exclude: ask.Exclude = None,
+    base: ask.Base = None, arch: ask.Arch = None, trained_alpha: TrainedAlpha = None, include: ask.Include = None, exclude: ask.Exclude = None,
     te: ask.TextEncoders = False, full: ask.Full = False, as_: ask.As = None, dora: ask.Dora = "refuse",
     alpha: ask.Alpha = "keep-ratio", factors: ask.Factors = "balanced", target: ask.Target = None,
     dtype: ask.Dtype = "keep", strict: ask.Strict = False, force: ask.Force = False, workers: ask.Workers = None, device: ask.Device = None,
@@ -82,7 +83,7 @@ def resize(
     )  # fmt: skip
     named = not dry_run or len(paths or []) > 1 or any(path is not None for path in (out, out_dir, save_to))
     how = request(
-        theirs.added_to(options), Request(options, size_text=size, planned=planned_ranks(plan), base=base, arch=arch,
+        theirs.added_to(options), Request(options, size_text=size, planned=planned_ranks(plan), base=base, arch=arch, alpha=trained_alpha,
         strict=strict, force=force, dry_run=dry_run, named=named, verbose=verbose),
     )  # fmt: skip
     jobs, several = _jobs(paths or [], theirs.source_or(given), theirs.output_or(out), out_dir, how)

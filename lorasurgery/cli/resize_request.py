@@ -45,6 +45,7 @@ class Request:
     planned: tuple[int, ...] = ()
     base: Path | None = None
     arch: str | None = None
+    alpha: float | None = None
     strict: bool = False
     force: bool = False
     dry_run: bool = False

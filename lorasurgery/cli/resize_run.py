@@ -30,7 +30,7 @@ def resized(job: Job, how: Request) -> Shown:
     from lorasurgery.files.opened import load
 
     with Advice():
-        adapter = load(job.source, arch=how.arch, base=how.base)
+        adapter = load(job.source, arch=how.arch, base=how.base, alpha=how.alpha)
         target = _output(job, adapter, how)
         model, cache = _base(adapter, how)
         try:

@@ -10,6 +10,7 @@ import typer
 
 from lorasurgery.cli.files import expanded
 from lorasurgery.cli.meta_files import Found, Shown, run_each
+from lorasurgery.cli.reading_options import TrainedAlpha
 from lorasurgery.cli.render import warning_lines
 from lorasurgery.cli.resize_text import dropped_lines
 from lorasurgery.errors import RequestError
@@ -43,6 +44,7 @@ def split(
     out: Annotated[Optional[Path], typer.Option("--out", "-o", "--output", help="What the outputs' names begin with: OUT-te1.safetensors, OUT-unet.safetensors ...", show_default=False)] = None,  # noqa: UP045  typer evaluates this on Python 3.10 too
     out_dir: Annotated[Optional[Path], typer.Option("--out-dir", help="Folder for the outputs, named after their inputs.", show_default=False)] = None,  # noqa: UP045
     arch: Annotated[Optional[str], typer.Option("--arch", help="Override detection, e.g. flux1 or flux1-schnell.", show_default=False)] = None,  # noqa: UP045
+    trained_alpha: TrainedAlpha = None,
     base: Annotated[Optional[Path], typer.Option("--base", help="Base model, header only: names and shapes of a model no table knows.", show_default=False)] = None,  # noqa: UP045
     target: Annotated[Optional[str], typer.Option("--target", "-t", help="Layout to write, as for convert. Default: the input's own.", show_default=False)] = None,  # noqa: UP045
     dtype: Annotated[str, typer.Option("--dtype", help="keep, fp32, fp16 or bf16.")] = "keep",
@@ -57,7 +59,7 @@ def split(
 
     if by not in WAYS:
         raise RequestError(f"--by is {', '.join(WAYS[:-1])} or {WAYS[-1]}, not {by}")
-    how = Writing(target, dtype, force, strict, dry_run, arch, base)
+    how = Writing(target, dtype, force, strict, dry_run, arch, base, trained_alpha)
     how.check()
     inputs = [file for path in paths for file in expanded(path)]
     if not inputs:

@@ -43,18 +43,30 @@ def load(path: str | Path, *, arch: str | None = None, base: str | Path | None =
     supplies names and shapes; ``alpha`` is what the file was trained at, where nothing in it says so. Modules that no table
     knows are called as the file calls them. Tensors stay on disk. Raises SurgeryError for anything that is no adapter.
     """
-    path = Path(path)
-    if alpha is not None and not (isfinite(alpha) and alpha):
-        raise RequestError(f"{GIVEN} is a number other than 0, not {alpha:g}", path=path)
-    (adapter,) = together([replace(read_unparsed(path), alpha=alpha)], arch=arch, base=base)
-    if alpha is not None and not any(module.scale.source == GIVEN for _, module in adapter):
-        raise RequestError(f"{GIVEN}: the file says its scales itself", path=path, hint=f"no {GIVEN}")
+    (adapter,) = open_together([Path(path)], arch=arch, base=base, alpha=alpha)
     return adapter
 
 
-def open_together(paths: Sequence[Path], *, arch: str | None = None, base: str | Path | None = None) -> list[Adapter]:
-    """The adapters, for one model; see :func:`together`. Errors say which of several files they are about."""
-    return together([read_unparsed(path) for path in paths], arch=arch, base=base)
+def refuse_needless(alpha: float | None, adapters: Iterable[Adapter]) -> None:
+    """Raises RequestError for an alpha that was given although every one of the files says its scales itself."""
+    adapters = list(adapters)
+    if alpha is None or any(module.scale.source == GIVEN for adapter in adapters for _, module in adapter):
+        return
+    raise RequestError(f"{GIVEN}: the file says its scales itself", path=adapters[0].path, hint=f"no {GIVEN}")
+
+
+def open_together(
+    paths: Sequence[Path], *, arch: str | None = None, base: str | Path | None = None, alpha: float | None = None
+) -> list[Adapter]:
+    """The adapters, for one model; see :func:`together`. Errors say which of several files they are about.
+
+    ``alpha``: what those of them were trained at that do not say it. Raises RequestError for one that is no such number.
+    """
+    if alpha is not None and not (isfinite(alpha) and alpha):
+        raise RequestError(f"{GIVEN} is a number other than 0, not {alpha:g}", path=paths[0])
+    adapters = together([replace(read_unparsed(path), alpha=alpha) for path in paths], arch=arch, base=base)
+    refuse_needless(alpha, adapters)
+    return adapters
 
 
 def together(files: Sequence[Unparsed], *, arch: str | None = None, base: str | Path | None = None) -> list[Adapter]:
@@ -113,7 +125,7 @@ def _in_base(taken: Taken, base: Architecture) -> Match:
     """
     _refuse_two_meanings(taken, base)
     found = score(base, taken.shapes)
-    missing = [stem for stem in taken.groups if index(base).find(stem) is None]
+    missing = [stem for stem in taken.shapes if index(base).find(stem) is None]
     if missing and (base.id == CUSTOM or 2 * found.named < found.total):
         raise UnknownArchitectureError(
             f"{base.source} has no module for {missing[0]} ({len(missing)} of the {found.total} modules)",
@@ -220,4 +232,4 @@ def read_any(path: Path) -> RawFile:
     return read_safetensors(path)
 
 
-__all__ = ["BASE", "load", "open_together", "read_any", "read_unparsed", "together"]
+__all__ = ["BASE", "load", "open_together", "read_any", "read_unparsed", "refuse_needless", "together"]

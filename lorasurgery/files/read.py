@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import WHOLE, Adapter, Leftover
+from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.from_base import custom, resized
 from lorasurgery.architectures.table import DENOISERS, DIFFUSERS, ORIGINAL, Own
 from lorasurgery.deltas.miss import Miss
@@ -73,22 +73,26 @@ def parse(
     *,
     among: Iterable[Architecture] | None = None,
     configs: Mapping[str, PeftConfig] | None = None,
+    alpha: float | None = None,
 ) -> Adapter:
     """Understand every key of ``raw``; a model that no table knows is an error.
 
     ``among`` restricts the architectures considered (``--arch``, ``--base``); ``configs`` are a PEFT folder's
-    configurations by component. Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
+    configurations by component; ``alpha`` is what the file was trained at, where nothing in it says so.
+    Raises NotAnAdapterError, UnknownArchitectureError or BrokenModuleError.
     """
-    taken = taken_apart(Unparsed(raw, configs))
+    taken = taken_apart(Unparsed(raw, configs, alpha))
     return adapter_of(taken, *detect(taken.shapes, raw.metadata, among=among, path=raw.path))
 
 
-def parse_for(raw: RawFile, architecture: Architecture, *, configs: Mapping[str, PeftConfig] | None = None) -> Adapter:
+def parse_for(
+    raw: RawFile, architecture: Architecture, *, configs: Mapping[str, PeftConfig] | None = None, alpha: float | None = None
+) -> Adapter:
     """The same for the model that a file is going into, whatever other models it fits.
 
     Raises UnknownArchitectureError where more than half of the modules are not this model's.
     """
-    taken = taken_apart(Unparsed(raw, configs))
+    taken = taken_apart(Unparsed(raw, configs, alpha))
     found = score(architecture, taken.shapes)
     if 2 * found.named < found.total:
         raise UnknownArchitectureError(
@@ -147,7 +151,17 @@ def place(taken: Taken, known: Architecture | None) -> Placed:
     if known is None:
         arch = _unnamed(arch, own.values(), folder=taken.configs is not None)
     placed = {stem: _in_wrapper(taken, stem, place) for stem, place in places.items() if place is not None}
-    return Placed(arch.with_own(map(_own, own.values())), placed, frozenset(unknown), tuple(other))
+    return Placed(
+        arch.with_own(map(_own, own.values())),
+        placed,
+        frozenset(_telling(taken, unknown)),
+        tuple(other),
+    )
+
+
+def _telling(taken: Taken, unknown: Iterable[str]) -> Iterable[str]:
+    """Those of the modules without a place in the table that say something about the model."""
+    return (stem for stem in unknown if not taken.groups[stem].parameter)
 
 
 def _in_wrapper(taken: Taken, stem: str, place: Found) -> Found:
@@ -224,15 +238,13 @@ def _shape(taken: Taken, stem: str) -> Shape:
     return UNKNOWN_SHAPE if bias is None else (bias.tensor.size,)
 
 
-PEFT_STATES = MappingProxyType(
-    {peft_keys.HARMLESS: "harmless", peft_keys.BASE: "harmless", peft_keys.BIAS: WHOLE, peft_keys.ROWS: WHOLE}
-)
+PEFT_STATES = MappingProxyType({peft_keys.HARMLESS: "harmless", peft_keys.BASE: "harmless"})
 """Roles of PEFT's own keys."""
 
 
 def leftovers(taken: Taken) -> tuple[Leftover, ...]:
     """The keys that are no part of a module, each with what is known about it."""
-    twice = doubles(taken.others)
+    twice = doubles(taken.raw.tensors)
     told = {key: ("it says what another key says", "harmless") if key in twice else said_of(key) for key in taken.others}
     return tuple(Leftover(key, tensor, *told[key]) for key, tensor in taken.others.items())
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import BrokenModuleError, SurgeryError
+from lorasurgery.layouts.fit import check_pefts
 from lorasurgery.layouts.foreign import refuse_other_models
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.module import scale_rules
@@ -18,7 +19,6 @@ from lorasurgery.layouts.words import split_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from lorasurgery.architectures.table import Shape
     from lorasurgery.deltas.base import Delta
@@ -57,9 +57,13 @@ class Taken:
 
     @property
     def shapes(self) -> dict[str, Shape | None]:
-        """Module -> (out, in[, k...]) of its change, None where its tensors do not tell."""
-        changes = {stem: self.deltas.get(stem) for stem in self.groups}
-        return {stem: own.tableless(None if (d := changes[stem]) is None else d.shape) for stem, own in self.groups.items()}
+        """Module -> (out, in[, k...]) of its change, None where its tensors do not tell.
+
+        Biases and rows that PEFT saved whole are not among them: no table has these, and they tell nothing about the model.
+        """
+        told = {stem: own for stem, own in self.groups.items() if not own.parameter}
+        changes = {stem: self.deltas.get(stem) for stem in told}
+        return {stem: own.tableless(None if (d := changes[stem]) is None else d.shape) for stem, own in told.items()}
 
 
 def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:
@@ -75,7 +79,7 @@ def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:
     deltas: dict[str, Delta | None] = {}
     problems: dict[str, str] = {}
     for stem, own in groups.items():
-        made = _built(own, raw.path) if tolerant else build(own, raw.path)
+        made = _built(own, file, tolerant=tolerant)
         if isinstance(made, str):
             problems[stem] = made
         else:
@@ -83,12 +87,17 @@ def taken_apart(file: Unparsed, *, tolerant: bool = False) -> Taken:
     return Taken(raw, file.configs, groups, others, deltas, problems, scale_rules(raw, configs, file.alpha), tuple(findings))
 
 
-def _built(own: Group, path: Path) -> Delta | str | None:
-    """The change of a module, or what is wrong with its tensors."""
+def _built(own: Group, file: Unparsed, *, tolerant: bool) -> Delta | str | None:
+    """The change of a module, or, where ``tolerant``, what is wrong with its tensors."""
     try:
-        return build(own, path)
+        made = build(own, file.raw.path)
+        if file.configs is not None:
+            check_pefts(own, made, file.raw.path)
     except BrokenModuleError as error:
+        if not tolerant:
+            raise
         return error.message
+    return made
 
 
 def _grouped(raw: RawFile, findings: list[tuple[str, str]]) -> tuple[dict[str, Group], dict[str, Tensor]]:

@@ -23,7 +23,7 @@ from lorasurgery.layouts.composed import as_composed
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.diffusers_lokr import refuse_unfit
 from lorasurgery.layouts.module import LARGEST_SCALE, is_layer
-from lorasurgery.layouts.peft_keys import EMBEDDING_WORDS, is_embedding, transposed
+from lorasurgery.layouts.peft_keys import EMBEDDING_WORDS, is_embedding, saved_key, transposed
 from lorasurgery.layouts.scales import HEADER_KEY, LARGEST_ALPHA
 from lorasurgery.layouts.targets import PEFT, SUFFIXES, Layout, Speller
 
@@ -161,6 +161,10 @@ def _change(
     for slot, tensor in delta.tensors.items():
         if turned:
             tensors[keys.get(slot, stem + EMBEDDING_WORDS[slot])] = transposed(tensor)
+            continue
+        whole = saved_key(stem, slot) if target.words == PEFT and delta.family == "set" and not keys else None
+        if whole is not None:
+            tensors[whole] = tensor
             continue
         if isinstance(delta, LowRank) and not target.any_shape:
             tensor = _fitted(delta, slot, tensor, shape)  # noqa: PLW2901  the same factor, seen in another shape

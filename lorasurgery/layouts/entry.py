@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
+from lorasurgery.layouts.peft_keys import BIAS as WHOLE_BIAS
+from lorasurgery.layouts.peft_keys import ROWS, role_of
+from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE, SET
 
 if TYPE_CHECKING:
     from lorasurgery.io.tensors import Shape, Tensor
@@ -58,6 +60,11 @@ class Group:
     def key(self) -> str:
         """A key to name in messages."""
         return next(iter(self.entries.values())).key
+
+    @property
+    def parameter(self) -> bool:
+        """Whether it is one parameter of a layer that PEFT saved whole, a bias or rows, which no table of weights has."""
+        return any(e.word.family == SET and role_of(e.suffix) in (WHOLE_BIAS, ROWS) for e in self.entries.values())
 
     @property
     def composed(self) -> bool:

@@ -10,6 +10,7 @@ from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError
 from lorasurgery.io.dtypes import CARRIED, FLOATS
+from lorasurgery.layouts.peft_types import MERGED
 from lorasurgery.layouts.words import LOHA, LOKR, LORA, MISS
 
 if TYPE_CHECKING:
@@ -86,6 +87,22 @@ def _check_arms(own: Group, delta: Hadamard, path: object) -> None:
     one, two = ([a.shape[axis], *b.shape[1:]] for a, b in ((delta.w1_a, delta.w1_b), (delta.w2_a, delta.w2_b)))
     if one != two or kernels[0] != kernels[1]:
         raise broken(own, path, f"{own.stem}: the first arm of this LoHa is {one}, the second {two}", "the original file")
+
+
+def is_misread(delta: Delta | None) -> bool:
+    """Whether PEFT multiplies the factors along other axes than every other program: of a kernel of one axis.
+
+    Its ``make_kron`` adds the missing axes of w1 behind for a w2 of four axes alone; for three ``torch.kron`` adds them in
+    front. Source: PEFT 0.21 ``tuners/lokr/layer.py``.
+    """
+    return isinstance(delta, Kronecker) and delta.w2 is not None and len(delta.w2.shape) == 3
+
+
+def check_pefts(own: Group, delta: Delta | None, path: object) -> None:
+    """Raises BrokenModuleError for what PEFT's own folder means otherwise than its tensors do anywhere else."""
+    if is_misread(delta):
+        text = f"{own.stem}.lokr_w2 has a kernel of one axis, along which PEFT multiplies the factors otherwise than all others"
+        raise broken(own, path, text, MERGED)
 
 
 def broken(own: Group, path: object, message: str, hint: str) -> BrokenModuleError:

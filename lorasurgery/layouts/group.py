@@ -80,7 +80,7 @@ LIST = "oft_blocks.0"
 
 
 def _adopt_pefts(groups: dict[str, Group], others: dict[str, Tensor], path: object) -> None:
-    """PEFT's saved weights and the LoRA of an embedding; what else it saves beside its factors stays in ``others``.
+    """PEFT's saved weights, biases and rows, and the LoRA of an embedding; what is left from training stays in ``others``.
 
     Without any factors they are no adapter but a model's weights.
     """
@@ -92,7 +92,7 @@ def _adopt_pefts(groups: dict[str, Group], others: dict[str, Tensor], path: obje
             raise BrokenModuleError(f"{key} is {found.reason}", key=key, path=str(path), hint=MERGED)
         if found is None or found.word is None or len(others[key].shape) < 1:
             continue
-        tensor, own = others[key], groups.setdefault(found.stem, Group(found.stem, found.stem))
+        tensor, own = others[key], groups.setdefault(found.module, Group(found.module, found.module))
         if found.role == FACTOR and len(tensor.shape) == 2:
             tensor = transposed(tensor)
         own.entries.setdefault(found.word[:2], Entry(key, found.word, tensor, found.slot))

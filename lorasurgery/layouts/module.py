@@ -82,7 +82,8 @@ def module_of(own: Group, delta: Delta | None, place: Found, arch: Architecture,
     )
     expected = place.shape
     if delta is not None and not fits(delta.shape, expected):
-        raise _misfit(f"{own.stem} is {list(delta.shape)}, {arch.name} expects {list(expected)}", own, path)
+        turned = ", which is turned over (PEFT's fan_in_fan_out: true)" if delta.shape == expected[::-1] else ""
+        raise _misfit(f"{own.stem} is {list(delta.shape)}, {arch.name} expects {list(expected)}{turned}", own, path)
     if bias is not None and bias.tensor.size != expected[0]:
         text = f"the bias of {own.stem} has {bias.tensor.size} elements, {arch.name} expects {expected[0]}"
         raise _misfit(text, own, path)

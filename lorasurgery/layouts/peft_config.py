@@ -20,6 +20,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.layouts.emit import common
+from lorasurgery.layouts.fit import is_misread
 from lorasurgery.layouts.peft_fields import kept_fields
 from lorasurgery.layouts.peft_own import boft, ia3, miss, oft
 
@@ -201,6 +202,8 @@ def _same_shapes(written: Written, delta: Kronecker, factor: int, *, both: bool,
     if (delta.w2 is not None) != (rank >= max(out_k, in_n) / 2):
         return False
     if delta.w2 is None and prod(kernel) > 1 and tucker != (delta.t2 is not None):
+        return False
+    if is_misread(delta):
         return False
     whole = delta.w2 is not None or delta.t2 is not None
     return delta.inner == ((out_k, in_n, *kernel) if whole else (out_k, in_n * prod(kernel)))

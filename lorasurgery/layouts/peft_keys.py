@@ -55,6 +55,8 @@ _WORDS = MappingProxyType({".lora_embedding_A": Word(LORA, "up", "peft"), ".lora
 EMBEDDING_WORDS = MappingProxyType({word.slot: suffix for suffix, word in _WORDS.items()})
 """Slot -> suffix of an embedding's factors, which are to be turned over."""
 _PLAIN = MappingProxyType({"weight": SAVED, "bias": BIAS})
+_PARAMETERS = MappingProxyType({BIAS: ".bias", ROWS: ".trainable_tokens"})
+"""Role -> what the name of a module of one parameter has beside the layer's."""
 _REASONS = MappingProxyType({SAVED: "a saved module, which replaces the base's", BIAS: TAILS[".base_layer.bias"][1]})
 EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias", "wte", "wpe")
 """What the last part of an embedding's name is, in the text encoders that are known here and in the usual language models."""
@@ -72,9 +74,14 @@ class PeftKey(NamedTuple):
     """In a few words, for messages."""
 
     @property
+    def module(self) -> str:
+        """The name of the module that it makes: a whole bias and whole rows are parameters of their own beside the factors."""
+        return self.stem + _PARAMETERS.get(self.role, "")
+
+    @property
     def word(self) -> Word | None:
-        """The word of a factor or a saved weight; None for what is no tensor of a module."""
-        if self.role == SAVED:
+        """The word of a factor or of what replaces the base's; None for what is no tensor of a module."""
+        if self.role in (SAVED, BIAS, ROWS):
             return Word(SET, "set_weight", "peft")
         return _WORDS.get(_nameless(self.slot)) if self.role == FACTOR else None
 
@@ -116,6 +123,25 @@ def _nameless(text: str) -> str:
     head, _, last = text.rpartition(".")
     named = head.endswith(tuple(tail for tail in TAILS if tail not in (".base_layer.weight", ".base_layer.bias")))
     return head if last and named else text
+
+
+def role_of(slot: str) -> str | None:
+    """What a module's tensor replaces, by its slot (what followed the layer's name in PEFT's key): a weight, bias or rows."""
+    found = peft_key(f"{PREFIX}_{slot}")
+    return None if found is None or found.role not in (SAVED, BIAS, ROWS) else found.role
+
+
+def saved_key(stem: str, slot: str) -> str | None:
+    """PEFT's key of a whole bias or whole rows, of the module's name and its slot; None for other slots."""
+    parameter = _PARAMETERS.get(role_of(slot) or "")
+    if parameter is None or not stem.endswith(parameter):
+        return None
+    return stem.removesuffix(parameter) + plain_slot(slot)
+
+
+def plain_slot(text: str) -> str:
+    """A key, or the end of one, as PEFT saves it, without ``modules_to_save``."""
+    return text.replace(f"{SAVED_IN}.default.", ".").replace(f"{SAVED_IN}.", ".")
 
 
 def is_carried(key: str, components: Collection[str]) -> bool:

@@ -40,9 +40,9 @@ def read_peft(path: Path) -> tuple[RawFile, dict[str, PeftConfig]]:
     if encoder is None:
         return raw, configs
     own = f"{PEFT_ENCODER}{encoder}."
-    return replace(raw, tensors={own + key.removeprefix(PREFIX): tensor for key, tensor in raw.tensors.items()}), {
-        own.removesuffix("."): configs[""]
-    }
+    name = own.removesuffix(".")
+    tensors = {_marked(own + key.removeprefix(PREFIX), [name]): tensor for key, tensor in raw.tensors.items()}
+    return replace(raw, tensors=tensors), {name: configs[""]}
 
 
 def _config(fields: Mapping[str, Any], path: Path) -> PeftConfig:
@@ -64,7 +64,8 @@ def _marked(key: str, components: Iterable[str]) -> str:
 def _encoder(raw: RawFile) -> str | None:
     """The one known text encoder that has all of a folder's modules, by names and, where factors say them, shapes."""
     try:
-        shapes = {stem: None if (delta := build(own, raw.path)) is None else delta.shape for stem, own in group(raw)[0].items()}
+        told = {stem: own for stem, own in group(raw)[0].items() if not own.parameter}
+        shapes = {stem: None if (delta := build(own, raw.path)) is None else delta.shape for stem, own in told.items()}
     except BrokenModuleError:  # the reader says it with all it knows
         return None
     own = {stem.removeprefix(PREFIX): shape for stem, shape in shapes.items() if stem.startswith(PREFIX)}

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorasurgery.errors import NotAnAdapterError
+from lorasurgery.layouts.peft_keys import BIAS, ROWS, role_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,7 +27,6 @@ _OLD_NAMES = MappingProxyType({"": LORA, "BONE": MISS})
 ONLY_PEFT = frozenset({".boft_R", ".boft_s", ".ia3_l", ".oft_r", ".oft_s", ".miss_block", ".bone_block"})
 """Slots of families that multiply the base, which no other program reads: LyCORIS' and sd-scripts' OFT and BOFT turn rows
 where PEFT's turn columns, LyCORIS' (IA)^3 adds to 1 and leaves the bias."""
-_SAVED_SLOTS = frozenset({".weight", ".modules_to_save.weight", ".modules_to_save.default.weight"})
 SHARED_OFT = ".oft_R.weight"
 """PEFT's OFT since 0.16. OneTrainer spells its own so too, which has no configuration."""
 
@@ -138,4 +138,13 @@ def is_pefts(delta: Delta | None, configs: Mapping[str, Mapping[str, Any]]) -> b
 
 def is_saved(delta: Delta | None) -> bool:
     """Whether a module is one that PEFT saved whole (``modules_to_save``), which it takes back beside any type."""
-    return delta is not None and delta.family == "set" and not _SAVED_SLOTS.isdisjoint(delta.tensors)
+    return delta is not None and delta.family == "set" and any(role_of(slot) is not None for slot in delta.tensors)
+
+
+def is_parameter(delta: Delta | None) -> bool:
+    """Whether a module is a whole bias or whole rows of an embedding that PEFT saved, which no other program reads.
+
+    ComfyUI's keys are of weights (its denoisers' biases, too, but under the names of the original model alone), sd-scripts and
+    LyCORIS have none for a bias that replaces; which rows they are PEFT's configuration alone says.
+    """
+    return delta is not None and delta.family == "set" and any(role_of(slot) in (BIAS, ROWS) for slot in delta.tensors)

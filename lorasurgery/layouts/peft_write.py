@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorasurgery.layouts.peft_config import PREFIX, TEXT_MODEL, WHOLE, adapter_config, components, flattened, model_names
-from lorasurgery.layouts.peft_keys import BIAS, ROWS, SAVED_IN, peft_key
+from lorasurgery.layouts.peft_keys import BIAS, ROWS, plain_slot, role_of
 from lorasurgery.layouts.scales import component_of
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ def peft_parts(adapter: Adapter, emitted: Emitted) -> dict[str, Part]:
         root = _root(own, component, adapter)
         alone = f"text_encoder_{own[0].module.site.component}."  # how the reader calls a folder of one text encoder
         names = {
-            PREFIX + key.removeprefix(prefix).removeprefix(alone).removeprefix(root): key for one in own for key in one.keys
+            PREFIX + plain_slot(key.removeprefix(prefix).removeprefix(alone).removeprefix(root)): key
+            for one in own
+            for key in one.keys
         }
         rest = {PREFIX + name: key for key in sorted(beside) if (name := _beside(key, source, adapter.configs)) is not None}
         config = adapter_config(own, model_names(component, arch, root), prefix, root, fields)
-        saved = [w.stem.removeprefix(prefix).removeprefix(root) for w in own if w.module.family == WHOLE]
-        config |= _whole(fields, [name.removeprefix(PREFIX) for name in rest], saved)
+        config |= _whole(fields, own, (prefix, alone, root))
         found[component] = Part(config, names | rest)
     return found
 
@@ -56,24 +59,26 @@ def _beside(key: str, source: str | None, configs: Collection[str]) -> str | Non
     own, name = component_of(key, configs)
     if own is None or own != source:
         return None
-    return name.replace(f"{SAVED_IN}.default.", ".").replace(f"{SAVED_IN}.", ".")
+    return plain_slot(name)
 
 
-def _whole(fields: Mapping[str, Any], beside: Collection[str], saved: Collection[str]) -> dict[str, Any]:
+def _whole(fields: Mapping[str, Any], own: Collection[Written], before: Collection[str]) -> dict[str, Any]:
     """The fields that say which whole tensors stand beside the factors: the source's, of what is still there.
+
+    ``before``: what is left out before a module's name.
 
     A module that is not listed PEFT reads all the same, into the model's own: it has to find every tensor of one that is.
     """
-    roles = {name: found.role for name in beside if (found := peft_key(PREFIX + name)) is not None}
-    config: dict[str, Any] = {}
-    if BIAS in roles.values() and fields.get("bias"):
-        config["bias"] = fields["bias"]
-    if ROWS in roles.values() and fields.get("trainable_token_indices"):
-        config["trainable_token_indices"] = fields["trainable_token_indices"]
-    listed = [name for name in _names(fields.get("modules_to_save")) if any(f".{name}." in f".{own}." for own in saved)]
-    if listed:
-        config["modules_to_save"] = listed
-    return config
+    found = {w.stem: w.module.delta for w in own if w.module.delta is not None and w.module.family == WHOLE}
+    roles = {role_of(slot) for delta in found.values() for slot in delta.tensors}
+    config = {field: fields[field] for field, role in _FIELDS.items() if role in roles and fields.get(field)}
+    stems = [reduce(str.removeprefix, before, stem) for stem in found]
+    listed = [one for one in _names(fields.get("modules_to_save")) if any(f".{one}." in f".{stem}." for stem in stems)]
+    return {**config, "modules_to_save": listed} if listed else config
+
+
+_FIELDS = MappingProxyType({"bias": BIAS, "trainable_token_indices": ROWS})
+"""Field -> the role of the tensors that it is about."""
 
 
 def _names(value: object) -> list[str]:

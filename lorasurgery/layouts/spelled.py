@@ -41,8 +41,8 @@ def spelling(taken: Taken, found: Mapping[str, Found], modules: Iterable[Module]
     """The layout that a file is spelled in. ``name`` is what its layout is called; of an unknown model it says how it looks."""
     modules = list(modules)
     families = {module.family for module in modules}
-    words = _words(taken.groups)
-    if words == PEFT and not _NOT_PEFT.isdisjoint(families):
+    words = PEFT if taken.configs is not None else _words(taken.groups)  # a folder is read by PEFT alone
+    if words == PEFT and taken.configs is None and not _NOT_PEFT.isdisjoint(families):
         words = DOTTED
     alpha = _alpha(modules, folder=taken.configs is not None)
     denoiser = _usual(found.values(), (DENOISER, SECOND_DENOISER)) or Naming("", flat=False, naming=ORIGINAL)

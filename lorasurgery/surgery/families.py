@@ -12,7 +12,7 @@ from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, ValueRangeError
 from lorasurgery.layouts.detect import has_bias
 from lorasurgery.layouts.peft_keys import is_embedding
-from lorasurgery.layouts.peft_types import SHARED_OFT, is_pefts, is_saved
+from lorasurgery.layouts.peft_types import SHARED_OFT, is_parameter, is_pefts, is_saved
 from lorasurgery.layouts.targets import KOHYA, PEFT
 from lorasurgery.surgery.reduce import to_lora
 
@@ -94,6 +94,8 @@ def uniform(job: Job, modules: list[Module]) -> list[Module]:
 def _holds(job: Job, module: Module) -> bool:
     if job.target.own:
         return True
+    if is_parameter(module.delta):
+        return job.target.id == "peft"
     if is_pefts(module.delta, job.adapter.configs):
         return job.target.id == "peft"
     if module.family == "set" and job.target.id == "diffusers":
@@ -122,14 +124,17 @@ def _as_lora(job: Job, module: Module) -> Module | None:
     if isinstance(delta, Opaque) or delta.family == "norm":
         if job.options.as_lora and _holds(job, module):
             return module
-        what = " modules"
-        if is_pefts(delta, job.adapter.configs):
-            what = " of PEFT, which nothing else does"
+        name = delta.family.upper()
+        what = f"{name} modules"
+        if is_parameter(delta):
+            what = "a bias or rows that PEFT saved whole, which nothing else reads"
+        elif is_pefts(delta, job.adapter.configs):
+            what = f"{name} of PEFT, which nothing else does"
         elif _is_configured(job, module):
-            what = " without its adapter_config.json"
+            what = f"{name} without its adapter_config.json"
         elif _is_list(job, module):
-            what = " with a list of rotations, which sd-scripts alone reads"
-        _leave_out(job, module, delta.family.upper() + what)
+            what = f"{name} with a list of rotations, which sd-scripts alone reads"
+        _leave_out(job, module, what)
         return None
     if not job.options.as_lora:
         raise job.refusal(

@@ -14,6 +14,7 @@ import numpy as np
 
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.layouts.detect import expected_shape
+from lorasurgery.layouts.peft_types import is_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,7 +47,8 @@ def multiplied(placed: Placed, delta: Opaque, weight: Float64, rows: tuple[int, 
 
 def _set(placed: Placed, slots: Slots, weight: Float64, rows: tuple[int, int]) -> Float64:
     (values,) = slots.values()
-    return values.f64().reshape(placed.module.out, -1)[rows[0] : rows[1]].reshape(weight.shape)
+    new = values.f64().reshape(placed.module.out, -1)[rows[0] : rows[1]].reshape(weight.shape)
+    return weight + (new - weight) * placed.strength if is_saved(placed.module.delta) else new
 
 
 def _glora(placed: Placed, slots: Slots, weight: Float64, rows: tuple[int, int]) -> Float64:

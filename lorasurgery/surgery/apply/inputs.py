@@ -10,6 +10,7 @@ from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.errors import RequestError, SurgeryError, UnknownArchitectureError
 from lorasurgery.files.opened import read_any
 from lorasurgery.files.read import parse, parse_for
+from lorasurgery.files.taken import Unparsed
 from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.group import group
 from lorasurgery.layouts.peft_read import read_peft
@@ -82,12 +83,14 @@ def check_model(model: Model) -> None:
 
 
 def read_source(
-    path: Path, architecture: Architecture, strength: Callable[[Module], float] | float = 1.0, text: str = ""
-) -> Source:
+    path: Path, architecture: Architecture, strength: Callable[[Module], float] | float = 1.0, text: str = "",
+    *, alpha: float | None = None,
+) -> Source:  # fmt: skip
     """An adapter whose modules are the model's, at a strength, or one for each module.
 
     For a text encoder alone (an ``architecture`` of no other weights) it may be of any model that has the encoder.
-    ``path``: a file, or PEFT's folder; its weights alone stand for the folder.
+    ``path``: a file, or PEFT's folder; its weights alone stand for the folder. ``alpha``: what it was trained at, where
+    nothing in it says so.
     Raises what :func:`lorasurgery.load` raises; UnknownArchitectureError when it is for another model.
     """
     scales, rules, path = None, {}, whole_folder(path)
@@ -99,7 +102,7 @@ def read_source(
         raw = read_any(path)
         rules = {"": Rules(backwards=not any(key.startswith(PEFT_PREFIX) for key in raw.tensors))}
     try:
-        adapter = _parsed(raw, scales, architecture)
+        adapter = _parsed(Unparsed(raw, scales, alpha), architecture)
     except UnknownArchitectureError as error:
         raise UnknownArchitectureError(
             _whose(raw, scales, architecture, error), path=path, candidates=error.candidates,
@@ -115,12 +118,12 @@ def read_source(
     return Source(adapter, lambda _: value, text or f"{value:g}", keys, rules)
 
 
-def _parsed(raw: RawFile, scales: Mapping[str, PeftConfig] | None, architecture: Architecture) -> Adapter:
+def _parsed(file: Unparsed, architecture: Architecture) -> Adapter:
     """The adapter under the model's table; for a text encoder alone under that of its own model, if any is known."""
     if not architecture.rows:
         with suppress(UnknownArchitectureError):
-            return parse(raw, configs=scales)
-    return parse_for(raw, widened(raw, architecture), configs=scales)
+            return parse(file.raw, configs=file.configs, alpha=file.alpha)
+    return parse_for(file.raw, widened(file.raw, architecture), configs=file.configs, alpha=file.alpha)
 
 
 def _refuse_turned(configs: Mapping[str, PeftConfig], architecture: Architecture, path: Path) -> None:

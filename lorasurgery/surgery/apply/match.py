@@ -20,7 +20,7 @@ from lorasurgery.models.encoders import TURNED
 from lorasurgery.models.names import BIAS, OTHER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Shape, Spans
@@ -118,7 +118,7 @@ def match(model: Model, sources: Sequence[Source]) -> Plan:
     components = {component for component, *_ in holders}
     for source in sources:
         used = left = 0
-        for module in source.adapter.modules.values():
+        for module in sorted(source.adapter.modules.values(), key=_is_added):
             strength = source.strength(module)
             if strength == 0.0:
                 left += 1
@@ -134,6 +134,11 @@ def match(model: Model, sources: Sequence[Source]) -> Plan:
     order = {name: i for i, name in enumerate(model.weights)}
     plan.changes = dict(sorted(plan.changes.items(), key=lambda item: order[item[0]]))
     return plan
+
+
+def _is_added(module: Module) -> bool:
+    """What a file replaces comes before what it adds: a trained bias, and a LoRA's own, which PEFT adds to that."""
+    return module.family != "set"
 
 
 class Holder(NamedTuple):
@@ -182,8 +187,7 @@ def _place(plan: Plan, holders: _Holders, source: Source, module: Module, streng
             continue  # a layer without a bias lacks nothing
         used = used or not reason
         if reason:
-            keys = source.keys.get(module.name, [module.name])
-            plan.unmatched += [(source.path, key, reason) for key in _of_part(keys, bias=bias)]
+            plan.unmatched += [(source.path, key, reason) for key in _of_part(source, module, bias=bias)]
     return used
 
 
@@ -199,9 +203,10 @@ def _multiplies_outputs(source: Source, module: Module) -> bool:
     return False
 
 
-def _of_part(keys: Iterable[str], *, bias: bool) -> Iterator[str]:
-    endings = (".diff_b", ".b_norm", ".bias")
-    return (key for key in keys if key.endswith(endings) == bias)
+def _of_part(source: Source, module: Module, *, bias: bool) -> Iterator[str]:
+    """The keys of a module's added bias, or its others. A bias that replaces the base's is a module of its own."""
+    endings = () if module.bias is None else (".diff_b", ".b_norm", ".bias")
+    return (key for key in source.keys.get(module.name, [module.name]) if key.endswith(endings) == bias)
 
 
 def _place_part(plan: Plan, holders: _Holders, part: Placed) -> str:

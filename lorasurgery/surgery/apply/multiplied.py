@@ -5,9 +5,12 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.evaluate import flat, row_function
 from lorasurgery.deltas.gated import bat_blocks, bat_rows, glora, ia3_factors, ia3_on_input, inverse_of_a, times_a
+from lorasurgery.layouts.peft_types import is_saved
 from lorasurgery.surgery.apply.step import GONE, Step
 from lorasurgery.surgery.apply.turned import boft, oft
 
@@ -73,13 +76,18 @@ def _bat(module: Module, delta: Opaque, wanted: Wanted) -> Step:  # noqa: ARG001
 
 
 def _set(module: Module, delta: Opaque, wanted: Wanted) -> Step:  # noqa: ARG001  the builders' signature
-    """A replacement: the weight (strength) does not matter as long as it is not 0, as in ComfyUI."""
+    """A replacement: the weight (strength) does not matter as long as it is not 0, as in ComfyUI.
+
+    What PEFT saved whole, which ComfyUI does not know, goes as far from the base's values as the strength says.
+    """
     if wanted.undo:
         raise CannotError("it replaced the weight, and the old one is nowhere in the file")
     (values,) = delta.tensors.values()
+    strength = wanted.strength if is_saved(delta) else 1.0
 
     def change(block: Work, start: int) -> None:
-        block[...] = flat(values.rows([(start, start + len(block))]).array().reshape(len(block), -1), wanted.work)
+        new = flat(values.rows([(start, start + len(block))]).array().reshape(len(block), -1), wanted.work)
+        block[...] = new if strength == 1.0 else block + (new - block) * np.asarray(strength, wanted.work)
 
     return Step(local=True, change=change)
 

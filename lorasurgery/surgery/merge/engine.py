@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import WHOLE, Adapter, Leftover
+from lorasurgery.adapter import Adapter, Leftover
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
@@ -121,7 +121,7 @@ def _merged(run: Merging) -> Adapter:
         configs=_configs(run),
         operation=f"merge {run.options.method}",
     )
-    run.report.ledgers = [_ledger(source, own, run) for source, own in zip(run.sources, files, strict=True)]
+    run.report.ledgers = [_ledger(source, run) for source in run.sources]
     adapter = _without_factor(adapter)
     if run.target.own:  # modules of other files under the first one's names
         adapter, told = convert(adapter)
@@ -162,13 +162,10 @@ def _leftovers(run: Merging) -> tuple[Leftover, ...]:
     return tuple(found.values())
 
 
-def _ledger(source: Source, own: Sequence[Weighted], run: Merging) -> Ledger:
-    """Where every key of a file ended; what replaces a part of the model cannot be multiplied by a weight."""
+def _ledger(source: Source, run: Merging) -> Ledger:
+    """Where every key of a file ended."""
     start = f"{source.name}: "
     gone = [(name.removeprefix(start), why) for name, why in run.report.dropped if name.startswith(start)]
-    if any(member.weight != 1.0 for member in own):
-        wholes = (left.key for left in source.adapter.leftovers if left.state == WHOLE)
-        gone += [(key, "it replaces a part of the model, and cannot be multiplied by the weight") for key in wholes]
     return source.adapter.ledger.without(gone)
 
 

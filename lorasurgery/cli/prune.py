@@ -90,17 +90,14 @@ def prune(
 
 
 def _one(job: Job, options: PruneOptions, how: Writing) -> Shown:
-    from lorasurgery.api import refuse_lost
     from lorasurgery.cli.part_file import write_part
     from lorasurgery.surgery.prune import prune as pruned
 
     adapter = how.read(job.source)
     result, found = pruned(adapter, options)
-    if how.strict:
-        refuse_lost(dict(found.unscaled), job.source)
     report = write_part(result, job.source, job.target, how)
     report.losses.gather(found.losses)
-    report.ledger = adapter.ledger.without([*found.dropped, *found.unscaled, *report.dropped])
+    report.ledger = adapter.ledger.without([*found.dropped, *report.dropped])
     report.warnings = list(dict.fromkeys([*adapter.warnings, *found.warnings, *report.warnings, *found.losses.alerts()]))
     return Shown(_json(adapter, result, options, found, report), _lines(adapter, result, options, found, report))
 
@@ -151,7 +148,6 @@ def _lines(adapter: Adapter, result: Adapter, options: PruneOptions, found: Prun
     if options.factor != 1.0:
         rounding = report.losses.total() or _alpha_rounding(result, report)
         exact = "exact" if not rounding else f"to {rounding:.1e}"
-        exact += f", but for {len(found.unscaled)} keys" if found.unscaled else ""
         lines.append(f"  {'scale':<9}x {options.factor:g}, in {PLACES.get(report.scale_written, 'the factors')}, {exact}")
     for reason, count in Counter(reason for _, reason in found.dropped).most_common(SHOWN):
         first = next(name for name, own in found.dropped if own == reason)

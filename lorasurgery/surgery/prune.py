@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, WHOLE, Scale
+from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.rounding import multiplied
@@ -75,8 +75,6 @@ class Pruned:
 
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(module, reason)."""
-    unscaled: list[tuple[str, str]] = field(default_factory=list)
-    """(key, reason) of what has an effect and stays as it was where everything is scaled."""
     warnings: list[str] = field(default_factory=list)
     losses: Losses = field(default_factory=Losses)
     """Of biases that were scaled."""
@@ -110,7 +108,6 @@ def prune(adapter: Adapter, options: PruneOptions) -> tuple[Adapter, Pruned]:
             hint="a narrower selection, or another model",
         )  # fmt: skip
     result = subset(adapter, kept, f"prune: {options.way}")
-    _note_unscaled(result, options.factor, report)
     return (result if target is None else _for(target, result, report)), report
 
 
@@ -184,14 +181,6 @@ def _without_parts(module: Module, drop: Sequence[str], report: Pruned) -> Modul
             else:
                 module = replace(module, extras={own: t for own, t in module.extras.items() if own != slot})
     return module
-
-
-def _note_unscaled(adapter: Adapter, factor: float, report: Pruned) -> None:
-    """Say which keys replace a part of the model: they stay as they are where everything else is scaled."""
-    whole = [] if factor == 1.0 else [left.key for left in adapter.leftovers if left.state == WHOLE]
-    if whole:
-        report.unscaled += [(key, "it replaces a part of the model, and is not scaled") for key in whole]
-        report.warnings.append(f"{len(whole)} keys replace a part of the model and are not scaled (first: {whole[0]})")
 
 
 def _warn_unused(adapter: Adapter, tests: Sequence[tuple[str, Test]], report: Pruned) -> None:

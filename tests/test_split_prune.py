@@ -407,6 +407,11 @@ def test_what_replaces_a_part_of_the_model_is_not_scaled_in_silence(tmp_path):
     write(folder / "adapter_model.safetensors", tensors)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "lora_only", "target_modules": ["q"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    refused(tmp_path, ["prune", folder, tmp_path / "half", "--scale", "0.5"], "base_layer.bias", "--drop family=set")
+    refused(
+        tmp_path,
+        ["prune", folder, tmp_path / "half", "--scale", "0.5"],
+        "self_attn.q.bias: a replaced weight",
+        "--drop family=set",
+    )
     assert told("prune", folder, tmp_path / "some", "--scale", "0.5", "--drop", "family=set")["ledger"]["lost"]
     assert not told("prune", folder, tmp_path / "all", "--drop", "re=nothing")["ledger"]["lost"]

@@ -120,16 +120,21 @@ class Opaque:
         """The tensors by the suffix they stand under."""
         return dict(self.slots)
 
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return "a replaced weight" if self.family == "set" else self.family.upper()
+
     def rows(self, ranges: Ranges) -> Opaque:
         """A replacement's rows are slices; everything else raises CannotError."""
         if self.family != "set":
-            raise CannotError(f"{self.family.upper()} multiplies the base weight and cannot be cut or permuted without it")
+            raise CannotError(f"{self.called} multiplies the base weight and cannot be cut or permuted without it")
         return replace(self, slots=tuple((suffix, tensor.rows(ranges)) for suffix, tensor in self.slots))
 
     def scaled(self, factor: float, record: Record | None = None) -> Opaque:  # noqa: ARG002  the protocol's signature
         """Only by 1."""
         if factor != 1.0:
-            raise CannotError(f"{self.family.upper()} has no scale to fold")
+            raise CannotError(f"{self.called} has no scale to fold")
         return self
 
     def cast(self, dtype: str, record: Record | None = None) -> Opaque:
@@ -138,8 +143,8 @@ class Opaque:
 
     def dense(self) -> Float64:
         """Raises CannotError: it needs the base weight."""
-        raise CannotError(f"the change {self.family.upper()} makes depends on the base weight")
+        raise CannotError(f"the change {self.called} makes depends on the base weight")
 
     def to_low_rank(self) -> LowRank:
         """Raises CannotError: it needs the base weight."""
-        raise CannotError(f"the change {self.family.upper()} makes depends on the base weight")
+        raise CannotError(f"the change {self.called} makes depends on the base weight")

@@ -245,7 +245,7 @@ def _times(module: Module, factor: float, adapter: Adapter, report: Pruned) -> M
     if factor == 1.0:
         return module
     if module.magnitude is not None or isinstance(module.delta, Opaque):
-        what = "a DoRA" if module.magnitude is not None else module.family.upper()
+        what = module.delta.called if isinstance(module.delta, Opaque) else "a DoRA"
         raise NotRepresentableError(
             f"{module.name}: {what} is not scaled by any number in the file: its effect depends on the base weight",
             module=module.name, path=adapter.path, hint=f"--drop {FAMILY}{module.family} for these modules",

@@ -115,7 +115,7 @@ def nonlinear(module: Module) -> str | None:
     if module.magnitude is not None:
         return "its DoRA magnitude rescales the sum of base and change, so that the change can neither be scaled nor added"
     if isinstance(module.delta, Opaque):
-        return f"{module.delta.family.upper()} acts on the base weight, and can neither be scaled nor added"
+        return f"{module.delta.called} acts on the base weight, and can neither be scaled nor added"
     return None
 
 

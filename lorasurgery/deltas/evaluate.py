@@ -52,7 +52,7 @@ def row_function(delta: Delta, work: str, factor: float = 1.0) -> Rows:
     if isinstance(delta, Sparse):
         return _sparse(delta, work, factor)
     if isinstance(delta, Opaque):
-        raise CannotError(f"the change {delta.family.upper()} makes depends on the base weight")
+        raise CannotError(f"the change {delta.called} makes depends on the base weight")
     return _low_rank(delta.to_low_rank(), work, factor)
 
 

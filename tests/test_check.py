@@ -157,6 +157,15 @@ def test_what_comfyui_reads_and_uses_otherwise_is_altered(
     assert text in result.findings[0].text
 
 
+@pytest.mark.parametrize("kernel", [(1, 2, 2), (2, 2)])
+def test_a_core_of_a_convolution_that_is_not_flat_stops_comfyui(kernel: tuple[int, ...], tmp_path: Path) -> None:
+    stem, ones = "diffusion_model.patch_embedding", tuple(1 for _ in kernel)
+    shapes = {"lora_down.weight": (4, 16, *ones), "lora_up.weight": (1536, 4, *ones), "lora_mid.weight": (4, 4, *kernel)}
+    path = made(tmp_path, {f"{stem}.{word}": zeros(*shape) for word, shape in shapes.items()})
+    (finding,) = result_of(path, "comfyui", "wan-2.1-t2v-1.3b").findings
+    assert ("Tucker core" in finding.text) == (len(kernel) == 3)
+
+
 def test_complete_never_stands_beside_a_key_with_an_effect(tmp_path: Path) -> None:
     tensors = z_image(*AB) | {"diffusion_model.layers.0.attention_norm1.strange": zeros(3840)}
     result = result_of(made(tmp_path, tensors), "comfyui")

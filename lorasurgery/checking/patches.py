@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.checking.result import CHANGED, Finding
-from lorasurgery.layouts.words import BIAS, LOKR, MAGNITUDE
+from lorasurgery.layouts.words import BIAS, LOHA, LOKR, LORA, MAGNITUDE
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Site
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from lorasurgery.checking.subject import Item
     from lorasurgery.io.tensors import Shape
 
+CORES = ((LORA, "mid"), (LOHA, "t1"), (LOHA, "t2"))
 SKIPPED = "the module is skipped with an error in the log"
 
 
 def patched(item: Item, site: Site | None, arch: Architecture, program: str) -> Finding | None:
     """The verdict of a module that such a program reads and does not use as the file means it."""
     text, reason = _rotation(item), "effect"
-    if not text and "t2" in item.group.slots(LOKR):
-        text = f"torch.kron takes no Tucker core as it lies in memory: {SKIPPED}"
+    text = text or _tucker(item)
     if not text and site is not None and item.group.modifier(MAGNITUDE) is not None:
         text, reason = _magnitude(item, _shape(site, arch), program), "dora"
     if not text and site is not None and item.group.modifier(BIAS) is not None and has_bias(arch, site) is False:
@@ -51,6 +51,16 @@ def _rotation(item: Item) -> str:
     if alpha is not None and alpha > 0:
         return f"the alpha {alpha:g} bounds the norm of all blocks together, which is another constraint than the trainer's"
     return "" if butterfly or "rescale" not in slots else "the factors of .rescale are read and not used"
+
+
+def _tucker(item: Item) -> str:
+    """Of a core: LoRA's and LoHa's are multiplied as those of two-dimensional convolutions, LoKr's is not multiplied at all."""
+    if "t2" in item.group.slots(LOKR):
+        return f"torch.kron takes no Tucker core as it lies in memory: {SKIPPED}"
+    cores = [own for family, slot in CORES if (own := item.group.slots(family).get(slot)) is not None]
+    if any(len(core.shape) != 4 for core in cores):
+        return "its Tucker core is no two-dimensional convolution's, and ComfyUI's code stops with an error when it is used"
+    return ""
 
 
 def _shape(site: Site, arch: Architecture) -> Shape:

@@ -382,3 +382,17 @@ def test_unknown_modules_make_no_other_model(key: str) -> None:
             assert name in {*plain, "unknown"}, (key, subset, extra, name)
             assert name != "unknown" or subset != "full", (key, subset, extra)
             assert best is None or best.unexplained == extra
+
+
+def test_unknown_modules_of_the_last_block_say_that_it_is_there() -> None:
+    """LTX-2.3's gates are in every block; an adapter that has nothing else in the last one is no shallower model's."""
+    arch = architectures()["ltx2"]
+    shapes = {
+        f"diffusion_model.{name}": arch.module_shape(spans) for name, spans in arch.namings["original"].items()
+        if re.search(r"transformer_blocks\.(\d|[123]\d|4[0-6])\.(audio_)?attn1\.to_[qkv]$", name)
+    }  # fmt: skip
+    with pytest.raises(UnknownArchitectureError, match="end at 46"):
+        detect(shapes, {})
+    shapes |= {f"diffusion_model.transformer_blocks.{i}.attn1.to_gate_logits": (32, 4096) for i in range(48)}
+    found, ties = detect(shapes, {})
+    assert (found.architecture.id, ties) == ("ltx2", [])

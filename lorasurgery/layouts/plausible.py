@@ -68,15 +68,12 @@ def _shallower(arch: Architecture, parts: Sequence[Part]) -> str:
 
     A few first blocks are a choice of what to train, and so are blocks with gaps.
     """
-    deep = [part for part in parts if part.stack.depth >= DEEP and part.blocks]
-    early = [
-        part for part in deep
-        if DEEP <= len(part.blocks) < part.stack.depth and max(part.blocks) == len(part.blocks) - 1
-    ]  # fmt: skip
+    deep = [(part.stack.depth, part.touched) for part in parts if part.stack.depth >= DEEP and part.blocks]
+    early = [(depth, own) for depth, own in deep if DEEP <= len(own) < depth and max(own) == len(own) - 1]
     if not early or len(early) < len(deep):
         return ""
-    ends = " and ".join(str(max(part.blocks)) for part in early)
-    theirs = " and ".join(str(part.stack.depth - 1) for part in early)
+    ends = " and ".join(str(max(own)) for _, own in early)
+    theirs = " and ".join(str(depth - 1) for depth, _ in early)
     return f"its blocks end at {ends}, {arch.name}'s at {theirs}"
 
 

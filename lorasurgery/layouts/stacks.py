@@ -68,6 +68,11 @@ class Part(NamedTuple):
     foreign: Mapping[str, frozenset[int]]
     """Names within a block that the table lacks, and the blocks that have them; also those beyond its last block."""
 
+    @property
+    def touched(self) -> frozenset[int]:
+        """The blocks in which the file has anything, known or not."""
+        return self.blocks.union(*self.foreign.values(), *self.misfits.values())
+
 
 @cache
 def stacks(arch: Architecture) -> tuple[Stack, ...]:

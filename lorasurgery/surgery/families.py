@@ -125,7 +125,7 @@ def _as_lora(job: Job, module: Module) -> Module | None:
         if job.options.as_lora and _holds(job, module):
             return module
         name = delta.family.upper()
-        what = f"{name} modules"
+        what = "replaced weights" if delta.family == "set" else f"{name} modules"
         if is_parameter(delta):
             what = "a bias or rows that PEFT saved whole, which nothing else reads"
         elif is_pefts(delta, job.adapter.configs):

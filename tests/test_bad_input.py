@@ -447,7 +447,7 @@ DORA_IN = {**lora(), f"{TO_Q}.dora_scale": np.ones((1, DIM), "f2")}
     ("tensors", "target", "texts"),
     [
         (loha(), "diffusers", ["LoHa", "--as lora"]),
-        (lokr(), "diffusers", ["LoKr", "--as lora", "--lokr-rank", "--energy"]),
+        ({**lora(), **lokr("lora_unet_layers_1_attention_to_q")}, "diffusers", ["LoKr alone", "--as lora", "--lokr-rank"]),
         ({f"{TO_Q}.diff": np.zeros((DIM, DIM), "f2")}, "diffusers", ["full-difference", "--as lora"]),
         ({"lora_unet_layers_0_attention_norm1.w_norm": np.zeros(DIM, "f2")}, "diffusers", ["norm", "--lossy"]),
         ({**lora(), "lora_unet_layers_0_attention_to_k.diff_b": np.zeros(DIM, "f2")}, "diffusers", ["a bias", "--lossy"]),

@@ -58,7 +58,8 @@ WITHOUT_SCALE = "peft_raw.safetensors"
 """PEFT's weights alone: their scale stands in the configuration that is not there."""
 REFUSED = {
     **dict.fromkeys(("sd-scripts", "comfyui", "other", "lycoris", "onetrainer"), ONLY_FOR_PEFT),
-    "diffusers": {n for n, own in FAMILIES.items() if not own <= {"lora", "dora"}} | {"lycoris_dora_in.safetensors"},
+    "diffusers": {n for n, own in FAMILIES.items() if not own <= {"lora", "dora"}} - {"z_image_lokr.safetensors"}
+    | {"lycoris_dora_in.safetensors"},  # Diffusers loads LoKr of Z-Image
     "peft": {n for n, own in FAMILIES.items() if not own <= {"lora", "dora"}} - ONLY_PEFT_HOLDS - {"peft_ia3"}
     | {
         "lycoris_dora_in.safetensors",  # PEFT's magnitude is per output row

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer.main
 
+import lorasurgery
 from lorasurgery.cli.app import app
 from lorasurgery.cli.resize_request import cache_file, parse_size
 from lorasurgery.errors import RequestError
@@ -271,7 +272,7 @@ def test_unknown_names_are_kept_or_the_bases(tmp_path: Path) -> None:
     )
     write(tmp_path / "base.safetensors", {"blocks.0.odd_name.proj.weight": raw(np.ones((12, 10)), "F16")})
     args = ("resize", tmp_path / "odd.safetensors", tmp_path / "out.safetensors", "--rank", 3)
-    refused(tmp_path, (*args, "--arch", "z-image"), "no known architecture", "--base MODEL")
+    refused(tmp_path, (*args, "--arch", "z-image"), "none of its 1 modules", "--base MODEL")
     plain = run(*args)
     assert (plain.code, "no table knows the model" in plain.out) == (0, True), plain.err
     assert set(read(tmp_path / "out.safetensors")[0]) == set(read(tmp_path / "odd.safetensors")[0])
@@ -452,6 +453,20 @@ def test_every_option_is_tested_here_and_documented() -> None:
         for spelling in param.opts:
             assert f'"{spelling}"' in text, spelling
         assert any(re.search(rf"{spelling}(?![\w-])", page) for spelling in param.opts), param.opts
+
+
+def test_the_alpha_of_a_file_that_does_not_say_it(tmp_path: Path) -> None:
+    """It becomes a part of the strength, which stays."""
+    source, out = Path(__file__).parent / "fixtures" / "producers" / "peft_raw.safetensors", tmp_path / "out.safetensors"
+    done = run("resize", source, out, "--rank", 2, "--trained-alpha", 3, "--json")
+    assert done.code == 0, done.err
+    whole = lorasurgery.load(source)
+    for site, module in lorasurgery.load(out):
+        old = whole.modules[site]
+        assert old.delta is not None
+        values = np.linalg.svd(old.dense().reshape(old.out, -1) * 3.0 / (old.delta.rank or 1), compute_uv=False)
+        cut = np.linalg.svd(module.dense().reshape(module.out, -1), compute_uv=False)
+        assert np.allclose(cut[:2], values[:2], rtol=2e-2)
 
 
 def test_lokr_of_another_model(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
+    from lorasurgery.adapter import Module
     from lorasurgery.deltas.base import Delta
 
 
@@ -42,8 +43,9 @@ class Sizes(NamedTuple):
     """Of those products."""
 
 
-def refuse_unfit(deltas: Mapping[str, Delta | None], path: Path | None) -> None:
-    """Raises NotRepresentableError where Diffusers would not load the LoKr of a file as they are; ``deltas``: as written."""
+def refuse_unfit(modules: Mapping[str, Module], path: Path | None) -> None:
+    """Raises NotRepresentableError where Diffusers would not load the LoKr of a file as they are; ``modules``: as written."""
+    deltas = {stem: module.delta for stem, module in modules.items()}
     if not any(isinstance(delta, Kronecker) for delta in deltas.values()):
         return
     others = [stem for stem, delta in deltas.items() if not isinstance(delta, Kronecker)]
@@ -56,12 +58,8 @@ def refuse_unfit(deltas: Mapping[str, Delta | None], path: Path | None) -> None:
     )
     for found, why in reasons:
         if found:
-            raise NotRepresentableError(
-                f"{found[0]}: {why}",
-                module=found[0],
-                path=path,
-                hint=AS_LORA,
-            )
+            name = modules[found[0]].name
+            raise NotRepresentableError(f"{name}: {why}", module=name, path=path, hint=AS_LORA)
 
 
 def unused(names: Collection[str]) -> list[str]:

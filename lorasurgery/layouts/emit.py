@@ -102,7 +102,7 @@ def emit(
     if target.words == PEFT and not target.own and any(m.bias is not None for m in adapter.modules.values()):
         _complete_biases(result, target)
     if target.id == "diffusers" and not target.own:
-        refuse_unfit({own.stem: own.module.delta for own in result.written}, adapter.path)
+        refuse_unfit({own.stem: own.module for own in result.written}, adapter.path)
     return result
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lorasurgery
+from lorasurgery.adapter import written_in
 from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.checking.consumers import consumer
@@ -37,7 +38,6 @@ from lorasurgery.io.tensors import of_array, scalar
 from lorasurgery.layouts.detect import expected_shape, has_bias
 from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.group import build, group
-from lorasurgery.layouts.targets import written_in
 from lorasurgery.report import Report
 from lorasurgery.surgery.apply import dense_multiplied, turned
 from lorasurgery.surgery.apply.rules import Rules

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorasurgery
-from lorasurgery.adapter import Magnitude, Module, Scale, Site
+from lorasurgery.adapter import Magnitude, Module, Scale
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
@@ -23,9 +23,11 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.rounding import ROWS, WHOLE
 from lorasurgery.io.tensors import of_array
 from lorasurgery.report import Losses
+from lorasurgery.site import Site
 from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.fuse import stack_modules
-from lorasurgery.surgery.merge.add import Adding, added
+from lorasurgery.surgery.merge.add import added
+from lorasurgery.surgery.merge.adding import Adding
 
 from tests.edges import run  # isort: skip
 from tests.oracle import raw, read, write  # isort: skip

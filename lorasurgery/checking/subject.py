@@ -20,7 +20,6 @@ from lorasurgery.layouts.words import ALPHA
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.deltas.base import Delta
     from lorasurgery.files.taken import Taken
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.scales import PeftConfig
+    from lorasurgery.site import Site
 
 
 @dataclass(frozen=True, slots=True)

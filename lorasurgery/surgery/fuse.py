@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Magnitude, Module, Scale, Site
+from lorasurgery.adapter import Magnitude, Module, Scale
 from lorasurgery.deltas.base import CannotError, Delta, is_power_of_two
 from lorasurgery.deltas.full import Full, stack_full
 from lorasurgery.deltas.hadamard import Hadamard, stack_hadamard
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.deltas.base import Record
     from lorasurgery.io.tensors import Tensor
+    from lorasurgery.site import Site
 
 
 def take_rows(module: Module, ranges: Sequence[tuple[int, int]], rows: int) -> Module:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Module
     from lorasurgery.io.tensors import Float64
-    from lorasurgery.surgery.apply.match import Placed
     from lorasurgery.surgery.apply.options import ApplyOptions
+    from lorasurgery.surgery.apply.plan import Placed
 
     Work = NDArray[Any]
 

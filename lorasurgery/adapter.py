@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64, Ranges, Tensor
     from lorasurgery.layouts.targets import Layout
     from lorasurgery.site import Site

@@ -599,13 +599,12 @@ def test_sparse_residual_is_the_sum(kernel: tuple[int, ...], factors: bool) -> N
 
 
 def test_sparse_rows_in_chunks() -> None:
-    from lorasurgery.deltas.evaluate import row_function
 
     source = with_residual("x")
     (own,) = group(file(source))[0].values()
     delta = build(own, None)
     assert delta is not None
-    rows = row_function(delta, "float64", 0.7)
+    rows = delta.by_rows("float64", 0.7)
     found = np.concatenate([rows(low, high) for low, high in pairwise((0, 100, 101, 320))])
     assert np.allclose(found, delta.dense() * 0.7, rtol=0, atol=1e-13)
 

@@ -20,7 +20,7 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import ROWS, WHOLE
+from lorasurgery.deltas.sampling import ROWS, WHOLE
 from lorasurgery.io.tensors import of_array
 from lorasurgery.report import Losses
 from lorasurgery.site import Site
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("f2"), "F32": np.dtype("f4")}
 FACTORS = (0.7, 1 / 3, 0.5, -2.0, 1.0 + 2.0**-30, 3.0, 1e-3)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor

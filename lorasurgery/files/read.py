@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture, Shape
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match

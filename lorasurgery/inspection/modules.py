@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture, Spans
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.scales import PeftConfig, ScaleRules
     from lorasurgery.site import Site

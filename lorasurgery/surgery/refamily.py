@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64
     from lorasurgery.report import Change
     from lorasurgery.surgery.job import Job

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64
     from lorasurgery.surgery.apply.plan import Placed
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Shape
     from lorasurgery.surgery.extract.options import ExtractOptions
     from lorasurgery.surgery.extract.pair import Pair

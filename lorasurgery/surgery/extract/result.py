@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.linalg.factors import AnyArray, Array
     from lorasurgery.linalg.policies.budget import Indices

@@ -39,7 +39,7 @@ from lorasurgery.surgery.route import dense_is_cheaper, making_dense
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64, Tensor
 
 ROWS = 64

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Shape
 
 

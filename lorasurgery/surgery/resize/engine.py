@@ -40,7 +40,7 @@ from lorasurgery.surgery.settled import settled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.surgery.resize.base import BaseModel
 
 ALL_HELD, HELD = 176 << 20, 64 << 20

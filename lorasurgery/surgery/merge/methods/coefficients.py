@@ -13,7 +13,7 @@ from lorasurgery.surgery.merge.inputs import finite
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.linalg.factors import Array
     from lorasurgery.surgery.merge.inputs import Weighted
     from lorasurgery.surgery.merge.merging import Merging

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.linalg.factors import Array
     from lorasurgery.site import Site
     from lorasurgery.surgery.merge.adding import Adding

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from lorasurgery.version import __version__
 
 if TYPE_CHECKING:
-    from lorasurgery.adapter import Adapter, Magnitude, Module, Scale, Site
+    from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
     from lorasurgery.api import SaveOptions, save
     from lorasurgery.errors import SurgeryError
     from lorasurgery.files.opened import load
     from lorasurgery.models import open_model
     from lorasurgery.report import Report
+    from lorasurgery.site import Site
     from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
     from lorasurgery.surgery.compare import CompareOptions, Comparison, compare
     from lorasurgery.surgery.convert import Options, convert

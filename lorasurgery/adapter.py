@@ -5,31 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorasurgery.architectures.table import DENOISERS
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.layouts.targets import layout
 from lorasurgery.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from lorasurgery.architectures.table import Architecture, Spans
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.architectures.table import Architecture
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64, Ranges, Tensor
     from lorasurgery.layouts.targets import Layout
-
-DENOISER, SECOND_DENOISER = DENOISERS
-"""Component names of the UNet or transformer, and of Wan 2.2's low-noise expert; text encoders are named by their table."""
-
-
-class Site(NamedTuple):
-    """Where a module acts: the component and the rows of its original weights, in the module's row order."""
-
-    component: str
-    spans: Spans
-
-    def __str__(self) -> str:
-        return f"{self.component}:{self.spans[0].weight}"
+    from lorasurgery.site import Site
 
 
 SCALED = "scaled"
@@ -207,3 +195,13 @@ class Adapter:
                 return round(leftover.tensor.item())
         text = self.metadata.get("ss_lokr_factor", "")
         return int(text) if text.lstrip("-").isdigit() else None
+
+
+def written_in(adapter: Adapter, target: str | None = None) -> Layout:
+    """The layout that an adapter is written in: ``target``, else its file's own spelling, else the layout it was brought to.
+
+    Raises RequestError for a name that is no layout.
+    """
+    if target is not None:
+        return layout(target)
+    return layout(adapter.layout) if adapter.spelling is None else adapter.spelling

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import written_in
 from lorasurgery.alerts import much_larger
 from lorasurgery.checking.loading import loading_notes
 from lorasurgery.errors import BrokenModuleError, DroppedKeysError, NotRepresentableError
@@ -19,7 +20,6 @@ from lorasurgery.layouts.module import TOP_LEVEL
 from lorasurgery.layouts.numbered import with_ranks
 from lorasurgery.layouts.peft_keys import is_carried
 from lorasurgery.layouts.scales import HEADER_KEY
-from lorasurgery.layouts.targets import Layout, written_in
 from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
 from lorasurgery.surgery.convert import Options, convert
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Adapter
     from lorasurgery.io.tensors import Tensor
+    from lorasurgery.layouts.targets import Layout
     from lorasurgery.report import Report
 
 ASKED = (

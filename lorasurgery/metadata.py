@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.io.tensors import Tensor, scalar
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
 from lorasurgery.layouts.scales import HEADER_KEY
+from lorasurgery.site import DENOISER
 from lorasurgery.version import __version__
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorasurgery.deltas.evaluate import flat_factors
+from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import DroppedKeysError, OutputExistsError, RequestError, UnknownArchitectureError
 from lorasurgery.models import open_model
 from lorasurgery.surgery.apply import ApplyOptions, ApplyReport, apply, read_source
@@ -271,8 +271,8 @@ def test_verify_finds_a_value_that_is_wrong(tmp_path: Path, monkeypatch: pytest.
     good = run(path, source, tmp_path / "o.safetensors", verify=True)
     assert {own.tensor for own in good.verified} == {f"{PROJ}.weight", f"{LINEAR1}.weight"}
     assert sum(own.wrong for own in good.verified) == 0
-    own = flat_factors
-    monkeypatch.setattr("lorasurgery.surgery.apply.steps.flat_factors", lambda delta, work, by: own(delta, work, by * 1.1))
+    own = LowRank.flat_factors
+    monkeypatch.setattr(LowRank, "flat_factors", lambda delta, work, by=1.0: own(delta, work, by * 1.1))
     bad = run(path, source, tmp_path / "o.safetensors", verify=True, force=True)
     assert sum(own.wrong for own in bad.verified) > 100
     monkeypatch.setattr("lorasurgery.surgery.apply.verify.expected", lambda _placed, weight, *_: weight * np.nan)

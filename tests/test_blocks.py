@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lorasurgery.adapter import Module, Scale, Site
+from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import RequestError
+from lorasurgery.site import Site
 from lorasurgery.surgery.block_lists import listed, read_presets
 from lorasurgery.surgery.blocks import chooser, member, parse_selection
 

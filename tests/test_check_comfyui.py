@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures
 from lorasurgery.architectures.table import NAMINGS, flat
 from lorasurgery.checking.comfyui import COMFYUI
@@ -20,6 +19,7 @@ from lorasurgery.checking.engine import check
 from lorasurgery.checking.names import names_of
 from lorasurgery.checking.subject import subject_of
 from lorasurgery.io.tensors import of_array
+from lorasurgery.site import DENOISER
 from tests.format_files import KOHYA, file, lora, some
 from tests.oracle import REFERENCES
 

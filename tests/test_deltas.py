@@ -20,7 +20,7 @@ from tests.builders import Builder
 from tests.oracle import Parts, Raw, delta, model
 
 if TYPE_CHECKING:
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
 
 SHAPES = {"linear": (24, 18), "conv1": (24, 18, 1, 1), "conv3": (24, 18, 3, 3), "conv3d": (24, 18, 1, 2, 2)}
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {

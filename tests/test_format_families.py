@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lorasurgery
+from lorasurgery.adapter import written_in
 from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.checking.consumers import consumer
@@ -37,7 +38,6 @@ from lorasurgery.io.tensors import of_array, scalar
 from lorasurgery.layouts.detect import expected_shape, has_bias
 from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.group import build, group
-from lorasurgery.layouts.targets import written_in
 from lorasurgery.report import Report
 from lorasurgery.surgery.apply import dense_multiplied, turned
 from lorasurgery.surgery.apply.rules import Rules
@@ -599,13 +599,12 @@ def test_sparse_residual_is_the_sum(kernel: tuple[int, ...], factors: bool) -> N
 
 
 def test_sparse_rows_in_chunks() -> None:
-    from lorasurgery.deltas.evaluate import row_function
 
     source = with_residual("x")
     (own,) = group(file(source))[0].values()
     delta = build(own, None)
     assert delta is not None
-    rows = row_function(delta, "float64", 0.7)
+    rows = delta.by_rows("float64", 0.7)
     found = np.concatenate([rows(low, high) for low, high in pairwise((0, 100, 101, 320))])
     assert np.allclose(found, delta.dense() * 0.7, rtol=0, atol=1e-13)
 

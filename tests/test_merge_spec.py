@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lorasurgery.adapter import Module, Scale, Site
+from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import RequestError
+from lorasurgery.site import Site
 from lorasurgery.surgery.merge import Weight, parse_source, parse_weight
 
 ENCODER = ("text_model.encoder.layers.0.mlp.fc1", "clip_l")

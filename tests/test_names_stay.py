@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lorasurgery.adapter import written_in
 from lorasurgery.errors import SurgeryError
 from lorasurgery.files.opened import together
 from lorasurgery.files.taken import Unparsed
 from lorasurgery.layouts.emit import emit
-from lorasurgery.layouts.targets import written_in
 from lorasurgery.report import Report
 from tests.edges import run
 from tests.oracle import raw as numbers

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasurgery.adapter import DENOISER, Module, Scale, Site
+from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures.table import Span
+from lorasurgery.site import DENOISER, Site
 from lorasurgery.surgery.pieces import plan, targets_of
 
 if TYPE_CHECKING:

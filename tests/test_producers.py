@@ -22,7 +22,8 @@ from lorasurgery.layouts.targets import LAYOUTS
 from tests.probes import bilinear, probes
 
 if TYPE_CHECKING:
-    from lorasurgery.adapter import Adapter, Module, Site
+    from lorasurgery.adapter import Adapter, Module
+    from lorasurgery.site import Site
 
 HERE = Path(__file__).parent / "fixtures"
 PRODUCERS = HERE / "producers"

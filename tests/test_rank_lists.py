@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from lorasurgery.adapter import Module, Scale, Site
+from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import RequestError
+from lorasurgery.site import Site
 from lorasurgery.surgery.block_lists import places, rank_lists
 from lorasurgery.surgery.blocks import member
 from lorasurgery.surgery.resize import ResizeOptions, block_ranks, parse_rank, parse_ranks

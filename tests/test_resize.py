@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasurgery.adapter import DENOISER, Adapter, Magnitude, Module, Scale, Site
+from lorasurgery.adapter import Adapter, Magnitude, Module, Scale
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Architecture, Encoder, row
@@ -27,6 +27,7 @@ from lorasurgery.files.read import parse
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.tensors import of_array
 from lorasurgery.io.writer import write_safetensors
+from lorasurgery.site import DENOISER, Site
 from lorasurgery.surgery.resize import NormCache, ResizeOptions, open_base, parse_rank, plan, resize
 from lorasurgery.surgery.resize.batches import batches
 

@@ -13,19 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorasurgery
-from lorasurgery.adapter import Magnitude, Module, Scale, Site
+from lorasurgery.adapter import Magnitude, Module, Scale
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import ROWS, WHOLE
+from lorasurgery.deltas.sampling import ROWS, WHOLE
 from lorasurgery.io.tensors import of_array
 from lorasurgery.report import Losses
+from lorasurgery.site import Site
 from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.fuse import stack_modules
-from lorasurgery.surgery.merge.add import Adding, added
+from lorasurgery.surgery.merge.add import added
+from lorasurgery.surgery.merge.adding import Adding
 
 from tests.edges import run  # isort: skip
 from tests.oracle import raw, read, write  # isort: skip
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("f2"), "F32": np.dtype("f4")}
 FACTORS = (0.7, 1 / 3, 0.5, -2.0, 1.0 + 2.0**-30, 3.0, 1e-3)

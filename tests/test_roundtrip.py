@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lorasurgery
-from lorasurgery.adapter import DENOISER, Adapter, Site
+from lorasurgery.adapter import Adapter
 from lorasurgery.architectures import architectures
 from lorasurgery.architectures.table import ORIGINAL, Architecture
 from lorasurgery.files.read import parse
@@ -21,6 +21,7 @@ from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.peft_config import PREFIX, adapter_config, components, header_metadata, model_names
 from lorasurgery.layouts.scales import HEADER_KEY, PeftConfig
 from lorasurgery.layouts.targets import LAYOUTS, Speller, layout, namings
+from lorasurgery.site import DENOISER, Site
 from tests.builders import (
     Builder,
     Made,

@@ -14,12 +14,12 @@ from lorasurgery.layouts.words import BIAS, MAGNITUDE, SET
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.checking.job import Job
     from lorasurgery.checking.rules import Consumer, Route
     from lorasurgery.checking.subject import Item
     from lorasurgery.layouts.group import Entry
+    from lorasurgery.site import Site
 
 LARGEST_ALPHA = 1e8
 """Above this an alpha is ai-toolkit's stand-in for infinity (1e10), meant for readers that do not use it."""

@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.checking.advice import notes
 from lorasurgery.checking.effect import effect
 from lorasurgery.checking.job import Job
@@ -20,15 +19,16 @@ from lorasurgery.files.read import said_of
 from lorasurgery.layouts.names import PREFIXES
 from lorasurgery.layouts.sd_scripts_oft import listed, unfit
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, LORA, MAGNITUDE, SPARSE
+from lorasurgery.site import DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.adapter import Site
     from lorasurgery.checking.names import Known
     from lorasurgery.checking.rules import Consumer, Has, Route
     from lorasurgery.checking.subject import Item, Subject
     from lorasurgery.layouts.entry import Entry
+    from lorasurgery.site import Site
 
 HARMLESS = "harmless"
 IA3, VECTOR = "ia3", ".on_input"

@@ -10,12 +10,12 @@ from lorasurgery.layouts.words import BIAS, FULL, LORA, MAGNITUDE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.checking.names import Known
     from lorasurgery.checking.rules import Consumer, Route, Together
     from lorasurgery.checking.subject import Item
     from lorasurgery.layouts.entry import Entry
+    from lorasurgery.site import Site
 
 
 class Job(NamedTuple):

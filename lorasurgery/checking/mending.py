@@ -6,11 +6,12 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorasurgery.adapter import written_in
 from lorasurgery.checking.advice import saved_split
 from lorasurgery.checking.emitted import hollow, in_memory
 from lorasurgery.checking.result import CHANGED, LOADS
 from lorasurgery.errors import SurgeryError
-from lorasurgery.layouts.targets import layout, written_in
+from lorasurgery.layouts.targets import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

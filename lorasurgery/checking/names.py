@@ -6,9 +6,9 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER, Site
 from lorasurgery.architectures.table import Span, flat
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.site import DENOISER, Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,10 +12,10 @@ from lorasurgery.checking.result import CHANGED, Finding
 from lorasurgery.layouts.words import BIAS, LOHA, LOKR, LORA, MAGNITUDE
 
 if TYPE_CHECKING:
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.checking.subject import Item
     from lorasurgery.io.tensors import Shape
+    from lorasurgery.site import Site
 
 CORES = ((LORA, "mid"), (LOHA, "t1"), (LOHA, "t2"))
 SKIPPED = "the module is skipped with an error in the log"

@@ -20,14 +20,14 @@ from lorasurgery.layouts.words import ALPHA
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.scales import PeftConfig
+    from lorasurgery.site import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,8 +145,8 @@ def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     """The weighted sum of what the files do, by the code of ``lorasurgery merge``."""
     from lorasurgery.report import Report
     from lorasurgery.surgery.merge.engine import merge
-    from lorasurgery.surgery.merge.inputs import Source
     from lorasurgery.surgery.merge.options import MergeOptions
+    from lorasurgery.surgery.merge.source import Source
     from lorasurgery.surgery.merge.weights import Weight
     from lorasurgery.surgery.resize import ResizeOptions
 

@@ -123,8 +123,8 @@ def merged(how: Request) -> Outcome:
 
 
 def _merged(how: Request) -> Outcome:
+    from lorasurgery.adapter import written_in
     from lorasurgery.files.blame import blamed
-    from lorasurgery.layouts.targets import written_in
     from lorasurgery.surgery.merge.inputs import leading
 
     wanted = _wanted(how)

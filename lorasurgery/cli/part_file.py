@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
+from lorasurgery.adapter import written_in
 from lorasurgery.api import SaveOptions, save
 from lorasurgery.cli.advice import advised
 from lorasurgery.cli.batch import SUFFIX
@@ -13,8 +13,9 @@ from lorasurgery.cli.render import announce
 from lorasurgery.errors import NotRepresentableError
 from lorasurgery.files.opened import load
 from lorasurgery.io.writer import check_output
-from lorasurgery.layouts.targets import layout, written_in
+from lorasurgery.layouts.targets import layout
 from lorasurgery.report import Report
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 from lorasurgery.surgery.convert import Options, convert
 
 if TYPE_CHECKING:

@@ -43,8 +43,8 @@ def resized(job: Job, how: Request) -> Shown:
 
 def _output(job: Job, adapter: Adapter, how: Request) -> Path:
     """Where the result goes, checked before anything is computed."""
+    from lorasurgery.adapter import written_in
     from lorasurgery.io.writer import check_output
-    from lorasurgery.layouts.targets import written_in
 
     target, folder = job.target, written_in(adapter, how.options.layout).folder
     if folder and not how.named:

@@ -81,7 +81,8 @@ def behind(other: Tensor, gain: float = 1.0) -> Effect:
     """
     import numpy as np
 
-    from lorasurgery.deltas.rounding import row_blocks, wide
+    from lorasurgery.deltas.sampling import row_blocks
+    from lorasurgery.io.dtypes import wide
 
     blocks = (block.astype(wide(other.dtype)).T for _, block in row_blocks(other))
     return Effect(gain, np.sum([_row_squares(columns) for columns in blocks], axis=0))
@@ -96,7 +97,8 @@ def sketch_of(down: Tensor) -> tuple[Float64, Float64]:
     """
     import numpy as np
 
-    from lorasurgery.deltas.rounding import row_blocks, wide
+    from lorasurgery.deltas.sampling import row_blocks
+    from lorasurgery.io.dtypes import wide
 
     few = down.shape[0] <= EXACTLY
     dtype = "float64" if few else wide(down.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.by_rows import flat
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.rounding import multiplied, rounded
 from lorasurgery.io.dtypes import widest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.by_rows import Rows
     from lorasurgery.io.tensors import Float64, Ranges, Shape
 
 
@@ -75,6 +77,12 @@ class Full:
     def dense(self) -> Float64:
         """The difference in float64."""
         return self.diff.f64()
+
+    def by_rows(self, work: str, factor: float = 1.0) -> Rows:
+        """Rows of the difference itself, times ``factor`` in ``work``."""
+        import numpy as np
+
+        return lambda start, stop: flat(self.diff.rows([(start, stop)]).array(), work) * np.asarray(factor, work)
 
     def to_low_rank(self) -> LowRank:
         """The identity times the difference: exact, of rank min(out, in); raises CannotError for a norm."""
@@ -142,6 +150,10 @@ class Opaque:
         return replace(self, slots=tuple((suffix, rounded(tensor, dtype, record)) for suffix, tensor in self.slots))
 
     def dense(self) -> Float64:
+        """Raises CannotError: it needs the base weight."""
+        raise CannotError(f"the change {self.called} makes depends on the base weight")
+
+    def by_rows(self, work: str, factor: float = 1.0) -> Rows:  # noqa: ARG002  the protocol's signature
         """Raises CannotError: it needs the base weight."""
         raise CannotError(f"the change {self.called} makes depends on the base weight")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns
+from lorasurgery.deltas.by_rows import flat64
 from lorasurgery.deltas.low_rank import LowRank, used_columns
 from lorasurgery.deltas.rounding import multiplied, rounded, told_by_rows
 from lorasurgery.io.dtypes import widest
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorasurgery.deltas.base import Record
-    from lorasurgery.io.tensors import Float64, Ranges, Shape
+    from lorasurgery.deltas.by_rows import Rows
+    from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,22 @@ class Hadamard:
         """The product in float64, of shape :attr:`shape`."""
         product: Float64 = _arm(self.w1_a, self.w1_b, self.t1) * _arm(self.w2_a, self.w2_b, self.t2)
         return product
+
+    def by_rows(self, work: str, factor: float = 1.0) -> Rows:
+        """Both arms' rows, multiplied; a Tucker core is multiplied into ``w*_b`` first."""
+        arms = []
+        for a, b, core in ((self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)):
+            left, right = (a.f64(), flat64(b)) if core is None else (a.f64().T, _cored(core, b).reshape(core.shape[0], -1))
+            arms.append((left, right.astype(work)))
+        (one, first), (two, second) = arms
+        one, two = (one * factor).astype(work), two.astype(work)
+
+        def rows(start: int, stop: int) -> Array:
+            product: Array = one[start:stop] @ first
+            product *= two[start:stop] @ second
+            return product
+
+        return rows
 
     def to_low_rank(self) -> LowRank:
         """Exact rank1 * rank2 factors (Khatri-Rao): up[:, ij] = w1_a[:, i] w2_a[:, j], down[ij] = w1_b[i] w2_b[j]."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lorasurgery.deltas.base import Record
-    from lorasurgery.io.tensors import Float64, Ranges, Shape
+    from lorasurgery.deltas.by_rows import Rows
+    from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,21 @@ class Kronecker:
         product = np.einsum("om,pn...->opmn...", self.outer_array(), self.inner_array())
         whole: Float64 = product.reshape(self.shape)
         return whole
+
+    def by_rows(self, work: str, factor: float = 1.0) -> Rows:
+        """Row ``o * out_k + p`` is ``kron(w1[o], w2[p])``."""
+        import numpy as np
+
+        outer = (self.outer_array() * factor).astype(work)
+        inner = self.inner_array()
+        inner = inner.reshape(inner.shape[0], -1).astype(work)
+
+        def rows(start: int, stop: int) -> Array:
+            block, row = np.divmod(np.arange(start, stop), inner.shape[0])
+            product: Array = outer[block][:, :, None] * inner[row][:, None, :]
+            return product.reshape(stop - start, -1)
+
+        return rows
 
     def to_low_rank(self) -> LowRank:
         """kron(L1 R1, L2 R2) = kron(L1, L2) kron(R1, R2), exactly, of rank rank(w1) * rank(w2)."""

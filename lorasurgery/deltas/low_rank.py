@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.deltas.base import CannotError, block_columns, power_of_two, split_factor
+from lorasurgery.deltas.by_rows import flat64
 from lorasurgery.deltas.effect import EXACTLY, Effect, before, behind, signs
 from lorasurgery.deltas.rounding import multiplied, once, rounded, told_by_rows
 from lorasurgery.io.dtypes import numpy_dtype, widest
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.by_rows import Rows
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape
 
 
@@ -112,6 +114,18 @@ class LowRank:
             return _with_core(self.mid.f64(), up, self.down.f64().reshape(self.rank, -1))
         product: Float64 = (up @ self.down.f64().reshape(self.rank, -1)).reshape(self.shape)
         return product
+
+    def flat_factors(self, work: str, factor: float = 1.0) -> tuple[Array, Array]:
+        """(out, rank) times ``factor``, and (rank, in*k*k) with a Tucker core multiplied into it; dtype ``work``.
+
+        Products are taken in float64 and rounded once.
+        """
+        return (flat64(self.up) * factor).astype(work), flat64(self.to_low_rank().down).astype(work)
+
+    def by_rows(self, work: str, factor: float = 1.0) -> Rows:
+        """Rows of ``up @ down``: see :class:`lorasurgery.deltas.by_rows.ByRows`."""
+        up, down = self.flat_factors(work, factor)
+        return lambda start, stop: up[start:stop] @ down
 
     def to_low_rank(self) -> LowRank:
         """Itself; a Tucker core is multiplied into ``down``, which is then float64 for the caller to cast."""

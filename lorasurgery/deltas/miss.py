@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.by_rows import Rows
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape, Tensor
 
 
@@ -68,6 +69,10 @@ class Miss:
 
         whole: Float64 = self._whole().f64().T[:, np.arange(self.shape[1]) % self.rank]
         return whole
+
+    def by_rows(self, work: str, factor: float = 1.0) -> Rows:
+        """Those of the LoRA that it is."""
+        return self.to_low_rank().by_rows(work, factor)
 
     def to_low_rank(self) -> LowRank:
         """``up`` (out, r) is the block turned, ``down`` (r, in) adds up every r-th input: exact in every dtype."""

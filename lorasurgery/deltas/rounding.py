@@ -9,36 +9,28 @@ of an error of zero.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lorasurgery.deltas.effect import Effect
+from lorasurgery.deltas.sampling import LEAST, blocks_of, sampled, unit
 from lorasurgery.io.dtypes import numpy_dtype
 from lorasurgery.io.tensors import computed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import numpy as np
-
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.by_rows import ByRows
     from lorasurgery.deltas.effect import Felt
     from lorasurgery.deltas.times import Times
     from lorasurgery.io.tensors import Array, Float64, Tensor
 
-Changed = TypeVar("Changed", bound="Delta")
-CHUNK = 1 << 17
-"""Elements converted at a time."""
-WHOLE = 1 << 17
-"""Elements of a tensor that is measured whole."""
-ROWS, FEWEST, SAMPLED = 256, 32, 1 << 19
-"""Of a larger one so many rows are measured at first, fewer where they are long: about so many elements, but no fewer rows."""
+Changed = TypeVar("Changed", bound="ByRows")
 COMPUTED = 2.0**-106
 """The squared relative error that numbers have which were computed anew in float64, by a decomposition say."""
-LEAST = 8.0
-"""Rows that lost less than this part of what rounding can take at most do not speak for the others: then all are measured."""
 
 
 def multiplied(tensor: Tensor, factor: float, record: Record | None = None, effect: Callable[[], Felt] | None = None) -> Tensor:
@@ -77,7 +69,7 @@ def told_by_rows(old: Changed, new: Changed, factor: float, record: Record | Non
 
     Judged by rows of both, where any number is not what it should be.
     """
-    from lorasurgery.deltas.evaluate import distance
+    from lorasurgery.deltas.by_rows import distance
     from lorasurgery.deltas.times import same
 
     if record is None:
@@ -118,13 +110,13 @@ def beside(
     tensors = [_at_hand(tensor) for tensor, _ in parts]
     result = np.empty((tensors[0].shape[0], int(edges[-1])), numpy_dtype(dtype))
     rounding = None if record is None else _Rounding(made, result, effect)
-    for start, blocks in _blocks(tensors):
+    for start, blocks in blocks_of(tensors):
         for (way, own), block in zip(made, blocks, strict=True):
             way.into(block, result[start : start + len(block), own])
         if rounding is not None:
             rounding.look(start, blocks)
     if record is not None and rounding is not None and rounding.felt:
-        record(*rounding.measured(lambda: _blocks(tensors)))
+        record(*rounding.measured(lambda: blocks_of(tensors)))
     return result
 
 
@@ -134,26 +126,6 @@ def _at_hand(tensor: Tensor) -> Tensor:
         return tensor
     array = tensor.array()
     return computed(tensor.dtype, tensor.shape, lambda: array)
-
-
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Array]]]:
-    """(first row, those rows of every matrix), about :data:`CHUNK` elements at a time."""
-    height, rows = tensors[0].shape[0], max(CHUNK // max(sum(tensor.shape[1] for tensor in tensors), 1), 1)
-    wholes = [None if tensor.compute is None else tensor.array() for tensor in tensors]
-    for start in range(0, height, rows):
-        own = [(start, min(start + rows, height))]
-        yield start, [t.rows(own).array() if w is None else w[slice(*own[0])] for t, w in zip(tensors, wholes, strict=True)]
-
-
-def row_blocks(tensor: Tensor) -> Iterator[tuple[int, Array]]:
-    """(first row, values) of a matrix, about :data:`CHUNK` elements at a time."""
-    for start, blocks in _blocks([tensor]):
-        yield start, blocks[0]
-
-
-def wide(dtype: str) -> str:
-    """The dtype to calculate in: float32 holds every 16 and 8 bit value exactly."""
-    return "float64" if dtype in ("F32", "F64") else "float32"
 
 
 class _Part(NamedTuple):
@@ -214,28 +186,6 @@ class _Rounding:
         true = trues[0] if len(trues) == 1 else np.hstack(trues)
         with np.errstate(invalid="ignore"):
             return self._result[rows].astype(np.float64) - true, true
-
-
-def unit(dtype: np.dtype[Any]) -> float:
-    """The largest relative error of rounding to a float dtype; 1 for integers."""
-    import ml_dtypes
-
-    if dtype.kind in "iub":
-        return 1.0
-    return float(ml_dtypes.finfo(dtype).eps) / 2.0  # type: ignore[no-untyped-call]  # ml_dtypes tells no types
-
-
-@lru_cache(maxsize=64)
-def sampled(height: int, width: int, most: int = ROWS) -> Array:
-    """The rows of a matrix that are measured at first: all of a small one, else one at random of each of equal runs."""
-    import numpy as np
-
-    rows = max(min(most, SAMPLED // max(width, 1)), FEWEST)
-    if height * width <= WHOLE or height <= rows:
-        return np.arange(height)
-    edges = np.arange(rows + 1) * height // rows
-    found: Array = np.random.default_rng(0).integers(edges[:-1], edges[1:])
-    return found
 
 
 def once(record: Record | None) -> Record | None:

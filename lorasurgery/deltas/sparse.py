@@ -21,7 +21,9 @@ from lorasurgery.io.tensors import computed, of_array
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.by_rows import Rows
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.deltas.low_rank import LowRank
     from lorasurgery.io.tensors import Array, Float64, Ranges, Shape, Tensor
 
@@ -109,6 +111,19 @@ class Sparse:
         whole = np.zeros(self.shape) if self.inner is None else self.inner.dense().copy()
         self.added_to(whole.reshape(self.shape[0], prod(self.shape[1:])), 0)
         return whole
+
+    def by_rows(self, work: str, factor: float = 1.0) -> Rows:
+        """The inner delta's rows, and single numbers added to them."""
+        import numpy as np
+
+        inner = None if self.inner is None else self.inner.by_rows(work, factor)
+
+        def rows(start: int, stop: int) -> Array:
+            block: Array = np.zeros((stop - start, prod(self.shape[1:])), work) if inner is None else inner(start, stop)
+            self.added_to(block, start, factor)
+            return block
+
+        return rows
 
     def to_low_rank(self) -> LowRank:
         """Of rank min(out, in*k*k): a sparse matrix touches nearly every row."""

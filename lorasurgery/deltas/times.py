@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.deltas.rounding import wide
-from lorasurgery.io.dtypes import BITS, numpy_dtype
+from lorasurgery.deltas.sampling import ALIKE
+from lorasurgery.io.dtypes import BITS, numpy_dtype, wide
 
 if TYPE_CHECKING:
     from lorasurgery.io.tensors import Array, Float64
 
 SMALL = 16
 """Bits of the dtypes that tables are made for."""
-
-
-ALIKE = 2.0**-50
-"""A relative difference that is none: four units in the last place of float64."""
 
 
 class Times:

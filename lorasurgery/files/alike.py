@@ -6,10 +6,10 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import Site
 from lorasurgery.architectures.table import Own, Span, flat
 from lorasurgery.errors import BrokenModuleError, RequestError, UnknownArchitectureError
 from lorasurgery.layouts.detect import fits
+from lorasurgery.site import Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

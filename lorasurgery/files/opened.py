@@ -25,11 +25,12 @@ from lorasurgery.layouts.scales import GIVEN
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lorasurgery.adapter import Adapter, Site
+    from lorasurgery.adapter import Adapter
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
+    from lorasurgery.site import Site
 
 
 NOTED = "lorasurgery.architecture"

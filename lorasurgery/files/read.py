@@ -29,15 +29,16 @@ from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lorasurgery.adapter import Module, Site
+    from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture, Shape
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.files.taken import Taken
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.detect import Match
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.names import Found
     from lorasurgery.layouts.scales import PeftConfig, ScaleRules
+    from lorasurgery.site import Site
 
 FEW = 0.1
 """A file of which at most this share of the known weights has other sizes is for a variant of the model."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorasurgery.architectures.table import Shape
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Group

@@ -8,7 +8,6 @@ from functools import cache, lru_cache
 from math import isfinite, prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.inspection.description import ModuleInfo
@@ -17,16 +16,18 @@ from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.names import PREFIXES, REMEMBERED
 from lorasurgery.layouts.numbered import CLONEOFSIMO
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
+from lorasurgery.site import DENOISER
 from lorasurgery.surgery.blocks import block_and_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from lorasurgery.adapter import Module, Site
+    from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture, Spans
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.layouts.group import Group
     from lorasurgery.layouts.scales import PeftConfig, ScaleRules
+    from lorasurgery.site import Site
 
 _CORES = frozenset({"mid", "t1", "t2"})
 _ENCODER = r"(lora_te\d?_|text_encoders?[._]|te\d?[._]|base_model\.model\.text_encoder)"

@@ -142,3 +142,8 @@ def widest(dtypes: Sequence[str]) -> str:
     if len(distinct) == 1:
         return distinct.pop()
     return "F64" if distinct & {"F64", "I64", "U64", "I32", "U32"} else "F32"
+
+
+def wide(dtype: str) -> str:
+    """The dtype to calculate in: float32 holds every 16 and 8 bit value exactly."""
+    return "float64" if dtype in ("F32", "F64") else "float32"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture, Shape
+    from lorasurgery.site import Site
 
 ENOUGH = 0.5
 """A table that explains no more than this share of a file's layers is not taken to be its architecture, unless somebody says

@@ -15,8 +15,9 @@ from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import multiplied, rounded, wide
+from lorasurgery.deltas.rounding import multiplied, rounded
 from lorasurgery.errors import NotRepresentableError, RequestError, ValueRangeError
+from lorasurgery.io.dtypes import wide
 from lorasurgery.io.tensors import Tensor, of_bytes, scalar, zeros
 from lorasurgery.layouts import sd_scripts_oft
 from lorasurgery.layouts.composed import as_composed
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from lorasurgery.adapter import Adapter, Magnitude, Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Shape
     from lorasurgery.report import Report
 

@@ -14,7 +14,7 @@ from lorasurgery.layouts.peft_types import MERGED
 from lorasurgery.layouts.words import LOHA, LOKR, LORA, MISS
 
 if TYPE_CHECKING:
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.entry import Group
 

@@ -36,7 +36,7 @@ from lorasurgery.layouts.wrappers import unwrapped
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
 

@@ -9,8 +9,9 @@ from lorasurgery.adapter import Composed, LayerBias, Magnitude, Module, Scale
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.miss import Miss
-from lorasurgery.deltas.rounding import multiplied, rounded, wide
+from lorasurgery.deltas.rounding import multiplied, rounded
 from lorasurgery.errors import BrokenModuleError
+from lorasurgery.io.dtypes import wide
 from lorasurgery.layouts.detect import fits
 from lorasurgery.layouts.peft_keys import Turned
 from lorasurgery.layouts.scales import ScaleRules
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.header import RawFile
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.layouts.group import Entry, Group

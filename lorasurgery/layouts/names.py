@@ -10,9 +10,9 @@ import re
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, Architecture, Span, flat, name_pattern
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
+from lorasurgery.site import DENOISER, SECOND_DENOISER, Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,7 +12,6 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.architectures.text_encoders import TEXT_ENCODERS
 from lorasurgery.deltas.factorization import pefts_factorization
@@ -23,6 +22,7 @@ from lorasurgery.layouts.emit import common
 from lorasurgery.layouts.fit import is_misread
 from lorasurgery.layouts.peft_fields import kept_fields
 from lorasurgery.layouts.peft_own import boft, ia3, miss, oft
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
 
 LORA, LOHA, LOKR, MISS, OFT, BOFT, IA3 = "LORA", "LOHA", "LOKR", "MISS", "OFT", "BOFT", "IA3"
 READ = (LORA, LOHA, LOKR, MISS, OFT, BOFT, IA3)

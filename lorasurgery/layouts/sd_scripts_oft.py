@@ -14,7 +14,7 @@ from lorasurgery.deltas.full import Opaque
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
 
 PREFIX = "oft_unet_"
 MODELS = frozenset({"sd1", "sd2", "sdxl", "flux1"})

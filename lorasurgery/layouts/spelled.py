@@ -11,13 +11,13 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.layouts.numbered import CLONEOFSIMO
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.layouts.targets import DOTTED, EVERYTHING, KOHYA, LAYOUTS, PEFT, SUFFIXES, Layout, Naming
 from lorasurgery.layouts.words import BIAS, LORA, MAGNITUDE
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

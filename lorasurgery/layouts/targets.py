@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, NAMINGS, ORIGINAL, SD_SCRIPTS, flat
 from lorasurgery.errors import RequestError
 from lorasurgery.layouts.names import ALIAS
 from lorasurgery.nearest import one_of
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorasurgery.adapter import Adapter, Site
     from lorasurgery.architectures.table import Architecture, Encoder, Spans
+    from lorasurgery.site import Site
 
 EVERYTHING = frozenset({"lora", "dora", "loha", "lokr", "full", "norm", "bias", "set", "oft", "boft", "glora", "ia3"})
 TOKENS = r"^bundle_emb\."
@@ -159,16 +159,6 @@ def layout(name: str) -> Layout:
     if found is None:
         raise RequestError(f"no layout is called {name}", hint=one_of(name, (*LAYOUTS, *ALIASES)))
     return found
-
-
-def written_in(adapter: Adapter, target: str | None = None) -> Layout:
-    """The layout that an adapter is written in: ``target``, else its file's own spelling, else the layout it was brought to.
-
-    Raises RequestError for a name that is no layout.
-    """
-    if target is not None:
-        return layout(target)
-    return layout(adapter.layout) if adapter.spelling is None else adapter.spelling
 
 
 def names_in(own: Naming, arch: Architecture) -> Mapping[str, Spans]:

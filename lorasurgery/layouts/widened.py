@@ -10,12 +10,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.from_base import resized
 from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.io.dtypes import INTEGERS
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.words import EXTRA
+from lorasurgery.site import DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

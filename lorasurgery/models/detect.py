@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures, named
 from lorasurgery.architectures.from_base import (
     CUSTOM,
@@ -21,6 +20,7 @@ from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, Architecture
 from lorasurgery.errors import RequestError
 from lorasurgery.models.lone import lone_encoder, table_of
 from lorasurgery.models.names import PARTS
+from lorasurgery.site import DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

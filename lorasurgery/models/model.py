@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.from_base import CUSTOM
 from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.errors import FileFormatError, RequestError
@@ -23,6 +22,7 @@ from lorasurgery.models.quantised import refuse_quantised
 from lorasurgery.models.reading import Piece, assembled, parts_of
 from lorasurgery.models.scales import is_number_of_another, scale_of
 from lorasurgery.models.weights import Weight
+from lorasurgery.site import DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL, SD_SCRIPTS, Span
 from lorasurgery.models.encoders import TURNED, in_encoder, within
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 
 if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture, Shape, Spans

@@ -13,9 +13,9 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.architectures.table import NAMINGS, ORIGINAL
 from lorasurgery.errors import RequestError
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -12,11 +12,12 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter, Leftover, Module, Site
+from lorasurgery.adapter import Adapter, Leftover, Module, written_in
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.errors import NotRepresentableError, RequestError, UnknownArchitectureError
 from lorasurgery.layouts.peft_keys import is_carried
-from lorasurgery.layouts.targets import namings, written_in
+from lorasurgery.layouts.targets import namings
+from lorasurgery.site import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.families import held, uniform
 from lorasurgery.surgery.job import Job

@@ -5,22 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import Scale
-from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
-from lorasurgery.errors import BrokenModuleError, ValueRangeError
 from lorasurgery.layouts.detect import has_bias
 from lorasurgery.layouts.peft_keys import is_embedding
 from lorasurgery.layouts.peft_types import SHARED_OFT, is_parameter, is_pefts, is_saved
 from lorasurgery.layouts.targets import KOHYA, PEFT
-from lorasurgery.surgery.reduce import to_lora
+from lorasurgery.surgery.as_lora import reduced
+from lorasurgery.surgery.job import without_magnitude
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
     from lorasurgery.surgery.job import Job
 
 
@@ -145,37 +140,12 @@ def _as_lora(job: Job, module: Module) -> Module | None:
     return reduced(job, module, [(delta, module.scale.value, module.out)], "to LoRA")
 
 
-def reduced(job: Job, module: Module, members: Sequence[tuple[Delta | None, float, int]], action: str) -> Module:
-    """``module`` with the LoRA of ``members``; its error goes into the report."""
-    dtype = job.options.dtype_for(t for d, _, _ in members if d is not None for t in d.tensors.values())
-    try:
-        reduced = to_lora(members, job.options.budget, dtype, job.recorder(module))
-    except CannotError as reason:
-        raise job.refusal(module, reason.message, "a target that holds it") from reason
-    except (BrokenModuleError, ValueRangeError) as broken:
-        raise BrokenModuleError(
-            f"{module.name}: {broken.message}", key=module.name, path=job.adapter.path,
-            hint=broken.hint or "--drop REGEX to leave the module out",
-        ) from broken  # fmt: skip
-    job.actions[module.site] = action
-    job.report.losses.record(module.name, reduced.error, reduced.norm)
-    return replace(module, delta=reduced.delta, scale=Scale(1.0, module.scale.source))
-
-
 def _leave_out(job: Job, module: Module, what: str, slot: str = "") -> None:
     """Drop a module, or one of its parts, under ``--lossy``, or refuse."""
     if not job.options.lossy:
         raise job.refusal(module, f"{job.target.reader} does not load {what}", "--lossy to leave it out")
     name = module.keys.get(slot, f"{module.name} {slot}") if slot else module.name
     job.report.dropped.append((name, f"{job.target.reader} does not load {what}"))
-
-
-def without_magnitude(job: Job, module: Module, reason: str) -> Module:
-    """The module as a plain LoRA under ``--lossy``, or a refusal."""
-    if not job.options.lossy:
-        raise job.refusal(module, reason, "--lossy to drop the magnitude and keep what is inside")
-    job.report.dropped.append((module.keys.get("magnitude", f"{module.name}.dora_scale"), reason))
-    return replace(module, magnitude=None)
 
 
 def _name(family: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Magnitude, Module, Scale, Site
-from lorasurgery.deltas.base import CannotError, Delta, is_power_of_two
+from lorasurgery.adapter import Magnitude, Module, Scale
+from lorasurgery.deltas.base import CannotError, is_power_of_two
 from lorasurgery.deltas.full import Full, stack_full
 from lorasurgery.deltas.hadamard import Hadamard, stack_hadamard
 from lorasurgery.deltas.kronecker import Kronecker, stack_kronecker
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Tensor
+    from lorasurgery.site import Site
 
 
 def take_rows(module: Module, ranges: Sequence[tuple[int, int]], rows: int) -> Module:
@@ -111,7 +113,7 @@ def _squared_norm(delta: Delta) -> float:
         low = delta.to_low_rank()
         up, down = (tensor.f64().reshape(tensor.shape[0], -1) for tensor in (low.up, low.down))
         return product_norm(up, down) ** 2
-    from lorasurgery.deltas.evaluate import squared_norm
+    from lorasurgery.deltas.by_rows import squared_norm
 
     return squared_norm(delta)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ from lorasurgery.layouts.targets import Speller
 from lorasurgery.report import Change, Report
 
 if TYPE_CHECKING:
-    from lorasurgery.adapter import Adapter, Module, Site
+    from lorasurgery.adapter import Adapter, Module
     from lorasurgery.deltas.base import Record
     from lorasurgery.layouts.targets import Layout
+    from lorasurgery.site import Site
     from lorasurgery.surgery.options import Options
 
 
@@ -52,3 +54,11 @@ class Job:
     def refusal(self, module: Module, reason: str, hint: str) -> NotRepresentableError:
         """The error that says why this module cannot be written, and which options would do it."""
         return NotRepresentableError(f"{module.name}: {reason}", module=module.name, path=self.adapter.path, hint=hint)
+
+
+def without_magnitude(job: Job, module: Module, reason: str) -> Module:
+    """The module as a plain LoRA under ``--lossy``, or a refusal."""
+    if not job.options.lossy:
+        raise job.refusal(module, reason, "--lossy to drop the magnitude and keep what is inside")
+    job.report.dropped.append((module.keys.get("magnitude", f"{module.name}.dora_scale"), reason))
+    return replace(module, magnitude=None)

@@ -6,17 +6,18 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 from lorasurgery.surgery.blocks import block_and_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from lorasurgery.adapter import Adapter, Module, Site
+    from lorasurgery.adapter import Adapter, Module
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.site import Site
 
 COMPONENT, BLOCK, KIND, FAMILY = "component", "block", "kind", "family"
 WAYS = (COMPONENT, BLOCK, KIND, FAMILY)

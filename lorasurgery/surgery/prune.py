@@ -12,12 +12,13 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, Scale
+from lorasurgery.adapter import SCALED, Scale
 from lorasurgery.architectures import named
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.report import Losses
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 from lorasurgery.surgery.blocks import member, parse_selection
 from lorasurgery.surgery.cast import BIAS
 from lorasurgery.surgery.parts import subset
@@ -25,8 +26,9 @@ from lorasurgery.surgery.parts import subset
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lorasurgery.adapter import Adapter, Module, Site
+    from lorasurgery.adapter import Adapter, Module
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.site import Site
 
     Test = Callable[[Module], bool]
 

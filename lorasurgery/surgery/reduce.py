@@ -20,7 +20,8 @@ from lorasurgery.io.tensors import of_array
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Array, Tensor
     from lorasurgery.linalg.factors import Factors
 

@@ -19,7 +19,8 @@ from lorasurgery.deltas.rounding import rounded
 from lorasurgery.errors import BrokenModuleError, RequestError, ValueRangeError
 from lorasurgery.io.tensors import computed
 from lorasurgery.layouts.targets import PEFT
-from lorasurgery.surgery.families import reduced, without_magnitude
+from lorasurgery.surgery.as_lora import reduced
+from lorasurgery.surgery.job import without_magnitude
 from lorasurgery.surgery.refamily_loha import to_loha
 from lorasurgery.surgery.refamily_lokr import to_lokr
 from lorasurgery.surgery.refamily_made import Made, dtype_of, shape_of
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64
     from lorasurgery.report import Change
     from lorasurgery.surgery.job import Job

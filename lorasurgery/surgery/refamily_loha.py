@@ -16,7 +16,7 @@ from lorasurgery.surgery.refamily_made import Made, dtype_of, refuse_not_finite
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64
     from lorasurgery.linalg.hadamard_target import Approximated
     from lorasurgery.surgery.job import Job

@@ -14,7 +14,7 @@ from lorasurgery.surgery.refamily_made import INVISIBLE, Made, dtype_of, refuse_
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.linalg.nearest_kronecker import Rearranged
     from lorasurgery.surgery.job import Job
 

@@ -12,7 +12,7 @@ from lorasurgery.layouts.detect import expected_shape
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64, Shape, Tensor
     from lorasurgery.surgery.job import Job
 

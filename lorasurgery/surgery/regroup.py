@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.full import Full
@@ -15,8 +14,10 @@ from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.layouts.diffusers_lokr import AS_LORA
 from lorasurgery.layouts.targets import PEFT, names_in
-from lorasurgery.surgery.families import reduced, without_magnitude
+from lorasurgery.site import DENOISER, SECOND_DENOISER, Site
+from lorasurgery.surgery.as_lora import reduced
 from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows, wide
+from lorasurgery.surgery.job import without_magnitude
 from lorasurgery.surgery.options import AUTO, FUSE, SPLIT
 from lorasurgery.surgery.pieces import Target, plan, targets_of
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.surgery.job import Job
 
 

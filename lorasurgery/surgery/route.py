@@ -18,7 +18,7 @@ from lorasurgery.linalg.subspace import OVERSAMPLE
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
 
 EIGENVALUES, ROOT, VECTORS = 14.0, 1.0, 38.0
 """Of an eigendecomposition, a Cholesky factor and a singular value decomposition with vectors, times n^3."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Module, Scale, Site
+from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures import architectures, plugins
 from lorasurgery.errors import RequestError, UnknownArchitectureError
 from lorasurgery.layouts.evidence import one_of_each
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.targets import LAYOUTS, Speller, names_in, namings
+from lorasurgery.site import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.surgery.pieces import plan, targets_of
 
 if TYPE_CHECKING:

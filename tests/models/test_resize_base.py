@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lorasurgery import load
-from lorasurgery.adapter import DENOISER, Site
 from lorasurgery.architectures.table import Span
+from lorasurgery.site import DENOISER, Site
 from lorasurgery.surgery.resize import ResizeOptions, open_base, resize
 from tests.models.small import built, diffusers_arrays, original_arrays, save, save_gguf
 from tests.oracle import raw, write

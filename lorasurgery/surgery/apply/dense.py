@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64
-    from lorasurgery.surgery.apply.match import Placed
+    from lorasurgery.surgery.apply.plan import Placed
 
     Work = NDArray[Any]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.deltas.full import Opaque
     from lorasurgery.io.tensors import Float64, Tensor
-    from lorasurgery.surgery.apply.match import Placed
+    from lorasurgery.surgery.apply.plan import Placed
     from lorasurgery.surgery.apply.rules import Rules
 
     Slots = Mapping[str, Tensor]

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.models import Model
-    from lorasurgery.surgery.apply.inputs import Source
-    from lorasurgery.surgery.apply.match import Plan
+    from lorasurgery.surgery.apply.plan import Plan
+    from lorasurgery.surgery.apply.source import Source
     from lorasurgery.surgery.apply.tally import Tally
 
 MOST_WORKERS = 8

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorasurgery.models import Model
-    from lorasurgery.surgery.apply.match import Change, Placed, Plan, Run
     from lorasurgery.surgery.apply.options import ApplyOptions
+    from lorasurgery.surgery.apply.plan import Change, Placed, Plan, Run
     from lorasurgery.surgery.apply.tools import Tools
 
     Work = NDArray[Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorasurgery.architectures.from_base import CUSTOM
@@ -15,10 +14,11 @@ from lorasurgery.io.peft_folder import is_peft_folder, whole_folder
 from lorasurgery.layouts.group import group
 from lorasurgery.layouts.peft_read import read_peft
 from lorasurgery.surgery.apply.rules import PEFT_PREFIX, Rules
+from lorasurgery.surgery.apply.source import Source
 from lorasurgery.surgery.apply.widen import widened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from lorasurgery.adapter import Adapter, Module
@@ -26,36 +26,6 @@ if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
     from lorasurgery.layouts.scales import PeftConfig
     from lorasurgery.models import Model
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One adapter and what each of its modules is multiplied by."""
-
-    adapter: Adapter
-    strength: Callable[[Module], float]
-    text: str
-    """The weight as it was asked for."""
-    keys: Mapping[str, Sequence[str]]
-    """Module name -> the file's keys of it."""
-    rules: Mapping[str, Rules] = field(default_factory=dict)
-    """Component ("" for all) -> how its OFT and (IA)^3 modules are meant."""
-
-    def rules_of(self, module: Module) -> tuple[Rules, str]:
-        """The rules of a module, and its name in the model that they were written for."""
-        for component, own in self.rules.items():
-            if component and module.name.startswith(component + "."):
-                return own, module.name[len(component) + 1 :]
-        return self.rules.get("", Rules()), module.name.removeprefix(PEFT_PREFIX)
-
-    @property
-    def path(self) -> str:
-        """The file's path."""
-        return str(self.adapter.path or "")
-
-    def unexplained(self) -> list[tuple[str, str]]:
-        """(key, reason) of what is in no module and may have an effect."""
-        return [(left.key, left.reason) for left in self.adapter.leftovers if left.state != "harmless"]
 
 
 def source_of(adapter: Adapter) -> Source:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Module
     from lorasurgery.io.tensors import Float64, Tensor
     from lorasurgery.models import Model
-    from lorasurgery.surgery.apply.match import Placed, Plan
     from lorasurgery.surgery.apply.options import ApplyOptions
+    from lorasurgery.surgery.apply.plan import Placed, Plan
 
 EACH, ELEMENTS = 4, 1 << 24
 """Modules of a family that are compared, and the largest weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,83 +13,20 @@ from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.gated import ia3_on_input
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError
-from lorasurgery.io.dtypes import BITS, FLOATS
+from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.peft_keys import transposed
 from lorasurgery.models.encoders import TURNED
 from lorasurgery.models.names import BIAS, OTHER
+from lorasurgery.surgery.apply.plan import Change, Placed, Plan, Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lorasurgery.adapter import Module
-    from lorasurgery.architectures.table import Shape, Spans
+    from lorasurgery.architectures.table import Spans
     from lorasurgery.models import Model, Weight
-    from lorasurgery.surgery.apply.inputs import Source
-
-
-class Run(NamedTuple):
-    """Rows ``at:at + length`` of a tensor are rows ``first:first + length`` of a module."""
-
-    at: int
-    first: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """What one module does to one tensor."""
-
-    source: Source
-    module: Module
-    bias: bool
-    """Whether it is the module's bias that is added."""
-    strength: float
-    runs: tuple[Run, ...]
-
-
-@dataclass(slots=True)
-class Change:
-    """One tensor of the model and all that happens to it, in order."""
-
-    name: str
-    """Prefix and key."""
-    weight: Weight
-    placed: list[Placed] = field(default_factory=list)
-    columns: int = 0
-    """Those of the widest module that makes the weight wider; 0 where none does."""
-
-    @property
-    def shape(self) -> Shape:
-        """The tensor's shape when everything has happened."""
-        old = self.weight.shape
-        return (old[0], self.columns // prod(old[2:]), *old[2:]) if self.columns else old
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor when everything has happened."""
-        return prod(self.shape) * BITS[self.weight.tensor.dtype] // 8
-
-    def width(self, placed: Placed) -> int:
-        """The columns that a module acts on: the first ones, of a weight that another module makes wider."""
-        if not self.columns or placed.bias:
-            return prod(self.weight.shape[1:])
-        return prod(expected_shape(placed.source.adapter.architecture, placed.module.site)[1:])
-
-
-@dataclass(slots=True)
-class Plan:
-    """Every tensor that changes, in file order, and what of the adapters is not used."""
-
-    changes: dict[str, Change] = field(default_factory=dict)
-    unmatched: list[tuple[str, str, str]] = field(default_factory=list)
-    """(file, key, reason)."""
-    order: list[Source] = field(default_factory=list)
-    """The sources in the order they are applied."""
-    modules: list[int] = field(default_factory=list)
-    """Modules used, for each source."""
-    left_out: list[int] = field(default_factory=list)
-    """Modules of weight 0, for each source."""
+    from lorasurgery.surgery.apply.source import Source
 
 
 def runs_between(holder: Spans, module: Spans) -> tuple[Run, ...]:

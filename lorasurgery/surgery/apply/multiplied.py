@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorasurgery.deltas.base import CannotError
-from lorasurgery.deltas.evaluate import flat, row_function
+from lorasurgery.deltas.by_rows import flat
 from lorasurgery.deltas.gated import bat_blocks, bat_rows, glora, ia3_factors, ia3_on_input, inverse_of_a, times_a
 from lorasurgery.layouts.peft_types import is_saved
 from lorasurgery.surgery.apply.step import GONE, Step
@@ -28,7 +28,7 @@ def _glora(module: Module, delta: Opaque, wanted: Wanted) -> Step:
     of = glora(delta.tensors, wanted.out, wanted.columns)
     alpha = module.scale.alpha
     factor = wanted.strength * (1.0 if alpha is None else alpha.item() / of.rank)
-    added = row_function(of.added, wanted.work, wanted.sign * factor)
+    added = of.added.by_rows(wanted.work, wanted.sign * factor)
     left, right = inverse_of_a(of, factor) if wanted.undo else (factor * of.left, of.right)
 
     def change(block: Work, start: int) -> None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorasurgery.models import Model
-    from lorasurgery.surgery.apply.match import Change, Plan
     from lorasurgery.surgery.apply.options import ApplyOptions
+    from lorasurgery.surgery.apply.plan import Change, Plan
 
     Work = NDArray[Any]
     Put = Callable[[int, Work], None]

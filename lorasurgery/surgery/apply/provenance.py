@@ -13,7 +13,7 @@ from lorasurgery.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lorasurgery.surgery.apply.inputs import Source
+    from lorasurgery.surgery.apply.source import Source
 
 HASHES = (MODEL_HASH, LEGACY_HASH, "modelspec.hash_sha256")
 APPLIED = "lorasurgery.applied"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorasurgery.deltas.base import CannotError
+from lorasurgery.deltas.by_rows import flat
 from lorasurgery.deltas.dora import COMFYUI, PEFT, column_squares, ratios, recomposed, row_squares
-from lorasurgery.deltas.evaluate import flat, flat_factors, row_function
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.layouts.detect import expected_shape
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Module
     from lorasurgery.io.tensors import Float64
-    from lorasurgery.surgery.apply.match import Placed
     from lorasurgery.surgery.apply.options import ApplyOptions
+    from lorasurgery.surgery.apply.plan import Placed
 
     Work = NDArray[Any]
 
@@ -81,9 +81,9 @@ def step_of(placed: Placed, columns: int, work: str, options: ApplyOptions, tool
         return _dora(module, wanted)
     factor = wanted.sign * wanted.strength * module.scale.value
     if isinstance(delta, LowRank):
-        adder = (tools or Tools()).adder(*flat_factors(delta, work, factor))
+        adder = (tools or Tools()).adder(*delta.flat_factors(work, factor))
         return Step(local=True, change=adder, part=adder)
-    rows = row_function(delta, work, factor)
+    rows = delta.by_rows(work, factor)
 
     def add(block: Work, start: int) -> None:
         block += rows(start, start + len(block))
@@ -122,7 +122,7 @@ def _dora(module: Module, wanted: Wanted) -> Step:
     if wanted.undo:
         raise CannotError("a DoRA's magnitude took the place of the weight's norms, and nothing in the file tells them")
     scale = module.scale.value * (wanted.strength if wanted.dora == PEFT else 1.0)
-    rows = row_function(delta, wanted.work, scale)
+    rows = delta.by_rows(wanted.work, scale)
     values = magnitude.tensor.f64().reshape(-1)
     if magnitude.axis == "out":
         return _per_row(rows, values, wanted)

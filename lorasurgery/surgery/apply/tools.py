@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from lorasurgery.surgery.apply.match import Plan
+    from lorasurgery.surgery.apply.plan import Plan
 
     Work = NDArray[Any]
 

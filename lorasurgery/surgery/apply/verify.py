@@ -13,9 +13,10 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.models import open_model
 from lorasurgery.surgery.apply.dense import expected
 from lorasurgery.surgery.apply.fresh import height_of, in_order, of_weights
-from lorasurgery.surgery.apply.match import Placed, match
+from lorasurgery.surgery.apply.match import match
 from lorasurgery.surgery.apply.numbers import spacing
 from lorasurgery.surgery.apply.options import NEAREST
+from lorasurgery.surgery.apply.plan import Placed
 from lorasurgery.surgery.apply.steps import is_added, is_local
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
     from lorasurgery.io.tensors import Float64
     from lorasurgery.models import Model, Weight
-    from lorasurgery.surgery.apply.inputs import Source
-    from lorasurgery.surgery.apply.match import Change, Plan
     from lorasurgery.surgery.apply.options import ApplyOptions
+    from lorasurgery.surgery.apply.plan import Change, Plan
+    from lorasurgery.surgery.apply.source import Source
 
 MOST, ROWS, ELEMENTS = 24, 8, 1 << 24
 """Tensors compared, rows of each, and the largest weight that is compared whole where rows depend on each other."""

@@ -11,13 +11,13 @@ import json
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import architectures
 from lorasurgery.errors import RequestError
 from lorasurgery.layouts.group import group
 from lorasurgery.layouts.names import index
 from lorasurgery.layouts.widened import wider_table
 from lorasurgery.layouts.words import LORA
+from lorasurgery.site import DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture, Shape
     from lorasurgery.io.header import RawFile
-    from lorasurgery.surgery.apply.inputs import Source
-    from lorasurgery.surgery.apply.match import Change, Plan
+    from lorasurgery.surgery.apply.plan import Change, Plan
+    from lorasurgery.surgery.apply.source import Source
 
 RESHAPE = ".reshape_weight"
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorasurgery.models import Model, ModelFile
-    from lorasurgery.surgery.apply.match import Change, Plan
+    from lorasurgery.surgery.apply.plan import Change, Plan
     from lorasurgery.surgery.apply.produce import Producer
     from lorasurgery.surgery.apply.tally import Tally
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.surgery.apply.inputs import source_of
-from lorasurgery.surgery.apply.match import Placed
 from lorasurgery.surgery.apply.options import ApplyOptions
+from lorasurgery.surgery.apply.plan import Placed
 from lorasurgery.surgery.apply.steps import step_of
 from lorasurgery.surgery.compare.vectors import measure_arrays
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter, Module
     from lorasurgery.linalg.factors import Array
     from lorasurgery.models import Model
-    from lorasurgery.surgery.apply.inputs import Source
+    from lorasurgery.surgery.apply.source import Source
     from lorasurgery.surgery.compare.pairs import Pair, Side
     from lorasurgery.surgery.compare.products import Measured
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.deltas.base import CannotError
-from lorasurgery.deltas.evaluate import row_function
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.hadamard import Hadamard
 from lorasurgery.deltas.kronecker import Kronecker
@@ -17,7 +16,7 @@ from lorasurgery.io.tensors import same_values
 from lorasurgery.surgery.compare.products import Measured, Product, itself, measure
 
 if TYPE_CHECKING:
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.linalg.factors import AnyArray, Array
     from lorasurgery.surgery.compare.pairs import Side
 
@@ -162,7 +161,7 @@ def _by_rows(a: Delta, scale_a: float, b: Delta, scale_b: float) -> Measured:
 
     Raises CannotError for families that need the base weight.
     """
-    sides = [row_function(delta, "float64", scale) for delta, scale in ((a, scale_a), (b, scale_b))]
+    sides = [delta.by_rows("float64", scale) for delta, scale in ((a, scale_a), (b, scale_b))]
     shape, sums = shape_of(a), np.zeros(4)
     step = max(CHUNK // max(shape[1], 1), 1)
     for start in range(0, shape[0], step):

@@ -10,14 +10,14 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Adapter
 from lorasurgery.errors import BrokenModuleError
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from lorasurgery.adapter import Module
+    from lorasurgery.adapter import Adapter, Module
 
 Ranges = tuple[tuple[int, int], ...]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.architectures.table import Spans
     from lorasurgery.models import Reader
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
 
 
 @dataclass(frozen=True, slots=True)

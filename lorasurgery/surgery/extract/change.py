@@ -13,7 +13,7 @@ from lorasurgery.errors import BrokenModuleError
 if TYPE_CHECKING:
     from lorasurgery.linalg.factors import AnyArray
     from lorasurgery.models import Reader, Weight
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
 
 WIDE = frozenset({"F32", "F64"})
 """Where both models are at least this wide the difference is taken and decomposed in float64."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.linalg.factors import AnyArray
     from lorasurgery.surgery.extract.change import Change
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
 
 SAMPLES = 16
 """Matrices looked at, evenly spread over the model."""

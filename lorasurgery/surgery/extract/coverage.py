@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Span
     from lorasurgery.models import Model
+    from lorasurgery.site import Site
 
 Held: TypeAlias = "dict[tuple[str, str], list[tuple[int, int]]]"
 """(component, original weight) -> (first row, last row + 1) of each piece, in order"""

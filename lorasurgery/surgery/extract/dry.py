@@ -16,7 +16,8 @@ from lorasurgery.errors import RequestError
 from lorasurgery.io.tensors import zeros
 from lorasurgery.surgery.extract.inputs import opened
 from lorasurgery.surgery.extract.meta import metadata_of, operation
-from lorasurgery.surgery.extract.pairs import BIAS, NORM, PARAMETER, pair_up
+from lorasurgery.surgery.extract.pair import BIAS, NORM, PARAMETER
+from lorasurgery.surgery.extract.pairs import pair_up
 from lorasurgery.surgery.extract.parameters import with_parameters
 from lorasurgery.surgery.extract.result import dtype_of
 from lorasurgery.surgery.extract.work import wanted_of
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Shape
     from lorasurgery.surgery.extract.options import ExtractOptions
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.models import Model
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
     from lorasurgery.surgery.extract.store import Entry
 
     Progress = Callable[["Step"], None]

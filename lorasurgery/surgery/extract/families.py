@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorasurgery.linalg.factors import AnyArray
     from lorasurgery.surgery.extract.change import Change
     from lorasurgery.surgery.extract.options import ExtractOptions
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
 
 ROUNDS, ENOUGH, NOISE = 20, 1e-2, 1e-15
 """Of the search for a DoRA's direction: at most so many rounds, until one lowers the squared error by less than this share of

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures import named
 from lorasurgery.errors import OutputExistsError, RequestError
 from lorasurgery.io.writer import check_output
 from lorasurgery.layouts.words import split_key
 from lorasurgery.models import open_model
+from lorasurgery.site import DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.errors import RequestError
 from lorasurgery.layouts.targets import layout
+from lorasurgery.site import DENOISER
 from lorasurgery.surgery.resize.options import KEEP_RATIO, KOHYA, ResizeOptions
 
 if TYPE_CHECKING:

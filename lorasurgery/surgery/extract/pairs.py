@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.layouts.targets import PEFT, Speller
+from lorasurgery.site import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.surgery.extract.coverage import covers, held_rows, total_rows
+from lorasurgery.surgery.extract.pair import BIAS, EMBEDDING, MATRICES, NORM, PARAMETER, Pair
 from lorasurgery.surgery.extract.parameters import OTHER, bare_module, excluded, parameters
 from lorasurgery.surgery.extract.sd_scripts import left_to
 from lorasurgery.surgery.resize.pick import unfitting
-from lorasurgery.surgery.resize.subject import CONV, LINEAR, POINTWISE, kind_of
+from lorasurgery.surgery.resize.subject import CONV, kind_of
 from lorasurgery.surgery.resize.survey import rank_asked
 
 if TYPE_CHECKING:
@@ -25,53 +26,19 @@ if TYPE_CHECKING:
 
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.io.tensors import Shape
-    from lorasurgery.models import Model, Reader, Weight
+    from lorasurgery.models import Model, Weight
     from lorasurgery.surgery.extract.options import ExtractOptions
     from lorasurgery.surgery.resize.options import ResizeOptions
 
     LeftOut = Callable[[str, Site, str], str]
     """kind, site and the target's name of a tensor -> why it is not extracted; empty if it is."""
 
-NORM, BIAS, EMBEDDING, PARAMETER = "norm", "bias", "embedding", "parameter"
-MATRICES = frozenset({LINEAR, CONV, POINTWISE})
-"""Kinds of weights that are multiplied."""
 EMBEDDINGS = frozenset(
     {"token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias", "word_embeddings"}
 )
 """Last parts of names of weights that are looked up, not multiplied."""
 SHARED = 0.5
 """Where less than this share of either model's weights is in the other, they are not two versions of one model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One tensor of the output: the same rows in both models."""
-
-    site: Site
-    name: str
-    """As the target spells the module."""
-    kind: str
-    """``linear``, ``conv``, ``1x1``, ``norm``, ``bias``, ``embedding``, or ``parameter``: what is no module's in the tables."""
-    base: Reader
-    tuned: Reader
-    reason: str = ""
-    """Why it is left out; empty for what is extracted."""
-
-    @property
-    def id(self) -> str:
-        """Names it in the journal."""
-        return f"{self.name}.bias" if self.kind == BIAS else self.name
-
-    @property
-    def shape(self) -> Shape:
-        """(out, in[, k...]), or (out,)."""
-        return self.base.shape
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it goes along whole."""
-        return self.kind in (NORM, BIAS, EMBEDDING, PARAMETER)
 
 
 @dataclass(slots=True)

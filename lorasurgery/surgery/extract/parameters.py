@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorasurgery.adapter import DENOISER, Module, Scale, Site
+from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures.table import Span, row
 from lorasurgery.io.dtypes import FLOATS
 from lorasurgery.models.reading import Part, Reader
 from lorasurgery.models.scales import MARKER
+from lorasurgery.site import DENOISER, Site
 from lorasurgery.surgery.resize.pick import named
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.models import Model, Weight
     from lorasurgery.surgery.extract.options import ExtractOptions
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
 
 OTHER = "other"
 COMFYUI = "diffusion_model."

@@ -18,7 +18,7 @@ from lorasurgery.io.tensors import computed
 from lorasurgery.layouts.targets import PEFT
 from lorasurgery.surgery.extract.bases import base_of
 from lorasurgery.surgery.extract.change import change_of, stored
-from lorasurgery.surgery.extract.pairs import BIAS, NORM, PARAMETER
+from lorasurgery.surgery.extract.pair import BIAS, NORM, PARAMETER
 from lorasurgery.surgery.extract.parameters import with_parameters
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.block_args import with_block_args
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Tensor
     from lorasurgery.linalg.factors import AnyArray, Array
     from lorasurgery.linalg.policies.budget import Indices
     from lorasurgery.surgery.extract.options import ExtractOptions
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
     from lorasurgery.surgery.extract.store import Entry, Store
 
 STORED = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16"}

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER
 from lorasurgery.architectures.table import DIFFUSERS, ORIGINAL
+from lorasurgery.site import DENOISER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture
+    from lorasurgery.site import Site
 
 OTHER_LAYER = "a layer that sd-scripts does not extract"
 CONV_ONLY = "a layer that sd-scripts extracts only with a rank for convolutions"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorasurgery.surgery.extract.change import Change
     from lorasurgery.surgery.extract.decompose import Found
     from lorasurgery.surgery.extract.options import ExtractOptions
-    from lorasurgery.surgery.extract.pairs import Pair
+    from lorasurgery.surgery.extract.pair import Pair
 
 BATCH_BYTES = 128 << 20
 """Matrices of one shape that a GPU decomposes together have at most so many bytes; the work needs a few times that."""

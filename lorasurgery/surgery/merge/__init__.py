@@ -7,9 +7,9 @@
 """
 
 from lorasurgery.surgery.merge.engine import merge
-from lorasurgery.surgery.merge.inputs import Source
 from lorasurgery.surgery.merge.options import MergeOptions
 from lorasurgery.surgery.merge.report import MergedModule, MergeReport, SourceReport
+from lorasurgery.surgery.merge.source import Source
 from lorasurgery.surgery.merge.spec import Wanted, parse_source, parse_weight
 from lorasurgery.surgery.merge.weights import Weight
 

@@ -13,7 +13,7 @@ the scales are multiplied into ``up``, once, and alpha is the rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from math import log2, prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,6 +30,7 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.rounding import rounded
 from lorasurgery.io.dtypes import widest
 from lorasurgery.io.tensors import computed, same_values
+from lorasurgery.surgery.merge.adding import Adding, Term
 from lorasurgery.surgery.merge.lokr import nearest_lokr
 from lorasurgery.surgery.merge.side_by_side import Low, side_by_side
 from lorasurgery.surgery.reduce import Budget, to_lora
@@ -38,8 +39,8 @@ from lorasurgery.surgery.route import dense_is_cheaper, making_dense
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta, Record
-    from lorasurgery.io.tensors import Float64, Shape, Tensor
+    from lorasurgery.deltas.delta import Delta
+    from lorasurgery.io.tensors import Float64, Tensor
 
 ROWS = 64
 """Of a dense change that are multiplied at a time."""
@@ -54,32 +55,6 @@ class Sum(NamedTuple):
 
     module: Module | None
     action: str
-
-
-@dataclass(frozen=True, slots=True)
-class Adding:
-    """How sums are written."""
-
-    shape: Shape
-    """(out, in[, k...]) of the weight."""
-    dtype: str
-    record: Record
-    full: bool
-    """Whether the target holds full differences."""
-    lokr: bool = False
-    """Whether sums of LoKr are to be the nearest LoKr."""
-    factor: int | None = None
-    """LyCORIS' factor of these; None: the members' own."""
-    cut: Cutting | None = None
-    """That the result is cut afterwards: the rank may exceed the sides, and members keep their dtypes on the way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cutting:
-    """How a sum is cut afterwards."""
-
-    needed: int | None
-    """How many singular values decide; None: all."""
 
 
 def added(modules: Sequence[Module], how: Adding) -> Sum:
@@ -117,13 +92,6 @@ def nonlinear(module: Module) -> str | None:
     if isinstance(module.delta, Opaque):
         return f"{module.delta.called} acts on the base weight, and can neither be scaled nor added"
     return None
-
-
-class Term(NamedTuple):
-    """A change and what it is multiplied by."""
-
-    delta: Delta
-    factor: float
 
 
 class _Found(NamedTuple):

@@ -10,11 +10,12 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER, Module, Scale, Site
+from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures.table import ORIGINAL
 from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.low_rank import LowRank, stack_low_rank
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
+from lorasurgery.site import DENOISER, SECOND_DENOISER, Site
 from lorasurgery.surgery.fuse import stack_bias, stack_modules, take_rows, wide
 from lorasurgery.surgery.pieces import plan, targets_of
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     from lorasurgery.architectures.table import Architecture, Spans
     from lorasurgery.deltas.base import Record
-    from lorasurgery.surgery.merge.inputs import Source, Weighted
+    from lorasurgery.surgery.merge.inputs import Weighted
+    from lorasurgery.surgery.merge.source import Source
     from lorasurgery.surgery.pieces import Target
 
     Recorder = Callable[[str], Record]

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.adapter import Scale
+from lorasurgery.adapter import Scale, written_in
 from lorasurgery.deltas.full import Full
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.io.tensors import zeros
-from lorasurgery.layouts.targets import written_in
 from lorasurgery.linalg.randomized import dense_svd
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.convert import Options, convert
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Adapter, Module
-    from lorasurgery.surgery.merge.inputs import Source
     from lorasurgery.surgery.merge.options import MergeOptions
     from lorasurgery.surgery.merge.report import MergeReport
+    from lorasurgery.surgery.merge.source import Source
 
 GROWN = 4
 """Times the inputs from which on a result is much larger than they are."""

@@ -5,27 +5,29 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Adapter, Leftover
+from lorasurgery.adapter import Adapter, Leftover, written_in
 from lorasurgery.architectures.table import DIFFUSERS
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.errors import RequestError
 from lorasurgery.files.alike import one_naming
 from lorasurgery.io.tensors import same_values
 from lorasurgery.layouts.peft_merge import merged_configs
-from lorasurgery.layouts.targets import names_in, namings, written_in
+from lorasurgery.layouts.targets import names_in, namings
 from lorasurgery.metadata import FACTOR, FACTOR_KEY
 from lorasurgery.report import Report
 from lorasurgery.surgery.convert import convert
 from lorasurgery.surgery.merge.align import aligned
-from lorasurgery.surgery.merge.inputs import Source, Weighted, leading, spelled_as, spelling_of, weighted
+from lorasurgery.surgery.merge.inputs import Weighted, leading, spelled_as, spelling_of, weighted
+from lorasurgery.surgery.merge.merging import Merging
 from lorasurgery.surgery.merge.metadata import merged_metadata
 from lorasurgery.surgery.merge.methods import combine
 from lorasurgery.surgery.merge.model import architecture_for
 from lorasurgery.surgery.merge.options import MergeOptions
 from lorasurgery.surgery.merge.report import MergeReport, SourceReport
+from lorasurgery.surgery.merge.source import Source
 from lorasurgery.surgery.merge.spec import parse_weight
 from lorasurgery.surgery.merge.sums import Sums
 from lorasurgery.surgery.options import DTYPES
@@ -35,35 +37,7 @@ from lorasurgery.surgery.split_alpha import check_split_alpha
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.architectures.table import Architecture
-    from lorasurgery.deltas.base import Record
-    from lorasurgery.layouts.targets import Layout
     from lorasurgery.ledger import Ledger
-
-
-@dataclass(slots=True)
-class Merging:
-    """A merge while it runs."""
-
-    sources: list[Source]
-    options: MergeOptions
-    arch: Architecture
-    target: Layout
-    report: MergeReport
-
-    @property
-    def dtype(self) -> str:
-        """What the first file is mostly in."""
-        tensors = [t for m in self.sources[0].adapter.modules.values() if m.delta is not None for t in m.delta.tensors.values()]
-        return Counter(tensor.dtype for tensor in tensors).most_common(1)[0][0] if tensors else "F32"
-
-    def recorder(self, name: str) -> Record:
-        """Where the rounding errors of a module go."""
-
-        def record(error: float, norm: float) -> None:
-            self.report.losses.record(name, error, norm)
-
-        return record
 
 
 def merge(

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.adapter import DENOISER, SCALED, SECOND_DENOISER, Adapter, Module, Scale
+from lorasurgery.adapter import SCALED, Adapter, Module, Scale
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.deltas.kronecker import Kronecker
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.rounding import multiplied
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 from lorasurgery.surgery.merge.model import in_shape
 
 if TYPE_CHECKING:
@@ -21,17 +22,7 @@ if TYPE_CHECKING:
     from lorasurgery.architectures.table import Architecture
     from lorasurgery.layouts.targets import Layout
     from lorasurgery.linalg.factors import AnyArray
-    from lorasurgery.surgery.merge.weights import Weight
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A file of the merge."""
-
-    adapter: Adapter
-    weight: Weight
-    name: str
-    """For reports and messages."""
+    from lorasurgery.surgery.merge.source import Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from lorasurgery.linalg.kronecker_sum import error_of_sum, nearest_of_sum, norm_
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.surgery.merge.add import Adding, Term
+    from lorasurgery.surgery.merge.adding import Adding, Term
 
 
 def nearest_lokr(terms: Sequence[Term], how: Adding) -> Kronecker | None:

@@ -15,7 +15,7 @@ from lorasurgery.surgery.merge.options import FIRST, STRIP
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lorasurgery.surgery.merge.inputs import Source
+    from lorasurgery.surgery.merge.source import Source
 
 PROVENANCE = "lorasurgery.merged_from"
 """JSON: a list of {file, weight, hash, title} in the order given; files of weight 0 are in it."""

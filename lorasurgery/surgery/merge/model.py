@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Module
     from lorasurgery.architectures.table import Architecture, Shape
     from lorasurgery.io.tensors import Tensor
-    from lorasurgery.surgery.merge.inputs import Source
+    from lorasurgery.surgery.merge.source import Source
 
 WIDE = ".reshape_weight"
 """The suffix of the tensor that says how wide the base weight is to be made."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.io.tensors import Array, Tensor
-    from lorasurgery.surgery.merge.add import Adding
+    from lorasurgery.surgery.merge.adding import Adding
 
 
 class Low(NamedTuple):

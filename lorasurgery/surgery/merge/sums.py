@@ -11,7 +11,8 @@ from lorasurgery.errors import NotRepresentableError
 from lorasurgery.io.dtypes import widest
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.surgery.cast import BIAS
-from lorasurgery.surgery.merge.add import Adding, Cutting, Sum, added, nonlinear, refuse_nonlinear
+from lorasurgery.surgery.merge.add import Sum, added, nonlinear, refuse_nonlinear
+from lorasurgery.surgery.merge.adding import Adding, Cutting
 from lorasurgery.surgery.merge.inputs import times
 from lorasurgery.surgery.merge.report import MergedModule
 from lorasurgery.surgery.options import DTYPES
@@ -19,10 +20,11 @@ from lorasurgery.surgery.options import DTYPES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.adapter import Module, Site
+    from lorasurgery.adapter import Module
     from lorasurgery.io.tensors import Tensor
-    from lorasurgery.surgery.merge.engine import Merging
+    from lorasurgery.site import Site
     from lorasurgery.surgery.merge.inputs import Weighted
+    from lorasurgery.surgery.merge.merging import Merging
 
 FOLD = "lorasurgery resize FILE OUT --rank N --dora fold --base MODEL first, which makes a LoRA of it; or --drop-nonlinear"
 LEAVE = "weight 1 and no other file for this module; or --drop-nonlinear to leave it out"

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lorasurgery.adapter import Site
     from lorasurgery.architectures.table import Architecture, Spans
     from lorasurgery.linalg.factors import AnyArray, Array
     from lorasurgery.models import Reader
+    from lorasurgery.site import Site
     from lorasurgery.surgery.resize.subject import Subject
 
 

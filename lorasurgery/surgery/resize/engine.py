@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.adapter import Adapter, Module, Scale
+from lorasurgery.adapter import Adapter, Module, Scale, written_in
 from lorasurgery.deltas.full import Opaque
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import RequestError, SurgeryError
 from lorasurgery.io.tensors import computed, of_array, stack, zeros
-from lorasurgery.layouts.targets import written_in
 from lorasurgery.linalg.threads import map_threads
 from lorasurgery.surgery.cast import cast_module
 from lorasurgery.surgery.options import DTYPES
@@ -41,7 +40,7 @@ from lorasurgery.surgery.settled import settled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.surgery.resize.base import BaseModel
 
 ALL_HELD, HELD = 176 << 20, 64 << 20

@@ -21,7 +21,7 @@ from lorasurgery.surgery.route import is_dense_cheaper
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64, Shape, Tensor
     from lorasurgery.surgery.resize.sources import Source
 

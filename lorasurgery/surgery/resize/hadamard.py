@@ -22,7 +22,7 @@ from lorasurgery.surgery.resize.subject import Cut, Subject, low_rank_factors
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Module
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Float64, Shape, Tensor
     from lorasurgery.linalg.factors import AnyArray
 

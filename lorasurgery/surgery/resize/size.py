@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorasurgery.adapter import written_in
 from lorasurgery.api import takes_factor
 from lorasurgery.io.header import header_bytes
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH
@@ -11,7 +12,6 @@ from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.module import TOP_LEVEL
 from lorasurgery.layouts.peft_config import header_metadata
 from lorasurgery.layouts.scales import HEADER_KEY
-from lorasurgery.layouts.targets import written_in
 from lorasurgery.metadata import converted, with_lokr_factor
 from lorasurgery.report import Report
 from lorasurgery.surgery.convert import convert

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lorasurgery.adapter import Magnitude, Module
-    from lorasurgery.deltas.base import Delta, Record
+    from lorasurgery.deltas.base import Record
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.io.tensors import Shape, Tensor
     from lorasurgery.linalg.factors import AnyArray, Array
     from lorasurgery.linalg.policies.budget import Indices

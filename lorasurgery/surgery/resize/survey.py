@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasurgery.adapter import DENOISER, SECOND_DENOISER
 from lorasurgery.deltas.full import Full, Opaque
 from lorasurgery.errors import BrokenModuleError, NoRoomError, NotRepresentableError
 from lorasurgery.io.dtypes import BITS
 from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.linalg.threads import map_threads
+from lorasurgery.site import DENOISER, SECOND_DENOISER
 from lorasurgery.surgery.options import DTYPES
 from lorasurgery.surgery.resize.batches import Numpy, batches, is_plain, measured_together
 from lorasurgery.surgery.resize.dora import folded_subject, recomputed_subject

@@ -13,9 +13,10 @@ from lorasurgery.surgery.merge.options import DENSE, PEFT, SUM
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lorasurgery.adapter import Module, Site
-    from lorasurgery.surgery.merge.engine import Merging
+    from lorasurgery.adapter import Module
+    from lorasurgery.site import Site
     from lorasurgery.surgery.merge.inputs import Weighted
+    from lorasurgery.surgery.merge.merging import Merging
     from lorasurgery.surgery.merge.sums import Sums
 
     Way = Callable[[Merging, Sums, Site, Sequence[Weighted]], "Module | None"]

@@ -13,10 +13,10 @@ from lorasurgery.surgery.merge.inputs import finite
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.linalg.factors import Array
-    from lorasurgery.surgery.merge.engine import Merging
     from lorasurgery.surgery.merge.inputs import Weighted
+    from lorasurgery.surgery.merge.merging import Merging
 
 PARALLEL = 0.9995
 """Above this cosine slerp is linear. Source: mergekit ``merge_methods/slerp.py`` (2026), ``DOT_THRESHOLD``."""

@@ -23,10 +23,11 @@ from lorasurgery.surgery.merge.options import KOHYA_CONCAT, SUM
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.adapter import Module, Site
+    from lorasurgery.adapter import Module
     from lorasurgery.linalg.factors import AnyArray, Array
-    from lorasurgery.surgery.merge.engine import Merging
+    from lorasurgery.site import Site
     from lorasurgery.surgery.merge.inputs import Weighted
+    from lorasurgery.surgery.merge.merging import Merging
     from lorasurgery.surgery.merge.sums import Sums
 
     Factors = tuple[Array, Array]

@@ -21,10 +21,11 @@ from lorasurgery.surgery.merge.methods import arrays
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lorasurgery.adapter import Module, Site
+    from lorasurgery.adapter import Module
     from lorasurgery.linalg.factors import AnyArray
-    from lorasurgery.surgery.merge.engine import Merging
+    from lorasurgery.site import Site
     from lorasurgery.surgery.merge.inputs import Weighted
+    from lorasurgery.surgery.merge.merging import Merging
     from lorasurgery.surgery.merge.options import MergeOptions
     from lorasurgery.surgery.merge.sums import Sums
 

@@ -19,12 +19,13 @@ from lorasurgery.surgery.merge.inputs import finite, times
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.adapter import Module, Site
-    from lorasurgery.deltas.base import Delta
+    from lorasurgery.adapter import Module
+    from lorasurgery.deltas.delta import Delta
     from lorasurgery.linalg.factors import Array
-    from lorasurgery.surgery.merge.add import Adding
-    from lorasurgery.surgery.merge.engine import Merging
+    from lorasurgery.site import Site
+    from lorasurgery.surgery.merge.adding import Adding
     from lorasurgery.surgery.merge.inputs import Weighted
+    from lorasurgery.surgery.merge.merging import Merging
     from lorasurgery.surgery.merge.sums import Sums
 
 NEGLIGIBLE = 1e-6

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from lorasurgery.errors import SurgeryError
     from lorasurgery.files.opened import load
     from lorasurgery.models import open_model
+    from lorasurgery.operations.conversion.convert import Options, convert
+    from lorasurgery.operations.cut import ResizeOptions, resize
+    from lorasurgery.operations.select.parts import split
     from lorasurgery.report import Report
     from lorasurgery.site import Site
-    from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
-    from lorasurgery.surgery.compare import CompareOptions, Comparison, compare
-    from lorasurgery.surgery.convert import Options, convert
-    from lorasurgery.surgery.ema import EmaOptions, ema
-    from lorasurgery.surgery.extract import ExtractOptions, extract
-    from lorasurgery.surgery.merge import MergeOptions, merge
-    from lorasurgery.surgery.parts import split
-    from lorasurgery.surgery.prune import PruneOptions, prune
-    from lorasurgery.surgery.resize import ResizeOptions, resize
+    from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
+    from lorasurgery.verbs.compare import CompareOptions, Comparison, compare
+    from lorasurgery.verbs.ema.ema import EmaOptions, ema
+    from lorasurgery.verbs.extract import ExtractOptions, extract
+    from lorasurgery.verbs.merge import MergeOptions, merge
+    from lorasurgery.verbs.prune import PruneOptions, prune
 
 _HOMES = {
     "Adapter": "adapter", "Magnitude": "adapter", "Module": "adapter", "Options": "surgery.convert",

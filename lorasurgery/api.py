@@ -21,7 +21,7 @@ from lorasurgery.layouts.numbered import with_ranks
 from lorasurgery.layouts.peft_keys import is_carried
 from lorasurgery.layouts.scales import HEADER_KEY
 from lorasurgery.metadata import FACTOR, converted, with_lokr_factor
-from lorasurgery.surgery.convert import Options, convert
+from lorasurgery.operations.conversion.convert import Options, convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

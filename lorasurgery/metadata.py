@@ -40,7 +40,7 @@ BY_BLOCK = (
     "x_mod_dim", "emb_dims", "attn_dim", "mlp_dim", "mod_dim", "refiner_dim", "embedder_dims",
 )  # fmt: skip
 """Entries of :data:`ARGS` with ranks for parts of the network: no longer true when ranks change. Only for :data:`LISTS` there
-is a form that is, see :mod:`lorasurgery.surgery.resize.block_args`. Fields: sd-scripts ``networks/lora.py``, ``lora_flux.py``,
+is a form that is, see :mod:`lorasurgery.operations.cut.block_args`. Fields: sd-scripts ``networks/lora.py``, ``lora_flux.py``,
 ``lora_sd3.py`` and ``lora_lumina.py`` (2026)."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import deserialize
 
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, ApplyReport, apply, read_source
+from lorasurgery.verbs.apply import ApplyOptions, ApplyReport, apply, read_source
 from tests.oracle import Raw, model, raw, write
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from lorasurgery.io.header import RawFile
 from lorasurgery.io.tensors import of_array
 from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.targets import layout
-from lorasurgery.surgery.convert import Options, convert
+from lorasurgery.operations.conversion.convert import Options, convert
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter

@@ -11,9 +11,9 @@ import pytest
 from lorasurgery import alerts
 from lorasurgery.alerts import Alert, bytes_of, bytes_text, large_errors, much_larger
 from lorasurgery.io.tensors import zeros
-from lorasurgery.surgery.apply.report import ApplyReport
-from lorasurgery.surgery.apply.tally import Norms, Tally
-from lorasurgery.surgery.extract.report import ExtractReport, ModuleResult
+from lorasurgery.verbs.apply.report import ApplyReport
+from lorasurgery.verbs.apply.tally import Norms, Tally
+from lorasurgery.verbs.extract.report import ExtractReport, ModuleResult
 
 from tests.edges import lokr, lora, run, save  # isort: skip
 

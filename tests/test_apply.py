@@ -23,7 +23,7 @@ LAYOUTS = ("original", "comfyui", "all-in-one", "diffusers")
 def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the small models are changed in one part otherwise."""
     for name, size in zip(("HEIGHT", "READ", "PART", "GRAIN"), request.param, strict=False):
-        monkeypatch.setattr(f"lorasurgery.surgery.apply.step.{name}", size)
+        monkeypatch.setattr(f"lorasurgery.operations.onto.step.{name}", size)
 
 
 @pytest.mark.usefixtures("_parts")

@@ -9,7 +9,7 @@ import pytest
 
 import lorasurgery
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
+from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
 from tests.applied import LINEAR1, PROJ, QKV, SWAPPED, Added, Base, applied, numbers, read, stem
 from tests.multiplied import save
 from tests.oracle import raw
@@ -253,7 +253,7 @@ def test_apply_equals_pefts_oft(tmp_path: Path, neumann: bool) -> None:
 
 
 def test_merge_then_apply_equals_apply_one_after_the_other(tmp_path: Path) -> None:
-    from lorasurgery.surgery.merge import MergeOptions, Source, Weight, merge
+    from lorasurgery.verbs.merge import MergeOptions, Source, Weight, merge
 
     base, first, second = Base.make("F32"), Added("BF16", seed=1), Added("F16", seed=2)
     for name in (QKV, PROJ, LINEAR1, SWAPPED):
@@ -267,7 +267,7 @@ def test_merge_then_apply_equals_apply_one_after_the_other(tmp_path: Path) -> No
     files = [own.save(tmp_path / f"{i}.safetensors") for i, own in enumerate((first, second))]
     sources = [Source(read_source(f, arch).adapter, Weight(w), f.name) for f, w in zip(files, (0.8, -0.4), strict=True)]
     merged, _ = merge(sources, MergeOptions(dtype="fp32"))
-    from lorasurgery.surgery.convert import Options, convert
+    from lorasurgery.operations.conversion.convert import Options, convert
 
     merged, report = convert(merged, "sd-scripts", Options(dtype="fp32"))
     lorasurgery.save(merged, tmp_path / "merged.safetensors", report=report)

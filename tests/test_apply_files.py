@@ -17,7 +17,7 @@ import pytest
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import DroppedKeysError, OutputExistsError, RequestError, UnknownArchitectureError
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, ApplyReport, apply, read_source
+from lorasurgery.verbs.apply import ApplyOptions, ApplyReport, apply, read_source
 from tests.applied import LINEAR1, PROJ, QKV, Added, Base, assert_nearest, numbers, read, stem
 from tests.oracle import Raw, fixture, raw, write
 
@@ -275,7 +275,7 @@ def test_verify_finds_a_value_that_is_wrong(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(LowRank, "flat_factors", lambda delta, work, by=1.0: own(delta, work, by * 1.1))
     bad = run(path, source, tmp_path / "o.safetensors", verify=True, force=True)
     assert sum(own.wrong for own in bad.verified) > 100
-    monkeypatch.setattr("lorasurgery.surgery.apply.verify.expected", lambda _placed, weight, *_: weight * np.nan)
+    monkeypatch.setattr("lorasurgery.verbs.apply.verify.expected", lambda _placed, weight, *_: weight * np.nan)
     assert all(own.wrong == own.values for own in run(path, source, tmp_path / "q.safetensors", verify=True).verified)
 
 
@@ -291,7 +291,7 @@ def test_verify_knows_pefts_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyP
     good = run(path, source, tmp_path / "o.safetensors", verify=True)
     bias = {f"{QKV}.bias"} if kind == "ia3_l" else set()  # it multiplies the layer's outputs
     assert {own.tensor for own in good.verified if not own.wrong} == {f"{QKV}.weight"} | bias
-    monkeypatch.setattr("lorasurgery.surgery.apply.verify.expected", lambda _placed, weight, *_: weight)
+    monkeypatch.setattr("lorasurgery.verbs.apply.verify.expected", lambda _placed, weight, *_: weight)
     found = run(path, source, tmp_path / "p.safetensors", verify=True).verified
     assert next(own for own in found if own.tensor == f"{QKV}.weight").wrong > 100
 
@@ -303,7 +303,7 @@ def test_a_failed_write_names_the_output_and_leaves_nothing(tmp_path: Path, monk
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lorasurgery.surgery.apply.output.Output.write", full)
+    monkeypatch.setattr("lorasurgery.verbs.apply.output.Output.write", full)
     with pytest.raises(OSError, match=r"o\.safetensors") as caught:
         run(path, source, tmp_path / "o.safetensors")
     assert caught.value.errno == errno.ENOSPC
@@ -343,7 +343,7 @@ def test_a_kill_in_the_middle_leaves_no_output_and_no_process(tmp_path: Path, nu
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background inherit that it is ignored
         "import numpy as np\n"
-        "from lorasurgery.surgery.apply import forks, produce, writing\n"
+        "from lorasurgery.verbs.apply import forks, produce, writing\n"
         "def slow(self, change, put, put_scale):\n"
         "    print('begun', os.getpid(), flush=True)\n"
         "    for _ in range(600):\n"

@@ -14,9 +14,9 @@ import pytest
 
 from lorasurgery import errors
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, ApplyReport, apply, read_source
-from lorasurgery.surgery.apply.forks import Forks
-from lorasurgery.surgery.apply.produce import Producer
+from lorasurgery.verbs.apply import ApplyOptions, ApplyReport, apply, read_source
+from lorasurgery.verbs.apply.forks import Forks
+from lorasurgery.verbs.apply.produce import Producer
 from tests.applied import LINEAR1, PROJ, QKV, SWAPPED, Added, Base, stem
 from tests.test_apply import hadamard, kronecker
 
@@ -31,8 +31,8 @@ NAMES = (QKV, PROJ, LINEAR1, SWAPPED)
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasurgery.surgery.apply.writing.WORTH", 0)
-    monkeypatch.setattr("lorasurgery.surgery.apply.forks.STEP", 1)
+    monkeypatch.setattr("lorasurgery.verbs.apply.writing.WORTH", 0)
+    monkeypatch.setattr("lorasurgery.verbs.apply.forks.STEP", 1)
 
 
 def mixed(folder: Path) -> Path:
@@ -91,7 +91,7 @@ def test_a_weight_that_must_be_whole_in_memory_is_changed_here(tmp_path: Path, m
     adapter.number(f"{stem(PROJ)}.alpha", 1e-3)
     path, source = base.save(tmp_path / "m.safetensors"), adapter.save(tmp_path / "oft.safetensors")
     run(path, source, tmp_path / "whole.safetensors", fork=True, workers=2)
-    monkeypatch.setattr("lorasurgery.surgery.apply.produce.BIG", 0)
+    monkeypatch.setattr("lorasurgery.verbs.apply.produce.BIG", 0)
     monkeypatch.setattr(Forks, "call", lambda *_: pytest.fail("not here"))
     run(path, source, tmp_path / "big.safetensors", fork=True, workers=2)
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "big.safetensors").read_bytes()

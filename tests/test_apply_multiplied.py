@@ -10,8 +10,8 @@ import pytest
 
 from lorasurgery.errors import NotAnAdapterError, NotRepresentableError
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
-from lorasurgery.surgery.apply.verify import verify
+from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
+from lorasurgery.verbs.apply.verify import verify
 from tests.applied import LINEAR1, NORM, PROJ, QKV, SWAPPED, Added, Base, applied, assert_nearest, numbers, read, stem, stored
 from tests.multiplied import FILES, base, save
 from tests.oracle import Raw, raw, write

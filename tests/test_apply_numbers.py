@@ -9,8 +9,8 @@ import pytest
 
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
 from lorasurgery.io.dtypes import numpy_dtype
-from lorasurgery.surgery.apply.numbers import FORMATS, nearest, spacing, stochastic, surely_finite
-from lorasurgery.surgery.apply.tools import Tools, TorchTools
+from lorasurgery.operations.onto.numbers import FORMATS, nearest, spacing, stochastic, surely_finite
+from lorasurgery.operations.onto.tools import Tools, TorchTools
 from tests import applied as small
 from tests.applied import LINEAR1, PROJ, QKV, SWAPPED, Added, Base, applied, assert_nearest, numbers, read, stem, stored
 from tests.oracle import Raw, raw
@@ -238,7 +238,7 @@ def test_large_models_are_changed_with_torch(tmp_path: Path, dtype: str, monkeyp
     base, adapter = Base.make(dtype), Added("BF16")
     deltas = {name: adapter.lora(stem(name), base.weights[name].shape, 3, 1.7) for name in (QKV, PROJ, LINEAR1, SWAPPED)}
     path = base.save(tmp_path / "m.safetensors", "comfyui")
-    monkeypatch.setattr("lorasurgery.surgery.apply.tools.WORTH", 0.0)
+    monkeypatch.setattr("lorasurgery.operations.onto.tools.WORTH", 0.0)
     monkeypatch.setattr(Tools, "adder", lambda *_: pytest.fail("numpy's"))
     out, _ = applied(tmp_path, path, (adapter, 0.8), verify=True)
     weights, _ = base.result(out, "comfyui")

@@ -13,8 +13,8 @@ import lorasurgery
 from lorasurgery.cli.app import application
 from lorasurgery.errors import BrokenModuleError, NotAnAdapterError, NotRepresentableError
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
-from lorasurgery.surgery.apply.inputs import source_of
+from lorasurgery.operations.onto.inputs import source_of
+from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
 from tests.applied import read
 from tests.multiplied import FILES, base, save
 from tests.oracle import raw, write

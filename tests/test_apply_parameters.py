@@ -11,13 +11,13 @@ import pytest
 from lorasurgery.architectures.table import row
 from lorasurgery.errors import DroppedKeysError
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
+from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
 from tests.applied import NORM, PROJ, Added, Base, assert_nearest, numbers, read, stored
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lorasurgery.surgery.apply import ApplyReport
+    from lorasurgery.verbs.apply import ApplyReport
 
 OWN = {
     "double_blocks.0.modulation": (1, 6, 24), "token": (5,), "vace_blocks.0.q": (24, 12), "vace_blocks.0.norm": (24,),

@@ -9,14 +9,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
+from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
 from tests.multiplied import FILES, base, save, truth
 from tests.probes import bilinear
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lorasurgery.surgery.apply import ApplyReport
+    from lorasurgery.verbs.apply import ApplyReport
     from tests.multiplied import Arrays
 
 SINGLE = 2e-5

@@ -10,7 +10,7 @@ import pytest
 
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
+from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
 from tests.applied import LINEAR1, NORM, PROJ, QKV, Added, Base, applied, assert_nearest, numbers, read, stem, stored
 from tests.multiplied import base as unet_base
 from tests.multiplied import save

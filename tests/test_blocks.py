@@ -12,9 +12,9 @@ from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import RequestError
+from lorasurgery.operations.select.block_lists import listed, read_presets
+from lorasurgery.operations.select.blocks import chooser, member, parse_selection
 from lorasurgery.site import Site
-from lorasurgery.surgery.block_lists import listed, read_presets
-from lorasurgery.surgery.blocks import chooser, member, parse_selection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -183,5 +183,5 @@ def test_presets_are_read_by_name(tmp_path: Path) -> None:
 
 
 def test_blocks_need_no_numpy() -> None:
-    code = "import sys, lorasurgery.surgery.blocks, lorasurgery.surgery.block_lists; print('numpy' in sys.modules)"
+    code = "import sys; from lorasurgery.operations.select import block_lists, blocks; print('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -97,7 +97,13 @@ def test_a_rename_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
 
 def test_help_loads_little() -> None:
     loaded = imported("convert", "--help")
-    assert not loaded & {"torch", "numpy", "lorasurgery.api", "lorasurgery.surgery.convert", "lorasurgery.architectures"}
+    assert not loaded & {
+        "torch",
+        "numpy",
+        "lorasurgery.api",
+        "lorasurgery.operations.conversion.convert",
+        "lorasurgery.architectures",
+    }
 
 
 # inputs and outputs -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import lorasurgery
 from lorasurgery.errors import BrokenModuleError, RequestError
-from lorasurgery.surgery.compare import TOLERANCES, CompareOptions, compare
-from lorasurgery.surgery.compare.products import Measured, Product, by_qr, measure
+from lorasurgery.operations.effect.products import Measured, Product, by_qr, measure
+from lorasurgery.verbs.compare import TOLERANCES, CompareOptions, compare
 from tests.builders import Builder, convert_path
 from tests.oracle import Raw, Reader, delta, find, model, modules, raw, read, write
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lorasurgery.surgery.compare import Comparison
+    from lorasurgery.verbs.compare import Comparison
     from tests.builders import Made
 
     Array = NDArray[np.float64]

@@ -24,7 +24,7 @@ from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.evidence import names, of_no_table, said
 from lorasurgery.layouts.foreign import known_unmangled as mended
 from lorasurgery.layouts.targets import LAYOUTS, layout
-from lorasurgery.surgery.settled import differing
+from lorasurgery.operations.conversion.settled import differing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

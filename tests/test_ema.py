@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.surgery.ema import WIDEST, EmaOptions, ema, gamma_of
-from lorasurgery.surgery.ema_order import in_order
+from lorasurgery.verbs.ema.ema import WIDEST, EmaOptions, ema, gamma_of
+from lorasurgery.verbs.ema.order import in_order
 from tests.edges import refused, run
 from tests.oracle import Raw, raw, read, write
 

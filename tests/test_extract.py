@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lorasurgery.errors import BrokenModuleError, FileFormatError, OutputExistsError, RequestError
-from lorasurgery.surgery.extract import ExtractOptions, Running, extract
-from lorasurgery.surgery.extract.dry import plan
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.operations.cut import ResizeOptions
+from lorasurgery.verbs.extract import ExtractOptions, Running, extract
+from lorasurgery.verbs.extract.dry import plan
 from tests.edges import calm, run
 from tests.extracting import GRID, changed, differences, grid, optimum, relative, said, whole_low_rank
 from tests.models.small import diffusers_arrays, original_arrays, original_of, save, save_gguf

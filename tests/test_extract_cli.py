@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lorasurgery.cli.extract_progress import ProgressLine, duration
-from lorasurgery.surgery.extract import Step
-from lorasurgery.surgery.extract.compare import Families, FamilyRow
+from lorasurgery.verbs.extract import Step
+from lorasurgery.verbs.extract.compare import Families, FamilyRow
 from tests.edges import run
 from tests.extracting import changed, grid, whole_low_rank
 from tests.models.small import save

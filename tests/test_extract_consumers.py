@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorasurgery.surgery.extract import ExtractOptions, Running, extract
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.operations.cut import ResizeOptions
+from lorasurgery.verbs.extract import ExtractOptions, Running, extract
 from tests.edges import calm
 from tests.models.small import CONFIGS, built, original_of, save
 from tests.oracle import read

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lorasurgery.errors import OutputExistsError, RequestError
-from lorasurgery.surgery.extract import ExtractOptions, Running, extract
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.operations.cut import ResizeOptions
+from lorasurgery.verbs.extract import ExtractOptions, Running, extract
 from tests.models.small import save
 from tests.oracle import read, write
 
@@ -92,8 +92,8 @@ def test_a_killed_process_goes_on(models, tmp_path):
     taken(models, whole, OPTIONS)
     program = f"""
 import os, signal
-from lorasurgery.surgery.extract import ExtractOptions, Running, extract
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.verbs.extract import ExtractOptions, Running, extract
+from lorasurgery.operations.cut import ResizeOptions
 steps = []
 def progress(step):
     steps.append(step)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lorasurgery.surgery.extract.sd_scripts import CONV_ONLY, OTHER_LAYER
+from lorasurgery.verbs.extract.sd_scripts import CONV_ONLY, OTHER_LAYER
 from tests.edges import run
 from tests.extracting import changed, differences, grid, whole_low_rank
 from tests.models.small import built, original_of, save

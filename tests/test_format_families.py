@@ -38,12 +38,13 @@ from lorasurgery.io.tensors import of_array, scalar
 from lorasurgery.layouts.detect import expected_shape, has_bias
 from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.group import build, group
+from lorasurgery.operations.cut import ResizeOptions, resize
+from lorasurgery.operations.onto import turned
+from lorasurgery.operations.onto.rules import Rules
+from lorasurgery.operations.onto.step import Wanted
 from lorasurgery.report import Report
-from lorasurgery.surgery.apply import dense_multiplied, turned
-from lorasurgery.surgery.apply.rules import Rules
-from lorasurgery.surgery.apply.step import Wanted
-from lorasurgery.surgery.merge import merge
-from lorasurgery.surgery.resize import ResizeOptions, resize
+from lorasurgery.verbs.apply import dense_multiplied
+from lorasurgery.verbs.merge import merge
 from tests.format_files import RNG, file, lora, some, wan_control, written
 from tests.test_architectures import REFERENCES
 

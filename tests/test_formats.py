@@ -32,7 +32,7 @@ from lorasurgery.io.tensors import of_array
 from lorasurgery.layouts.foreign import known_unmangled
 from lorasurgery.layouts.group import build, group
 from lorasurgery.layouts.wrappers import unwrapped
-from lorasurgery.surgery.meta import read_metadata
+from lorasurgery.verbs.meta.meta import read_metadata
 from tests.format_files import KOHYA, RNG, control, file, lora, some, wan_control, written, xlabs
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import lorasurgery
 from lorasurgery.architectures import architectures
 from lorasurgery.inspection import SCHEMA, Description, describe
 from lorasurgery.inspection.training import tag_counts, training_summary, trigger_words, unfolded
-from lorasurgery.surgery.settled import undecided
+from lorasurgery.operations.conversion.settled import undecided
 from tests.headers import FLUX, HERE, fixture, hollow, lora
 
 if TYPE_CHECKING:

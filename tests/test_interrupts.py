@@ -37,7 +37,7 @@ RUN = "from lorasurgery.__main__ import main\nmain()\n"
 SMALL = """
 from lorasurgery.interrupts import held
 with held():
-    from lorasurgery.surgery.apply import writing
+    from lorasurgery.verbs.apply import writing
     writing.WORTH = 0  # processes for a model of any size
 """
 

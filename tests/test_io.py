@@ -25,7 +25,7 @@ from lorasurgery.io.peft_folder import read_peft_folder, write_peft_folder
 from lorasurgery.io.tensors import Tensor, computed, of_array, of_bytes, scalar, stack, zeros
 from lorasurgery.io.torchfile import read_torch
 from lorasurgery.io.writer import write_safetensors
-from lorasurgery.surgery.apply.folder import replacing_folder
+from lorasurgery.verbs.apply.folder import replacing_folder
 from tests.edges import listing, lora, save
 
 if TYPE_CHECKING:

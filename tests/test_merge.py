@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import lorasurgery
 from lorasurgery.errors import NotRepresentableError, RequestError
 from lorasurgery.files.alike import one_architecture
-from lorasurgery.surgery.convert import Options, convert
-from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.operations.conversion.convert import Options, convert
+from lorasurgery.operations.cut import ResizeOptions
+from lorasurgery.verbs.merge import MergeOptions, Source, merge, parse_weight
 from tests.builders import Builder, meaning, read_output
 from tests.oracle import Meaning, assert_same, model, raw, relative_errors
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lorasurgery
-from lorasurgery.surgery.merge import MergeOptions
+from lorasurgery.verbs.merge import MergeOptions
 from tests.applied import LINEAR1, NORM, PROJ, QKV, SWAPPED, Added, Base, numbers, stem
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lorasurgery.errors import NotRepresentableError, RequestError
-from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.operations.cut import ResizeOptions
+from lorasurgery.verbs.merge import MergeOptions, Source, merge, parse_weight
 from tests.test_resize import ARCH, Maker, dense, every
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter
-    from lorasurgery.surgery.merge import MergeReport
+    from lorasurgery.verbs.merge import MergeReport
 
 NAMES = ("mlp.up", "narrow", "conv")
 ALPHAS, WEIGHTS = (3.0, 7.0), (0.7, -0.4)

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 import lorasurgery
-from lorasurgery.surgery.convert import Options, convert
-from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
+from lorasurgery.operations.conversion.convert import Options, convert
+from lorasurgery.verbs.merge import MergeOptions, Source, merge, parse_weight
 from tests.probes import bilinear
 from tests.test_consumers import MODELS, all_deltas, assert_close, complaints, fixture, flat, loaded, lycoris_delta, truth
 

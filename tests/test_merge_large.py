@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lorasurgery.linalg.kronecker_sum import error_of_sum, nearest_of_sum, norm_of_sum
-from lorasurgery.surgery.route import dense_is_cheaper
+from lorasurgery.operations.route import dense_is_cheaper
 from tests.edges import run
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def test_nothing_is_offered_to_who_has_chosen(tmp_path: Path, way: list[str]) ->
 def test_a_fused_lora_of_many_ranks_is_cut_the_short_way(rank: int) -> None:
     from lorasurgery.deltas.hadamard import Hadamard
     from lorasurgery.io.tensors import of_array
-    from lorasurgery.surgery.reduce import Budget, to_lora
+    from lorasurgery.operations.conversion.reduce import Budget, to_lora
 
     rng = np.random.default_rng(7)
     shapes = ((300, 24), (24, 420), (300, 24), (24, 420))

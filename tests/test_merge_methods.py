@@ -17,9 +17,9 @@ from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError, RequestError
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.tensors import of_array
-from lorasurgery.surgery.merge import MergeOptions, Source, merge, parse_weight
-from lorasurgery.surgery.merge.options import COMPATS, DENSE, METHODS
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.operations.cut import ResizeOptions
+from lorasurgery.verbs.merge import MergeOptions, Source, merge, parse_weight
+from lorasurgery.verbs.merge.options import COMPATS, DENSE, METHODS
 from tests.test_resize import D, Maker, dense, every
 
 if TYPE_CHECKING:
@@ -319,8 +319,8 @@ def test_dense_results_are_recompressed_to_the_optimum(tmp_path: Any) -> None:
 @pytest.mark.parametrize("held", [True, False])
 def test_a_module_of_zeros_is_cut_like_any_other(options: dict[str, Any], held: bool, monkeypatch: Any) -> None:
     if not held:
-        monkeypatch.setattr("lorasurgery.surgery.resize.engine.ALL_HELD", 0)
-        monkeypatch.setattr("lorasurgery.surgery.resize.engine.HELD", 0)
+        monkeypatch.setattr("lorasurgery.operations.cut.engine.ALL_HELD", 0)
+        monkeypatch.setattr("lorasurgery.operations.cut.engine.HELD", 0)
     files = adapters(2)
     for adapter in files:
         for module in every(adapter):

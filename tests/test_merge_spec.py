@@ -11,7 +11,7 @@ from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import RequestError
 from lorasurgery.site import Site
-from lorasurgery.surgery.merge import Weight, parse_source, parse_weight
+from lorasurgery.verbs.merge import Weight, parse_source, parse_weight
 
 ENCODER = ("text_model.encoder.layers.0.mlp.fc1", "clip_l")
 PLACES = {

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from lorasurgery.io import in_place
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.surgery.meta_values import typed
+from lorasurgery.verbs.meta.values import typed
 from tests.edges import lora, refused, run, save, to_bytes
 
 METADATA = {"format": "pt", "ss_network_dim": "4", "ss_output_name": "123", "modelspec.title": "t", "note": "n" * 200}

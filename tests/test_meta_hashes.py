@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.surgery.meta_hashes import NOTHING, verify
+from lorasurgery.operations.notes.hashes import NOTHING, verify
 from tests.edges import run, with_header
 
 PRODUCERS = Path(__file__).parent / "fixtures" / "producers"

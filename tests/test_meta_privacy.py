@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasurgery.io.header import read_safetensors
-from lorasurgery.surgery.privacy import PRIVATE_KEYS, private_keys, without_paths
+from lorasurgery.verbs.meta.privacy import PRIVATE_KEYS, private_keys, without_paths
 from tests.edges import lora, run, save
 
 DOCS = Path(__file__).parent.parent / "docs" / "meta.md"

@@ -15,7 +15,7 @@ from lorasurgery.deltas.base import CannotError
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.errors import BrokenModuleError, NotRepresentableError
 from lorasurgery.io.tensors import of_array
-from lorasurgery.surgery.resize import ResizeOptions, resize
+from lorasurgery.operations.cut import ResizeOptions, resize
 from tests.edges import run
 from tests.oracle import raw, write
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures.table import Span
+from lorasurgery.operations.conversion.pieces import plan, targets_of
 from lorasurgery.site import DENOISER, Site
-from lorasurgery.surgery.pieces import plan, targets_of
 
 if TYPE_CHECKING:
     from lorasurgery.architectures.table import Spans

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lorasurgery.linalg.dense import truncated_svds
-from lorasurgery.surgery.extract import work
-from lorasurgery.surgery.resize import ResizeOptions, resize
+from lorasurgery.operations.cut import ResizeOptions, resize
+from lorasurgery.verbs.extract import work
 from tests.extracting import relative, said
 from tests.pretended import Pretended, pretend
 from tests.test_extract import falling, options, pair, taken

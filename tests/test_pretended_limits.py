@@ -12,9 +12,9 @@ import torch
 from lorasurgery.errors import NoRoomError
 from lorasurgery.linalg.dense import truncated_svds
 from lorasurgery.linalg.halving import in_halves
-from lorasurgery.surgery.extract import Running, decompose, work
-from lorasurgery.surgery.resize import ResizeOptions, device, resize
-from lorasurgery.surgery.resize.batches import Numpy
+from lorasurgery.operations.cut import ResizeOptions, device, resize
+from lorasurgery.operations.cut.batches import Numpy
+from lorasurgery.verbs.extract import Running, decompose, work
 from tests.edges import run
 from tests.extracting import relative, said
 from tests.pretended import pretend

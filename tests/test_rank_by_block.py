@@ -11,7 +11,7 @@ import pytest
 
 import lorasurgery
 from lorasurgery.errors import RequestError
-from lorasurgery.surgery.resize import ResizeOptions, resize
+from lorasurgery.operations.cut import ResizeOptions, resize
 from tests import oracle
 from tests.builders import Builder
 from tests.edges import run

@@ -10,10 +10,10 @@ from lorasurgery.adapter import Module, Scale
 from lorasurgery.architectures import named
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import RequestError
+from lorasurgery.operations.cut import ResizeOptions, block_ranks, parse_rank, parse_ranks
+from lorasurgery.operations.select.block_lists import places, rank_lists
+from lorasurgery.operations.select.blocks import member
 from lorasurgery.site import Site
-from lorasurgery.surgery.block_lists import places, rank_lists
-from lorasurgery.surgery.blocks import member
-from lorasurgery.surgery.resize import ResizeOptions, block_ranks, parse_rank, parse_ranks
 from tests import oracle
 
 

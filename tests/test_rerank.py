@@ -15,8 +15,8 @@ from lorasurgery.errors import BrokenModuleError, NotAnAdapterError, RequestErro
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.linalg.prefix import falling_share, order_score, prefix_curve, tucker_curve
 from lorasurgery.linalg.tucker import truncate_tucker
-from lorasurgery.surgery.nested import origin
-from lorasurgery.surgery.rerank import Request, open_nested, rerank
+from lorasurgery.verbs.rerank.nested import origin
+from lorasurgery.verbs.rerank.rerank import Request, open_nested, rerank
 from tests.edges import run
 from tests.oracle import Raw, raw, read, write
 

@@ -27,9 +27,10 @@ from lorasurgery.files.read import parse
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.io.tensors import of_array
 from lorasurgery.io.writer import write_safetensors
+from lorasurgery.operations.cut import NormCache, ResizeOptions, open_base, parse_rank, resize
+from lorasurgery.operations.cut.batches import batches
 from lorasurgery.site import DENOISER, Site
-from lorasurgery.surgery.resize import NormCache, ResizeOptions, open_base, parse_rank, plan, resize
-from lorasurgery.surgery.resize.batches import batches
+from lorasurgery.verbs.resize.plan import plan
 
 D = 48
 ARCH = Architecture(
@@ -224,8 +225,8 @@ def test_zeros_and_dependent_factors(options):
 
 
 def test_the_result_is_computed_when_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("lorasurgery.surgery.resize.engine.ALL_HELD", 0)
-    monkeypatch.setattr("lorasurgery.surgery.resize.engine.HELD", 0)
+    monkeypatch.setattr("lorasurgery.operations.cut.engine.ALL_HELD", 0)
+    monkeypatch.setattr("lorasurgery.operations.cut.engine.HELD", 0)
     make = Maker("F16").lora("attn.out").lora("conv")
     ranks = ResizeOptions(rank=3)
     result, report = resize(make.adapter(), ranks)
@@ -342,8 +343,8 @@ def test_small_matrices_that_were_given_up_are_computed_again(kind, monkeypatch)
     adapter = KINDS[kind](Maker("F16")).adapter()
     options = ResizeOptions(policy="energy", param=0.8, as_lora=True, full=True)
     plain, _ = resize(adapter, options)
-    monkeypatch.setattr("lorasurgery.surgery.resize.survey.CORE_BYTES", 0)
-    monkeypatch.setattr("lorasurgery.surgery.resize.engine.CORE_BYTES", 0)
+    monkeypatch.setattr("lorasurgery.operations.cut.survey.CORE_BYTES", 0)
+    monkeypatch.setattr("lorasurgery.operations.cut.engine.CORE_BYTES", 0)
     again, _ = resize(adapter, options)
     for one, other in zip(every(plain), every(again), strict=True):
         np.testing.assert_allclose(dense(one), dense(other), atol=2e-3 * np.max(np.abs(dense(one))))
@@ -356,8 +357,8 @@ def test_small_matrices_that_were_given_up_are_computed_again(kind, monkeypatch)
 
 def test_a_second_cut_of_the_same_measurement_is_not_the_first():
     """The plan cuts one survey at several ranks; a decomposition held for a small one must not serve a larger."""
-    from lorasurgery.surgery.resize.engine import resized_from
-    from lorasurgery.surgery.resize.survey import survey
+    from lorasurgery.operations.cut.engine import resized_from
+    from lorasurgery.operations.cut.survey import survey
 
     for kind in ("lokr pp", "full", "conv"):
         adapter = KINDS[kind](Maker()).adapter()

@@ -9,7 +9,7 @@ import torch
 from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.errors import BrokenModuleError, RequestError
 from lorasurgery.io.tensors import of_array
-from lorasurgery.surgery.resize import ResizeOptions, device, resize
+from lorasurgery.operations.cut import ResizeOptions, device, resize
 from tests.edges import run
 from tests.test_resize import D, Maker, check, dense, every
 

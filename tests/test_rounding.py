@@ -22,12 +22,12 @@ from lorasurgery.deltas.low_rank import LowRank
 from lorasurgery.deltas.miss import Miss
 from lorasurgery.deltas.sampling import ROWS, WHOLE
 from lorasurgery.io.tensors import of_array
+from lorasurgery.operations.conversion.cast import cast_module
+from lorasurgery.operations.conversion.fuse import stack_modules
+from lorasurgery.operations.sum.add import added
+from lorasurgery.operations.sum.adding import Adding
 from lorasurgery.report import Losses
 from lorasurgery.site import Site
-from lorasurgery.surgery.cast import cast_module
-from lorasurgery.surgery.fuse import stack_modules
-from lorasurgery.surgery.merge.add import added
-from lorasurgery.surgery.merge.adding import Adding
 
 from tests.edges import run  # isort: skip
 from tests.oracle import raw, read, write  # isort: skip

@@ -14,8 +14,8 @@ import pytest
 import lorasurgery
 from lorasurgery.cli.advice import before
 from lorasurgery.errors import RequestError
-from lorasurgery.surgery.parts import WAYS, split
-from lorasurgery.surgery.prune import PruneOptions, prune
+from lorasurgery.operations.select.parts import WAYS, split
+from lorasurgery.verbs.prune import PruneOptions, prune
 from tests.builders import Builder, meaning, read_output
 from tests.edges import refused, run
 from tests.oracle import Meaning, Tensors, assert_same, model, raw, read, write

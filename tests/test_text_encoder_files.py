@@ -12,10 +12,10 @@ import pytest
 
 from lorasurgery.errors import DroppedKeysError, RequestError
 from lorasurgery.models import open_model, parameters
-from lorasurgery.surgery.apply import ApplyOptions, ApplyReport, apply, read_source
-from lorasurgery.surgery.extract import ExtractOptions, Running, extract
-from lorasurgery.surgery.extract.dry import plan
-from lorasurgery.surgery.resize import ResizeOptions
+from lorasurgery.operations.cut import ResizeOptions
+from lorasurgery.verbs.apply import ApplyOptions, ApplyReport, apply, read_source
+from lorasurgery.verbs.extract import ExtractOptions, Running, extract
+from lorasurgery.verbs.extract.dry import plan
 from tests.applied import Added, assert_nearest, numbers, read, stored
 from tests.headers import fixture
 from tests.oracle import Raw, raw, write

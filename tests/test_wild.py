@@ -35,8 +35,8 @@ from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.emit import emit
 from lorasurgery.layouts.targets import LAYOUTS, layout
 from lorasurgery.layouts.words import split_key
-from lorasurgery.surgery.convert import convert
-from lorasurgery.surgery.settled import settled
+from lorasurgery.operations.conversion.convert import convert
+from lorasurgery.operations.conversion.settled import settled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

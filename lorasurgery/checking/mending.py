@@ -104,8 +104,8 @@ def _tried(
     from lorasurgery.checking.subject import subject_of
     from lorasurgery.files.read import parse
     from lorasurgery.layouts.emit import emit
-    from lorasurgery.surgery.convert import Options, convert
-    from lorasurgery.surgery.prune import PruneOptions, prune
+    from lorasurgery.operations.conversion.convert import Options, convert
+    from lorasurgery.verbs.prune import PruneOptions, prune
 
     if way.verb == "prune":
         made, pruned = prune(parse(raw, configs=subject.configs), PruneOptions(target=way.words[-1]))

@@ -63,7 +63,7 @@ def apply(
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:  # fmt: skip
     """Apply adapters to a model."""
-    from lorasurgery.surgery.apply import ApplyOptions
+    from lorasurgery.verbs.apply import ApplyOptions
 
     if out is None and not dry_run:
         raise RequestError("nothing says where the result goes", hint="-o OUT, or --dry-run")

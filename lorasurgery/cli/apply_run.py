@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorasurgery.models import Model
-    from lorasurgery.surgery.apply import ApplyOptions, ApplyReport, Source
-    from lorasurgery.surgery.extract import Step
+    from lorasurgery.verbs.apply import ApplyOptions, ApplyReport, Source
+    from lorasurgery.verbs.extract import Step
 
 
 class Done(NamedTuple):
@@ -48,7 +48,7 @@ def applied(how: Request) -> ApplyReport:
     """Do it, with progress on stderr."""
     from lorasurgery.cli.extract_progress import ProgressLine
     from lorasurgery.models import open_model
-    from lorasurgery.surgery.apply import apply, check_model
+    from lorasurgery.verbs.apply import apply, check_model
 
     how.options.check()
     model = open_model(how.model, arch=how.arch)
@@ -67,9 +67,9 @@ def applied(how: Request) -> ApplyReport:
 def _sources(how: Request, model: Model) -> list[Source]:
     """The adapters in the order given, with the weights of each of their modules."""
     from lorasurgery.files.opened import refuse_needless
-    from lorasurgery.surgery.apply import read_source
-    from lorasurgery.surgery.block_lists import read_presets
-    from lorasurgery.surgery.merge.spec import parse_source
+    from lorasurgery.operations.select.block_lists import read_presets
+    from lorasurgery.verbs.apply import read_source
+    from lorasurgery.verbs.merge.spec import parse_source
 
     presets = {} if how.presets is None else read_presets(how.presets)
     found = []

@@ -13,8 +13,8 @@ from lorasurgery.cli.resize_text import counts
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lorasurgery.surgery.apply import ApplyReport
-    from lorasurgery.surgery.apply.tally import Norms
+    from lorasurgery.verbs.apply import ApplyReport
+    from lorasurgery.verbs.apply.tally import Norms
 
 LEAST = 0.9
 """The part of the change below which what rounding keeps of it is worth advice."""
@@ -104,7 +104,7 @@ def _listed(label: str, lines: Sequence[str]) -> list[str]:
 
 
 def _notes(report: ApplyReport) -> Iterator[str]:
-    from lorasurgery.surgery.apply.report import NOTHING
+    from lorasurgery.verbs.apply.report import NOTHING
 
     yield from (*report.warnings, *report.alerts())
     total = report.total

@@ -15,8 +15,8 @@ from lorasurgery.errors import RequestError, SurgeryError
 
 if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter
-    from lorasurgery.surgery.compare import Comparison
-    from lorasurgery.surgery.compare.engine import Effect
+    from lorasurgery.verbs.compare import Comparison
+    from lorasurgery.verbs.compare.engine import Effect
 
 DIFFERENT, TROUBLE = 1, 2
 
@@ -54,8 +54,8 @@ def compare(
     json_: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,
 ) -> None:  # fmt: skip
     """Compare two adapters."""
-    from lorasurgery.surgery.compare import CompareOptions, open_both
-    from lorasurgery.surgery.compare import compare as compared
+    from lorasurgery.verbs.compare import CompareOptions, open_both
+    from lorasurgery.verbs.compare import compare as compared
 
     options = CompareOptions(tolerance, workers)
     options.check()
@@ -81,7 +81,7 @@ def _effect(base: Path | None, a: Adapter, b: Adapter) -> Effect | None:
     if base is None:
         return None
     from lorasurgery.models import open_model
-    from lorasurgery.surgery.compare.effect import effect_of
+    from lorasurgery.verbs.compare.effect import effect_of
 
     return effect_of(open_model(base, arch=a.architecture), a, b)
 

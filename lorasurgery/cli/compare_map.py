@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lorasurgery.cli.heat_map import LETTERS, SMOOTH
 from lorasurgery.cli.render import plain
-from lorasurgery.surgery.blocks import block_and_kind
+from lorasurgery.operations.select.blocks import block_and_kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorasurgery.architectures.table import Architecture
-    from lorasurgery.surgery.compare import ModulePair
+    from lorasurgery.verbs.compare import ModulePair
 
 IDENTICAL, SAME, ONLY_A, ONLY_B, UNKNOWN = "=", "~", "A", "B", "?"
 STEPS = "123456789"

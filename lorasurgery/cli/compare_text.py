@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.adapter import Adapter
-    from lorasurgery.surgery.compare import Comparison, ModulePair
+    from lorasurgery.verbs.compare import Comparison, ModulePair
 
 
 def total_lines(found: Comparison, paths: Sequence[Path], adapters: Sequence[Adapter]) -> list[str]:

@@ -16,8 +16,8 @@ from lorasurgery.errors import OutputExistsError, RequestError, UnknownArchitect
 if TYPE_CHECKING:
     from lorasurgery.api import SaveOptions
     from lorasurgery.layouts.targets import Layout
+    from lorasurgery.operations.conversion.convert import Options
     from lorasurgery.report import Report
-    from lorasurgery.surgery.convert import Options
 
 HELP = """Convert adapter files between the layouts of trainers and programs, exactly or not at all.
 
@@ -79,7 +79,7 @@ def convert(
     """Convert adapter files between layouts."""
     from lorasurgery.api import SaveOptions
     from lorasurgery.layouts.targets import layout
-    from lorasurgery.surgery.convert import Options
+    from lorasurgery.operations.conversion.convert import Options
 
     if as_ not in (None, "lora", "lokr", "loha", "full"):
         raise typer.BadParameter("lora, lokr, loha or full", param_hint="--as")
@@ -126,8 +126,8 @@ class Reading(NamedTuple):
 def _one(job: Job, target: str, how: Options, writing: SaveOptions, reading: Reading) -> Report:
     from lorasurgery.api import save
     from lorasurgery.files.opened import load
-    from lorasurgery.surgery.convert import convert as convert_adapter
-    from lorasurgery.surgery.convert import with_nearest
+    from lorasurgery.operations.conversion.convert import convert as convert_adapter
+    from lorasurgery.operations.conversion.convert import with_nearest
 
     started = time.perf_counter()
     base = reading.base

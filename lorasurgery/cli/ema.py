@@ -67,7 +67,7 @@ def ema(
 ) -> None:  # fmt: skip
     """Average checkpoints."""
     from lorasurgery.cli.ema_run import EmaRequest, run
-    from lorasurgery.surgery.ema import EmaOptions
+    from lorasurgery.verbs.ema.ema import EmaOptions
 
     if on not in (FACTORS, DELTA):
         raise RequestError(f"--on is {FACTORS} or {DELTA}, not {on}")

@@ -17,9 +17,9 @@ from lorasurgery.io.finite import computed_bytes
 from lorasurgery.io.header import RawFile
 from lorasurgery.io.writer import LEGACY_HASH, MODEL_HASH, check_output, write_safetensors
 from lorasurgery.ledger import Ledger
-from lorasurgery.surgery.convert import Options, convert
-from lorasurgery.surgery.ema import ema
-from lorasurgery.surgery.ema_order import Ordered, in_order
+from lorasurgery.operations.conversion.convert import Options, convert
+from lorasurgery.verbs.ema.ema import ema
+from lorasurgery.verbs.ema.order import Ordered, in_order
 from lorasurgery.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.io.tensors import Tensor
-    from lorasurgery.surgery.ema import EmaOptions
+    from lorasurgery.verbs.ema.ema import EmaOptions
 
 PROVENANCE = "lorasurgery.merged_from"
 """As ``lorasurgery merge`` writes it."""
@@ -115,7 +115,7 @@ def _tensors(ordered: Ordered, out: Path | None, request: EmaRequest, done: Aver
     used = [file.path.name for file, weight in zip(ordered.files, done.weights, strict=True) if weight]
     done.ledgers = [(name, Ledger({key: key for key in averaged})) for name in used]
     if request.measure:
-        from lorasurgery.surgery.ema_distance import distance_from_changes
+        from lorasurgery.verbs.ema.distance import distance_from_changes
 
         done.distance = distance_from_changes(ordered.files, done.weights, averaged)
     if request.target is not None or request.dtype != "keep":
@@ -143,12 +143,12 @@ def _computed(tensors: Mapping[str, Tensor]) -> None:
 
 def _changes(ordered: Ordered, out: Path | None, request: EmaRequest, done: Averaged) -> None:
     """The weighted sum of what the files do, by the code of ``lorasurgery merge``."""
+    from lorasurgery.operations.cut import ResizeOptions
     from lorasurgery.report import Report
-    from lorasurgery.surgery.merge.engine import merge
-    from lorasurgery.surgery.merge.options import MergeOptions
-    from lorasurgery.surgery.merge.source import Source
-    from lorasurgery.surgery.merge.weights import Weight
-    from lorasurgery.surgery.resize import ResizeOptions
+    from lorasurgery.verbs.merge.engine import merge
+    from lorasurgery.verbs.merge.options import MergeOptions
+    from lorasurgery.verbs.merge.source import Source
+    from lorasurgery.verbs.merge.weights import Weight
 
     used = [(file.path, weight) for file, weight in zip(ordered.files, done.weights, strict=True) if weight]
     adapters = open_together([path for path, _ in used], arch=request.arch, base=request.base, alpha=request.alpha)

@@ -17,7 +17,7 @@ from lorasurgery.cli.resize_request import parse_ranks, parse_size
 from lorasurgery.errors import OutputExistsError, RequestError
 
 if TYPE_CHECKING:
-    from lorasurgery.surgery.extract import Running
+    from lorasurgery.verbs.extract import Running
 
 HELP = """An adapter from two models: what TUNED is beyond BASE.
 
@@ -134,8 +134,8 @@ def extract(
 
 
 def _extract(how: Request) -> None:
-    from lorasurgery.surgery.extract import extract as run
-    from lorasurgery.surgery.extract.engine import partial
+    from lorasurgery.verbs.extract import extract as run
+    from lorasurgery.verbs.extract.engine import partial
 
     waiting = partial(how.output)
     before = waiting.exists()
@@ -156,20 +156,20 @@ def _extract(how: Request) -> None:
 
 
 def _running(how: Request, progress: ProgressLine) -> Running:
-    from lorasurgery.surgery.extract import Running
+    from lorasurgery.verbs.extract import Running
 
     return Running(how.resume, how.force, how.hashes, how.arch, how.old.only, progress, how.strict)
 
 
 def _dry(how: Request) -> None:
-    from lorasurgery.surgery.extract.dry import plan
+    from lorasurgery.verbs.extract.dry import plan
 
     planned = plan(how.base, how.tuned, how.options, how.arch, how.old.only)
     _show(planned.to_json(), dry_lines(planned, verbose=how.verbose), how)
 
 
 def _compare(how: Request) -> None:
-    from lorasurgery.surgery.extract.compare import compare_families
+    from lorasurgery.verbs.extract.compare import compare_families
 
     with ProgressLine(shown=not how.quiet) as progress:
         found = compare_families(how.base, how.tuned, how.options, _running(how, progress))

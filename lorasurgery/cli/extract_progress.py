@@ -11,7 +11,7 @@ from lorasurgery.cli.render import plain
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from lorasurgery.surgery.extract import Step
+    from lorasurgery.verbs.extract import Step
 
 TERMINAL, ELSEWHERE = 0.2, 10.0
 """Seconds between two lines."""

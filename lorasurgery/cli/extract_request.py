@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from lorasurgery.surgery.extract import ExtractOptions
+    from lorasurgery.verbs.extract import ExtractOptions
 
 RANK = 32
 """Where nothing else is asked for."""
@@ -126,8 +126,8 @@ def merged(cut: Mapping[str, Any], more: Mapping[str, Any], old: Old) -> Extract
     and (without ``--conv_dim``) no convolutions with a kernel. Raises RequestError where both spellings of one thing are
     given, or two models.
     """
-    from lorasurgery.surgery.extract.options import DEFAULT, ExtractOptions
-    from lorasurgery.surgery.resize import ResizeOptions
+    from lorasurgery.operations.cut import ResizeOptions
+    from lorasurgery.verbs.extract.options import DEFAULT, ExtractOptions
 
     if old.sdxl and old.v2:
         raise RequestError("--sdxl and --v2 are two models", hint="one of them")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.inspection.spectrum import Spectrum
-    from lorasurgery.surgery.extract import ExtractReport
-    from lorasurgery.surgery.extract.compare import Families
-    from lorasurgery.surgery.extract.dry import Planned
+    from lorasurgery.verbs.extract import ExtractReport
+    from lorasurgery.verbs.extract.compare import Families
+    from lorasurgery.verbs.extract.dry import Planned
 
 FEW = 12
 """Blocks shown without ``--verbose``."""
@@ -117,7 +117,7 @@ def family_lines(found: Families) -> list[str]:
 def spectrum_of(report: ExtractReport) -> Spectrum:
     """The singular values of the change in the form that ``inspect`` shows."""
     from lorasurgery.inspection.spectrum import Spectrum
-    from lorasurgery.surgery.extract.spectra import module_spectra
+    from lorasurgery.verbs.extract.spectra import module_spectra
 
     return Spectrum(module_spectra(report), energies(report), (), ())
 

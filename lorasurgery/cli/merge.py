@@ -16,7 +16,7 @@ from lorasurgery.cli.resize_request import parse_ranks, parse_size
 from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
-    from lorasurgery.surgery.resize import ResizeOptions
+    from lorasurgery.operations.cut import ResizeOptions
 
 HELP = """The sum of what adapters do, each times its weight: exact, whatever their ranks, alphas, families, layouts and dtypes.
 
@@ -83,7 +83,7 @@ def merge(
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:  # fmt: skip
     """Merge adapters."""
-    from lorasurgery.surgery.merge import MergeOptions
+    from lorasurgery.verbs.merge import MergeOptions
 
     if as_ not in (None, "lora", "full", "lokr"):
         raise RequestError(f"--as is lora, full or lokr, not {as_}", hint="lorasurgery convert, afterwards")
@@ -119,7 +119,7 @@ def _recompression(
     """The options of a cut, None where none was asked for; raises RequestError for what contradicts itself."""
     if not rank and not conv_rank and (policy, param, size) == (None, None, None):
         return None
-    from lorasurgery.surgery.resize import ResizeOptions
+    from lorasurgery.operations.cut import ResizeOptions
 
     chosen: dict[str, Any] = {**parse_ranks(rank, conv_rank)._asdict(), "policy": policy, "param": param}
     chosen["size"] = None if size is None else parse_size(size)

@@ -9,7 +9,7 @@ from lorasurgery.alerts import bytes_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.surgery.merge.choices import Choice
+    from lorasurgery.verbs.merge.choices import Choice
 
 
 def choice_text(choice: Choice) -> str:

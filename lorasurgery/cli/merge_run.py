@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Adapter
+    from lorasurgery.operations.conversion.convert import Options
     from lorasurgery.report import Report
-    from lorasurgery.surgery.convert import Options
-    from lorasurgery.surgery.merge import MergeOptions, MergeReport, Source, Wanted
-    from lorasurgery.surgery.merge.choices import Choice
+    from lorasurgery.verbs.merge import MergeOptions, MergeReport, Source, Wanted
+    from lorasurgery.verbs.merge.choices import Choice
 
 SPLIT, FUSED = (
     "--target comfyui (which reads the split names), or ",
@@ -125,7 +125,7 @@ def merged(how: Request) -> Outcome:
 def _merged(how: Request) -> Outcome:
     from lorasurgery.adapter import written_in
     from lorasurgery.files.blame import blamed
-    from lorasurgery.surgery.merge.inputs import leading
+    from lorasurgery.verbs.merge.inputs import leading
 
     wanted = _wanted(how)
     how.options.check(len(wanted))
@@ -141,10 +141,10 @@ def _merged(how: Request) -> Outcome:
 def _written(how: Request, sources: Sequence[Source]) -> Outcome:
     from lorasurgery.api import SaveOptions, save
     from lorasurgery.cli.merge_choices import choices_text
-    from lorasurgery.surgery.convert import convert
-    from lorasurgery.surgery.merge import merge
-    from lorasurgery.surgery.merge.choices import choices
-    from lorasurgery.surgery.resize.size import file_size
+    from lorasurgery.operations.conversion.convert import convert
+    from lorasurgery.operations.cut.size import file_size
+    from lorasurgery.verbs.merge import merge
+    from lorasurgery.verbs.merge.choices import choices
 
     found: list[Choice] = []
     try:
@@ -178,7 +178,7 @@ def _written(how: Request, sources: Sequence[Source]) -> Outcome:
 
 def _writing(how: Request) -> Options:
     """What the conversion to the layout does with families and dtypes."""
-    from lorasurgery.surgery.convert import Options
+    from lorasurgery.operations.conversion.convert import Options
 
     own = how.options
     family = "full" if own.as_full else "lokr" if own.as_lokr else None
@@ -197,8 +197,8 @@ def _home(module: str, sources: Sequence[Source]) -> str | None:
 
 
 def _wanted(how: Request) -> list[Wanted]:
-    from lorasurgery.surgery.block_lists import read_presets
-    from lorasurgery.surgery.merge import parse_source
+    from lorasurgery.operations.select.block_lists import read_presets
+    from lorasurgery.verbs.merge import parse_source
 
     presets = {} if how.presets is None else read_presets(how.presets)
     return [wanted for text in how.files for wanted in parse_source(text, how.lora_dir, presets)]
@@ -207,7 +207,7 @@ def _wanted(how: Request) -> list[Wanted]:
 def _sources(wanted: Sequence[Wanted], how: Request) -> list[Source]:
     """The files, all under one architecture."""
     from lorasurgery.files.opened import open_together
-    from lorasurgery.surgery.merge import Source
+    from lorasurgery.verbs.merge import Source
 
     adapters = open_together([one.path for one in wanted], arch=how.arch, base=how.base, alpha=how.alpha)
     return [Source(adapter, one.weight, one.path.name) for adapter, one in zip(adapters, wanted, strict=True)]

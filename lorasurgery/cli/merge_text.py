@@ -12,7 +12,7 @@ from lorasurgery.cli.resize_text import counts, dropped_lines
 
 if TYPE_CHECKING:
     from lorasurgery.cli.merge_run import Outcome
-    from lorasurgery.surgery.merge import MergedModule, SourceReport
+    from lorasurgery.verbs.merge import MergedModule, SourceReport
 
 
 def merge_lines(found: Outcome, *, verbose: bool) -> list[str]:

@@ -16,7 +16,7 @@ from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
     from lorasurgery.io.header import RawFile
-    from lorasurgery.surgery.meta import Change, Edited
+    from lorasurgery.verbs.meta.meta import Change, Edited
 
 meta = typer.Typer(
     name="meta",
@@ -38,7 +38,7 @@ def show(
     """Show all metadata, each value with its type, nested JSON unfolded."""
     from lorasurgery.cli import meta_text
     from lorasurgery.io.in_place import header_of
-    from lorasurgery.surgery.meta import read_metadata
+    from lorasurgery.verbs.meta.meta import read_metadata
 
     found, several = expanded(files)
     run_each(
@@ -51,8 +51,8 @@ def get(
     file: opt.File, key: Annotated[str, typer.Argument(metavar="KEY", show_default=False)], json_: opt.Json = False
 ) -> None:  # fmt: skip
     """Print one value as it stands in the file; --json: with its type, nested JSON unfolded."""
-    from lorasurgery.surgery.meta import absent, read_metadata
-    from lorasurgery.surgery.meta_values import typed
+    from lorasurgery.verbs.meta.meta import absent, read_metadata
+    from lorasurgery.verbs.meta.values import typed
 
     raw = read_metadata(file)
     if key not in raw.metadata:
@@ -88,8 +88,8 @@ def set_(
 
     lorasurgery meta set my.safetensors --trigger "mypetcat" --license MIT --in-place
     """
-    from lorasurgery.surgery import meta_values
-    from lorasurgery.surgery.meta import set_values
+    from lorasurgery.verbs.meta import values as meta_values
+    from lorasurgery.verbs.meta.meta import set_values
 
     given = {
         "trigger": trigger, "title": title, "author": author, "license": license_, "description": description, "tags": tags,
@@ -117,7 +117,7 @@ def unset(
     json_: opt.Json = False,
 ) -> None:
     """Remove metadata keys by name or glob."""
-    from lorasurgery.surgery.meta import unset as unset_keys
+    from lorasurgery.verbs.meta.meta import unset as unset_keys
 
     _edit([file], unset_keys(keys), Destination(out, None, in_place, force, dry_run), as_json=json_)
 
@@ -146,8 +146,8 @@ def strip(
 
     lorasurgery meta strip my.safetensors --privacy -o public.safetensors
     """
-    from lorasurgery.surgery.meta import Stripping
-    from lorasurgery.surgery.meta import strip as strip_keys
+    from lorasurgery.verbs.meta.meta import Stripping
+    from lorasurgery.verbs.meta.meta import strip as strip_keys
 
     change = strip_keys(Stripping(only or (), privacy, everything, keep or ()))
     _edit(files, change, Destination(out, out_dir, in_place, force, dry_run), as_json=json_)
@@ -170,7 +170,7 @@ def copy(
 
     Hashes stay with their tensors; ranks and alphas come along only between files with the same tensors.
     """
-    from lorasurgery.surgery.meta import copied, read_metadata
+    from lorasurgery.verbs.meta.meta import copied, read_metadata
 
     change = copied(read_metadata(source), only=only or (), replace=replace)
     _edit([target], change, Destination(out, None, in_place, force, dry_run), as_json=json_)
@@ -185,8 +185,8 @@ def verify(
 ) -> None:
     """Compute every hash a file is known by, and say whether those in its metadata are right, stale or absent."""
     from lorasurgery.cli import meta_text
-    from lorasurgery.surgery.meta import read_metadata
-    from lorasurgery.surgery.meta_hashes import verify as verify_file
+    from lorasurgery.operations.notes.hashes import verify as verify_file
+    from lorasurgery.verbs.meta.meta import read_metadata
 
     found, several = expanded(files)
 
@@ -210,7 +210,7 @@ def fix(
     json_: opt.Json = False,
 ) -> None:
     """Write the right values over stale hashes."""
-    from lorasurgery.surgery.meta_hashes import verify as verify_file
+    from lorasurgery.operations.notes.hashes import verify as verify_file
 
     def correct(raw: RawFile) -> tuple[dict[str, str], list[str]]:
         return dict(raw.metadata) | verify_file(raw).corrections(add=add, unknown=unknown), []
@@ -221,7 +221,7 @@ def fix(
 def _edit(paths: list[Path], change: Change, where: Destination, *, as_json: bool) -> None:
     """Change the metadata of every file and show what came of it."""
     from lorasurgery.cli import meta_text
-    from lorasurgery.surgery.meta import edited
+    from lorasurgery.verbs.meta.meta import edited
 
     files, several = expanded(paths, where.out_dir)
     where.check(files)

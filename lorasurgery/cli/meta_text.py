@@ -7,15 +7,15 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.cli.meta_files import SCHEMA, Shown
-from lorasurgery.surgery.meta_hashes import NOTHING
-from lorasurgery.surgery.meta_values import Value, typed
+from lorasurgery.operations.notes.hashes import NOTHING
+from lorasurgery.verbs.meta.values import Value, typed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.io.in_place import Header
-    from lorasurgery.surgery.meta import Edited
-    from lorasurgery.surgery.meta_hashes import Verified
+    from lorasurgery.operations.notes.hashes import Verified
+    from lorasurgery.verbs.meta.meta import Edited
 
 NESTED_LINES, TEXT_LENGTH = 12, 300
 """How much of a nested or long value is shown without ``--full``."""

@@ -14,9 +14,9 @@ from lorasurgery.errors import NotRepresentableError
 from lorasurgery.files.opened import load
 from lorasurgery.io.writer import check_output
 from lorasurgery.layouts.targets import layout
+from lorasurgery.operations.conversion.convert import Options, convert
 from lorasurgery.report import Report
 from lorasurgery.site import DENOISER, SECOND_DENOISER
-from lorasurgery.surgery.convert import Options, convert
 
 if TYPE_CHECKING:
     from pathlib import Path

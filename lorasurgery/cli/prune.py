@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import Adapter
     from lorasurgery.cli.part_file import Writing
     from lorasurgery.report import Report
-    from lorasurgery.surgery.prune import Pruned, PruneOptions
+    from lorasurgery.verbs.prune import Pruned, PruneOptions
 
 SCHEMA = 1
 """Version of the JSON form; see docs/split.md."""
@@ -68,7 +68,7 @@ def prune(
 ) -> None:  # fmt: skip
     """Leave modules out of adapters."""
     from lorasurgery.cli.part_file import Writing
-    from lorasurgery.surgery.prune import PruneOptions
+    from lorasurgery.verbs.prune import PruneOptions
 
     options = PruneOptions(tuple(keep or ()), tuple(drop or ()), prune_for, scale, negate)
     options.check()
@@ -91,7 +91,7 @@ def prune(
 
 def _one(job: Job, options: PruneOptions, how: Writing) -> Shown:
     from lorasurgery.cli.part_file import write_part
-    from lorasurgery.surgery.prune import prune as pruned
+    from lorasurgery.verbs.prune import prune as pruned
 
     adapter = how.read(job.source)
     result, found = pruned(adapter, options)

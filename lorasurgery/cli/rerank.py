@@ -15,7 +15,7 @@ from lorasurgery.cli.render import warning_lines
 from lorasurgery.errors import RequestError
 
 if TYPE_CHECKING:
-    from lorasurgery.surgery.rerank import Nested, Request, Reranked, Strength
+    from lorasurgery.verbs.rerank.rerank import Nested, Request, Reranked, Strength
 
 SCHEMA = 1
 """Version of the JSON form; see docs/rerank.md."""
@@ -59,7 +59,7 @@ def rerank(
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:  # fmt: skip
     """Write smaller ranks of a DyLoRA."""
-    from lorasurgery.surgery.rerank import Request
+    from lorasurgery.verbs.rerank.rerank import Request
 
     bounds = energy is not None or error is not None
     if best != bounds:
@@ -92,7 +92,7 @@ def _one(source: Path, target: Path, how: Request, *, strict: bool, force: bool,
     from lorasurgery.files.opened import read_any
     from lorasurgery.io.finite import computed_bytes
     from lorasurgery.io.writer import MODEL_HASH, check_output, write_safetensors
-    from lorasurgery.surgery.rerank import open_nested, rerank
+    from lorasurgery.verbs.rerank.rerank import open_nested, rerank
 
     if source.is_dir():
         raise RequestError("a folder of PEFT", path=source, hint="lorasurgery convert to a file first, or a file inside it")

@@ -68,7 +68,7 @@ def resize(
     save_precision: ask.SavePrecision = None, svd_lowrank_niter: ask.Iterations = None,
 ) -> None:  # fmt: skip
     """Resize adapters."""
-    from lorasurgery.surgery.resize import ResizeOptions
+    from lorasurgery.operations.cut import ResizeOptions
 
     if as_ not in (None, "lora"):
         raise RequestError(f"--as is lora, not {as_}", hint="lorasurgery convert --as lokr, loha or full")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasurgery.adapter import Adapter
-    from lorasurgery.surgery.resize import ResizeOptions
-    from lorasurgery.surgery.resize.pick import Pattern
+    from lorasurgery.operations.cut import ResizeOptions
+    from lorasurgery.operations.cut.pick import Pattern
 
 UNITS = {
     "": 1, "B": 1, "K": 1 << 10, "KB": 10**3, "KIB": 1 << 10, "M": 1 << 20, "MB": 10**6, "MIB": 1 << 20,
@@ -56,7 +56,7 @@ class Request:
     @property
     def way(self) -> str:
         """What decides the ranks, in a few words."""
-        from lorasurgery.surgery.resize.pick import ranks_text
+        from lorasurgery.operations.cut.pick import ranks_text
 
         own = self.options
         if own.policy is not None:
@@ -129,7 +129,7 @@ class Ranks(NamedTuple):
 
 def parse_ranks(texts: Sequence[str] | None, conv: Sequence[str] | None) -> Ranks:
     """The plain ranks of ``--rank`` and ``--conv-rank``, and those by name and by block, convolutions' first."""
-    from lorasurgery.surgery.resize import parse_ranks as parsed
+    from lorasurgery.operations.cut import parse_ranks as parsed
 
     plain, by_name = parsed(texts or ())
     conv_plain, conv_by_name = parsed(conv or (), conv=True)

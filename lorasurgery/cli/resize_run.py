@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorasurgery.adapter import Adapter
+    from lorasurgery.operations.cut import BaseModel, NormCache, ResizeReport
     from lorasurgery.report import Report
-    from lorasurgery.surgery.resize import BaseModel, NormCache, Plan, ResizeReport
+    from lorasurgery.verbs.resize.plan import Plan
 
 SCHEMA = 1
 """Version of the JSON form; see docs/resize.md."""
@@ -66,7 +67,7 @@ def _output(job: Job, adapter: Adapter, how: Request) -> Path:
 
 def _base(adapter: Adapter, how: Request) -> tuple[BaseModel | None, NormCache | None]:
     """The base model where a recipe or DoRA modules may look at it."""
-    from lorasurgery.surgery.resize import NormCache, open_base
+    from lorasurgery.operations.cut import NormCache, open_base
 
     if how.base is None or (how.options.recipe is None and how.options.dora == "refuse"):
         return None, None
@@ -76,8 +77,9 @@ def _base(adapter: Adapter, how: Request) -> tuple[BaseModel | None, NormCache |
 
 def _resized(source: Path, target: Path, adapter: Adapter, how: Request, model: BaseModel | None) -> Shown:
     from lorasurgery.api import SaveOptions, save
-    from lorasurgery.surgery.resize import plan, resize
-    from lorasurgery.surgery.resize.size import file_size
+    from lorasurgery.operations.cut import resize
+    from lorasurgery.operations.cut.size import file_size
+    from lorasurgery.verbs.resize.plan import plan
 
     planned = plan(adapter, how.options, how.plan_ranks(adapter), model) if how.dry_run else None
     if not how.asked:
@@ -99,8 +101,8 @@ def _resized(source: Path, target: Path, adapter: Adapter, how: Request, model: 
 
 def _converted(result: Adapter, adapter: Adapter, how: Request) -> tuple[Adapter, Report]:
     """The result in its target layout; in the input's own spelling it needs no conversion."""
+    from lorasurgery.operations.conversion.convert import convert
     from lorasurgery.report import Report
-    from lorasurgery.surgery.convert import convert
 
     if how.options.layout is not None:
         result, report = convert(result, how.options.layout)

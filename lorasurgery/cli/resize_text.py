@@ -11,7 +11,8 @@ from lorasurgery.cli.render import SHOWN, warning_lines
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasurgery.surgery.resize import ModuleReport, Plan, PlanRow, ResizeReport
+    from lorasurgery.operations.cut import ModuleReport, ResizeReport
+    from lorasurgery.verbs.resize.plan import Plan, PlanRow
 
 BAR = 40
 WIDTH, HEIGHT = 56, 10

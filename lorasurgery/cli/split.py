@@ -55,7 +55,7 @@ def split(
 ) -> None:  # fmt: skip
     """Divide adapters."""
     from lorasurgery.cli.part_file import Writing
-    from lorasurgery.surgery.parts import WAYS
+    from lorasurgery.operations.select.parts import WAYS
 
     if by not in WAYS:
         raise RequestError(f"--by is {', '.join(WAYS[:-1])} or {WAYS[-1]}, not {by}")
@@ -93,8 +93,8 @@ def _stems(inputs: list[Path], out: Path | None, out_dir: Path | None, *, dry_ru
 def _one(source: Path, stem: Path, by: str, how: Writing) -> Shown:
     from lorasurgery.cli.part_file import write_part
     from lorasurgery.io.writer import check_output
-    from lorasurgery.surgery.parts import file_name
-    from lorasurgery.surgery.parts import split as divided
+    from lorasurgery.operations.select.parts import file_name
+    from lorasurgery.operations.select.parts import split as divided
 
     adapter = how.read(source)
     parts = divided(adapter, by)

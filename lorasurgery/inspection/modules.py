@@ -16,8 +16,8 @@ from lorasurgery.layouts.detect import expected_shape
 from lorasurgery.layouts.names import PREFIXES, REMEMBERED
 from lorasurgery.layouts.numbered import CLONEOFSIMO
 from lorasurgery.layouts.words import ALPHA, BIAS, EXTRA, MAGNITUDE
+from lorasurgery.operations.select.blocks import block_and_kind
 from lorasurgery.site import DENOISER
-from lorasurgery.surgery.blocks import block_and_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

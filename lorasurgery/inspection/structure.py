@@ -16,7 +16,7 @@ from lorasurgery.inspection.modules import unknown_layout, unknown_module
 from lorasurgery.inspection.tolerant import parsed
 from lorasurgery.layouts.detect import detect
 from lorasurgery.layouts.widened import as_wide
-from lorasurgery.surgery.settled import undecided
+from lorasurgery.operations.conversion.settled import undecided
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

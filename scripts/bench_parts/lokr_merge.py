@@ -42,8 +42,8 @@ def write(folder: Path, name: str, side: int) -> list[Path]:
 def ours(paths: list[Path], arch: str, rank: int) -> Any:  # noqa: ANN401  (up, down)
     """The factors of the cut sum."""
     from lorasurgery import load
-    from lorasurgery.surgery.merge import MergeOptions, merge
-    from lorasurgery.surgery.resize import ResizeOptions
+    from lorasurgery.operations.cut import ResizeOptions
+    from lorasurgery.verbs.merge import MergeOptions, merge
 
     options = MergeOptions(dtype="fp32", resize=ResizeOptions(rank=rank, workers=1))
     result, _ = merge([(load(path, arch=arch), 0.5) for path in paths], options)

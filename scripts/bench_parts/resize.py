@@ -40,7 +40,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 from lorasurgery.api import save
 from lorasurgery.files.opened import load
 from lorasurgery.report import Report
-from lorasurgery.surgery.resize import ResizeOptions, resize
+from lorasurgery.operations.cut import ResizeOptions, resize
 adapter = load(sys.argv[1])
 result, _ = resize(adapter, ResizeOptions(rank=int(sys.argv[3]), workers=int(sys.argv[4])))
 save(result, sys.argv[2], report=Report(input=sys.argv[1], source_layout=adapter.layout))

@@ -7,7 +7,7 @@ import torch
 from lorasurgery.architectures.table import Span
 from lorasurgery.errors import RequestError
 from lorasurgery.models import open_model
-from lorasurgery.surgery.apply import ApplyOptions, apply, read_source
+from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
 from tests.models.small import built, original_arrays, save
 
 WIDTH, LAYERS = 16, 2

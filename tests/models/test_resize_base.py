@@ -7,8 +7,8 @@ import pytest
 
 from lorasurgery import load
 from lorasurgery.architectures.table import Span
+from lorasurgery.operations.cut import ResizeOptions, open_base, resize
 from lorasurgery.site import DENOISER, Site
-from lorasurgery.surgery.resize import ResizeOptions, open_base, resize
 from tests.models.small import built, diffusers_arrays, original_arrays, save, save_gguf
 from tests.oracle import raw, write
 

@@ -1,0 +1,1 @@
+"""What several commands do to an adapter, a module or a model."""

@@ -1,0 +1,1 @@
+"""From one layout, family or dtype to another."""

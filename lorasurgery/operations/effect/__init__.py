@@ -1,0 +1,1 @@
+"""What changes have in common: products, norms, pairs of modules."""

@@ -1,0 +1,1 @@
+"""Onto a model's weights: what a module does to a tensor."""

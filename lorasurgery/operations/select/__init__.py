@@ -1,0 +1,1 @@
+"""Which modules are meant: blocks, lists of blocks, parts of an adapter."""

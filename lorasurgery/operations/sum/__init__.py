@@ -1,0 +1,1 @@
+"""Sums of changes in one module."""

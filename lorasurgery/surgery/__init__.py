@@ -1,1 +1,0 @@
-"""What can be done to an adapter; Adapter in, Adapter out."""

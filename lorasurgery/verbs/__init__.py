@@ -1,0 +1,1 @@
+"""The commands, each in a room of its own; none imports another."""

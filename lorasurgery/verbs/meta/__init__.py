@@ -1,0 +1,1 @@
+"""A file's metadata and hashes."""

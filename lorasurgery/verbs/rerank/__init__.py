@@ -1,0 +1,1 @@
+"""Smaller ranks of DyLoRA and other LoRA files."""

@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from lorasurgery.verbs.prune import PruneOptions, prune
 
 _HOMES = {
-    "Adapter": "adapter", "Magnitude": "adapter", "Module": "adapter", "Options": "surgery.convert",
-    "Report": "report", "SaveOptions": "api", "Scale": "adapter", "Site": "adapter", "SurgeryError": "errors",
-    "convert": "surgery.convert", "load": "files.opened", "save": "api",
-    "MergeOptions": "surgery.merge", "merge": "surgery.merge",
-    "CompareOptions": "surgery.compare", "Comparison": "surgery.compare", "compare": "surgery.compare",
-    "EmaOptions": "surgery.ema", "ema": "surgery.ema", "split": "surgery.parts", "PruneOptions": "surgery.prune",
-    "ApplyOptions": "surgery.apply", "apply": "surgery.apply", "read_source": "surgery.apply", "open_model": "models",
-    "prune": "surgery.prune", "ExtractOptions": "surgery.extract", "extract": "surgery.extract",
-    "ResizeOptions": "surgery.resize", "resize": "surgery.resize",
+    "Adapter": "adapter", "Magnitude": "adapter", "Module": "adapter", "Options": "operations.conversion.convert",
+    "Report": "report", "SaveOptions": "api", "Scale": "adapter", "Site": "site", "SurgeryError": "errors",
+    "convert": "operations.conversion.convert", "load": "files.opened", "save": "api",
+    "MergeOptions": "verbs.merge", "merge": "verbs.merge",
+    "CompareOptions": "verbs.compare", "Comparison": "verbs.compare", "compare": "verbs.compare",
+    "EmaOptions": "verbs.ema.ema", "ema": "verbs.ema.ema", "split": "operations.select.parts", "PruneOptions": "verbs.prune",
+    "ApplyOptions": "verbs.apply", "apply": "verbs.apply", "read_source": "verbs.apply", "open_model": "models",
+    "prune": "verbs.prune", "ExtractOptions": "verbs.extract", "extract": "verbs.extract",
+    "ResizeOptions": "operations.cut", "resize": "operations.cut",
 }  # fmt: skip
 
 __all__ = [

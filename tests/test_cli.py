@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import typer.main
 
+import lorasurgery
 from lorasurgery.cli.app import app
 from lorasurgery.io.header import read_safetensors
 from lorasurgery.layouts.targets import ALIASES, LAYOUTS
@@ -424,3 +425,8 @@ def test_drop(tmp_path: Path) -> None:
 
 def test_help_option_of_the_command() -> None:
     assert run("convert", "--help").code == 0
+
+
+def test_every_public_name_is_where_the_package_says() -> None:
+    for name in lorasurgery.__all__:
+        assert getattr(lorasurgery, name) is not None

@@ -13,6 +13,8 @@ from lorasurgery.errors import DroppedKeysError
 from lorasurgery.models import open_model
 from lorasurgery.verbs.apply import ApplyOptions, apply, read_source
 from tests.applied import NORM, PROJ, Added, Base, assert_nearest, numbers, read, stored
+from tests.edges import run as command
+from tests.oracle import raw, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 OWN = {
     "double_blocks.0.modulation": (1, 6, 24), "token": (5,), "vace_blocks.0.q": (24, 12), "vace_blocks.0.norm": (24,),
-    "head.head.bias": (7,), f"{PROJ}.bias": (24,), "embed": (50, 12), NORM + ".scale": (128,),
+    "head.head.bias": (7,), f"{PROJ}.bias": (24,), "blocks.0.embed.proj": (50, 12), NORM + ".scale": (128,),
 }  # fmt: skip
 """Names and shapes of sites as a file spells them."""
 
@@ -79,7 +81,9 @@ def test_a_lora_of_an_embedding_and_a_bias_of_an_own_layer(tmp_path: Path) -> No
     base.extra["diffusion_model.vace_blocks.0.q.bias"] = stored(np.ones(24), "F32")
     base.save(path, "comfyui")
     adapter = Added("F32")
-    deltas = {name: adapter.lora(f"diffusion_model.{name}", OWN[name], 3, 1.0) for name in ("embed", "vace_blocks.0.q")}
+    deltas = {
+        name: adapter.lora(f"diffusion_model.{name}", OWN[name], 3, 1.0) for name in ("blocks.0.embed.proj", "vace_blocks.0.q")
+    }
     bias = adapter.put("diffusion_model.vace_blocks.0.q.diff_b", 24)
     report = put_in(path, adapter, tmp_path / "out.safetensors")
     before, after = read(path), read(tmp_path / "out.safetensors")
@@ -94,7 +98,7 @@ def test_what_the_model_lacks_is_named(tmp_path: Path) -> None:
     del base.extra[keys["token"]]
     base.save(path, "original")
     adapter = Added("F32")
-    for name in ("token", "embed"):
+    for name in ("token", "blocks.0.embed.proj"):
         adapter.put(f"diffusion_model.{name}.diff", *OWN[name])
     adapter.put("diffusion_model.embed.diff_b", 50)
     report = put_in(path, adapter, tmp_path / "out.safetensors")
@@ -105,3 +109,18 @@ def test_what_the_model_lacks_is_named(tmp_path: Path) -> None:
     assert {key: reason for _, key, reason in report.unmatched} == {k: f"the model has no {v}" for k, v in lacking.items()}
     with pytest.raises(DroppedKeysError, match="2 keys match no weight"):
         put_in(path, adapter, tmp_path / "strict.safetensors", strict=True)
+
+
+def test_a_weight_that_is_stored_twice_is_told(tmp_path: Path) -> None:
+    """An embedding that the last layer shares is one tensor in the model and two in its file; other equal shapes are none."""
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((12, 8))
+    weights = {"embed": shared, "head": shared, "other": rng.standard_normal((12, 8)), "zero": shared * 0}
+    base, adapter, out = (tmp_path / f"{name}.safetensors" for name in ("base", "adapter", "out"))
+    write(base, {f"layers.0.{key}.weight": raw(value, "F32") for key, value in weights.items()})
+    for name, told in (("embed", True), ("other", False), ("zero", False)):
+        sides = {"A": (2, 8), "B": (12, 2)}
+        write(adapter, {f"layers.0.{name}.lora_{s}.weight": raw(rng.standard_normal(n), "F32") for s, n in sides.items()})
+        done = command("apply", base, adapter, "-o", out, "--force")
+        assert done.code == 0, done.err
+        assert ("a second time, as layers.0.head.weight" in done.out + done.err) == told

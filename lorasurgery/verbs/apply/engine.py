@@ -20,6 +20,7 @@ from lorasurgery.verbs.apply.match import match
 from lorasurgery.verbs.apply.produce import Producer
 from lorasurgery.verbs.apply.provenance import marked
 from lorasurgery.verbs.apply.report import ApplyReport, Used
+from lorasurgery.verbs.apply.twice import stored_twice
 from lorasurgery.verbs.apply.verify import verify
 from lorasurgery.verbs.apply.writing import Writing
 
@@ -135,7 +136,7 @@ def _begun(model: Model, sources: Sequence[Source], plan: Plan, out: Path, optio
                 f"none of its modules belongs to {model.path}: {reason}", path=source.path,
                 hint="the model it was trained on; for text encoders their own file, an all-in-one file, or a pipeline",
             )  # fmt: skip
-    report.warnings += check_width(plan, undo=options.unapply)
+    report.warnings += [*check_width(plan, undo=options.unapply), *stored_twice(model, plan)]
     return report
 
 

@@ -223,6 +223,20 @@ class Model:
             return _through(self.reference["diffusers_from_sd_scripts"], self.trained)
         return {}
 
+    @cached_property
+    def fused(self) -> dict[str, Place]:
+        """What Diffusers calls FLUX.2's q, k and v once it has fused them, as it does for a LoKr (``fuse_qkv_projections``)."""
+        parts = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
+        found: dict[str, Place] = {}
+        for name in self.diffusers if self.key.startswith("flux2") else ():
+            block, _, leaf = name.rpartition(".")
+            for whole, own in parts.items():
+                if leaf == own[0] and f"{block}.{own[1]}" in self.diffusers:
+                    places = [self.diffusers[f"{block}.{part}"][0] for part in own]
+                    count = sum(rows.count for rows in places)
+                    found[f"{block}.{whole}"] = (Rows(places[0].weight, places[0].start, count),)
+        return found
+
     @property
     def encoders(self) -> list[tuple[str, str, str, str, str]]:
         return _ENCODERS.get(self.key, [])
@@ -295,7 +309,8 @@ def encoder_stem(of: Model, layout: str, table: str, name: str) -> str:
 @cache
 def _index(of: Model, layout: str) -> dict[str, tuple[str, Place]]:
     spelling = rule(layout, of)
-    found = {stem_of(of, layout, n): ("", place) for n, place in of.names(spelling.naming).items()}
+    names = of.names(spelling.naming) | (of.fused if layout == "diffusers" else {})
+    found = {stem_of(of, layout, n): ("", place) for n, place in names.items()}
     for table, *_ in of.encoders:
         for name, shape in fixture("text_encoders")[table].items():
             weight = f"{table}/{name}"

@@ -491,6 +491,19 @@ def test_oft_for_sd_scripts(key: str, change: str, tmp_path: Path) -> None:
         assert not any("nothing loads" in warning for warning in report.warnings)
 
 
+def test_oft_of_a_text_encoder_is_no_part_of_sd_scripts_network(tmp_path: Path) -> None:
+    """``networks/oft.py`` has no prefix for one: the names stay LyCORIS', and the report says what sd-scripts makes of them."""
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    source = oft_of_sd_scripts("sdxl", {}, dict.fromkeys(SD_SCRIPTS_OFT["sdxl"], 1e-3))
+    source |= {f"{name}.oft_blocks": some(64, 48, 48), f"{name}.alpha": scalar(1e-3)}
+    converted, report = lorasurgery.convert(parse(file(source), among=named("sdxl")), "sd-scripts")
+    report = lorasurgery.save(converted, tmp_path / "out.safetensors", report=report)
+    keys = set(read_any(tmp_path / "out.safetensors").tensors)
+    assert f"{name}.oft_blocks" in keys
+    assert all(key.startswith(("lora_te1_", "lora_unet_")) for key in keys)
+    assert any("sd-scripts" in warning for warning in report.warnings)
+
+
 def test_oft_of_sd_scripts_is_told_from_models_it_does_not_train() -> None:
     source = oft_of_sd_scripts("flux1-dev", {}, {})
     assert parse(file(source)).architecture.id == "flux1"

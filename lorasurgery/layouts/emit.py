@@ -117,7 +117,9 @@ def _oft_network(adapter: Adapter, target: Layout, speller: Speller) -> list[Mod
         for module in adapter.modules.values() if isinstance(module.delta, Opaque)
     }  # fmt: skip
     alphas = {name: None if (own := module.scale.alpha) is None else own.item() for name, module in found.items()}
-    fits = len(found) == len(adapter.modules) and not any(module.bias for module in found.values())
+    fits = len(found) == len(adapter.modules) and all(
+        name.startswith(target.denoiser.prefix) and module.bias is None for name, module in found.items()
+    )  # the network has the UNet or transformer alone
     problem = sd_scripts_oft.unfit(model, {name: (module.delta, alphas[name]) for name, module in found.items()})
     return list(found.values()) if fits and not problem else []
 

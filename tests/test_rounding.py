@@ -144,13 +144,22 @@ def stored(delta: Delta, family: str) -> np.ndarray:
     return dense(family, {names.get(slot, slot): tensor.array() for slot, tensor in delta.tensors.items()})
 
 
+NOISE = 2.0**-50
+"""What the dense changes in float64 do not tell from nothing."""
+
+
 def judged(found: Heard, true: np.ndarray, exact: np.ndarray, within: float) -> None:
-    """Exact exactly when it is; else an error near the true one, and never 0."""
+    """Exact where it is, as far as float64 tells; else an error near the true one, and never 0.
+
+    Of a number that is rounded and hardly counts among much larger ones the program may know more than the dense change.
+    """
     off, norm = float(np.linalg.norm(true - exact)), float(np.linalg.norm(exact))
-    assert found.exact == (off <= 2.0**-50 * norm), (off, norm, found.losses)
-    if not found.exact:
-        relative = off / norm if norm else 1.0
-        assert relative / within <= found.error <= relative * within
+    if off <= NOISE * norm:
+        assert found.exact or 0.0 < found.error <= NOISE, (off, norm, found.losses)
+        return
+    assert not found.exact, (off, norm)
+    relative = off / norm if norm else 1.0
+    assert relative / within <= found.error <= relative * within
 
 
 FACTOR = {"lora of a high rank": 3.0}
